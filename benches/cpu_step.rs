@@ -1,0 +1,249 @@
+//! Times one optimizer step on the CPU against candle's optimizers and a plain loop.
+//!
+//! ```sh
+//! cargo bench --bench cpu_step                  # all lists, some minutes
+//! cargo bench --bench cpu_step -- 16M           # those whose name has "16M" in it
+//! RAYON_NUM_THREADS=1 cargo bench --bench cpu_step
+//! ```
+//!
+//! Criterion measures; the table at the end sets the medians of one run in proportion. Its
+//! bandwidth counts the bytes that a step cannot avoid moving:
+//!
+//! | step | bytes a parameter |
+//! |---|---|
+//! | reference rule, f32 | 12: read w and g, write w; 16 where g is read twice from memory |
+//! | reference rule, bf16 with f32 master | 12: read g, read and write master, write w; 14 likewise |
+//! | plain loop, f32 | 12: read, read, write |
+//!
+//! `benches/peers/torch_step.py` times PyTorch's fused optimizers on the same lists.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
+use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
+use criterion::{BenchmarkId, Criterion};
+use rayon::prelude::*;
+
+/// A list of parameter tensors.
+struct List {
+    name: &'static str,
+    dtype: DType,
+    shapes: Vec<Vec<usize>>,
+}
+
+impl List {
+    fn all() -> [Self; 4] {
+        let list = |name, dtype, shapes| Self {
+            name,
+            dtype,
+            shapes,
+        };
+        [
+            list("16M f32", DType::F32, vec![vec![1 << 24]]),
+            list("GPT-2 small f32", DType::F32, gpt2_small()),
+            list("GPT-2 small bf16", DType::BF16, gpt2_small()),
+            list("10000 x 64 f32", DType::F32, vec![vec![64]; 10_000]),
+        ]
+    }
+
+    fn parameters(&self) -> usize {
+        self.shapes
+            .iter()
+            .map(|shape| shape.iter().product::<usize>())
+            .sum()
+    }
+
+    /// Variables and their gradients, all small numbers and none alike.
+    fn tensors(&self) -> anyhow::Result<(Vec<Var>, GradStore)> {
+        // The only way to an empty store of gradients.
+        let mut grads = Var::zeros((), DType::F32, &Device::Cpu)?
+            .as_tensor()
+            .backward()?;
+        let mut vars = vec![];
+        for shape in &self.shapes {
+            let values = Tensor::randn(0f32, 0.02, shape.as_slice(), &Device::Cpu)?;
+            let var = Var::from_tensor(&values.to_dtype(self.dtype)?)?;
+            let grad = Tensor::randn(0f32, 0.01, shape.as_slice(), &Device::Cpu)?;
+            grads.insert(&var, grad.to_dtype(self.dtype)?);
+            vars.push(var);
+        }
+        Ok((vars, grads))
+    }
+}
+
+/// The parameters of GPT-2 small: 124 million in 148 tensors.
+fn gpt2_small() -> Vec<Vec<usize>> {
+    let d = 768;
+    let mut shapes = vec![vec![50257, d], vec![1024, d]];
+    for _ in 0..12 {
+        shapes.extend([
+            vec![d],
+            vec![d],
+            vec![d, 3 * d],
+            vec![3 * d],
+            vec![d, d],
+            vec![d],
+        ]);
+        shapes.extend([
+            vec![d],
+            vec![d],
+            vec![d, 4 * d],
+            vec![4 * d],
+            vec![4 * d, d],
+            vec![d],
+        ]);
+    }
+    shapes.extend([vec![d], vec![d]]);
+    shapes
+}
+
+/// Seconds a step, by list and contender, one entry a sample.
+type Times = RefCell<BTreeMap<(&'static str, &'static str), Vec<f64>>>;
+
+struct Bench<'a> {
+    criterion: &'a mut Criterion,
+    times: &'a Times,
+}
+
+impl Bench<'_> {
+    fn run(&mut self, list: &List, contender: &'static str, mut step: impl FnMut()) {
+        let mut group = self.criterion.benchmark_group(list.name);
+        group.sample_size(10);
+        group.bench_function(BenchmarkId::from_parameter(contender), |bencher| {
+            bencher.iter_custom(|iterations| {
+                let start = Instant::now();
+                for _ in 0..iterations {
+                    step();
+                }
+                let elapsed = start.elapsed();
+                let sample = elapsed.as_secs_f64() / iterations as f64;
+                let mut times = self.times.borrow_mut();
+                times
+                    .entry((list.name, contender))
+                    .or_default()
+                    .push(sample);
+                elapsed
+            })
+        });
+        group.finish();
+    }
+
+    /// Reads and writes what a step of gradient descent must, with nothing else to do.
+    fn plain_loop(&mut self, list: &List, contender: &'static str, threads: usize) {
+        const PIECE: usize = 1 << 17;
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        let lengths = list.shapes.iter().map(|shape| shape.iter().product());
+        let mut pairs: Vec<(Vec<f32>, Vec<f32>)> = lengths
+            .map(|n: usize| (vec![1f32; n], vec![1e-3f32; n]))
+            .collect();
+        self.run(list, contender, || {
+            let body = |(w, g): (&mut [f32], &[f32])| {
+                for (w, g) in w.iter_mut().zip(g) {
+                    *w -= 1e-3 * g;
+                }
+            };
+            pool.install(|| {
+                pairs
+                    .par_iter_mut()
+                    .with_min_len(if list.shapes.len() > 1000 { 512 } else { 1 })
+                    .for_each(|(w, g)| {
+                        if w.len() <= PIECE {
+                            body((w, g));
+                        } else {
+                            w.par_chunks_mut(PIECE)
+                                .zip(g.par_chunks(PIECE))
+                                .for_each(body);
+                        }
+                    });
+            });
+            black_box(&mut pairs);
+        });
+    }
+}
+
+const SRKL: &str = "srkl reference";
+const SRKL_SKIP_BLOCK: &str = "srkl reference, SkipBlock";
+const CANDLE_SGD: &str = "candle SGD";
+const CANDLE_ADAMW: &str = "candle AdamW";
+const PLAIN_1: &str = "plain loop, 1 thread";
+const PLAIN_2: &str = "plain loop, 2 threads";
+
+fn main() -> anyhow::Result<()> {
+    let times = Times::default();
+    let mut criterion = Criterion::default()
+        .without_plots()
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .configure_from_args();
+    let mut bench = Bench {
+        criterion: &mut criterion,
+        times: &times,
+    };
+    for list in List::all() {
+        let (vars, grads) = list.tensors()?;
+        let mut srkl = Srkl::new(vars.clone(), ParamsSrkl::reference())?;
+        bench.run(&list, SRKL, || srkl.step(&grads).unwrap());
+        drop(srkl);
+        let skip_block = ParamsSrkl {
+            nonfinite: NonFinite::SkipBlock,
+            ..ParamsSrkl::reference()
+        };
+        let mut srkl = Srkl::new(vars.clone(), skip_block)?;
+        bench.run(&list, SRKL_SKIP_BLOCK, || srkl.step(&grads).unwrap());
+        drop(srkl);
+        bench.plain_loop(&list, PLAIN_1, 1);
+        bench.plain_loop(&list, PLAIN_2, 2);
+        let mut sgd = SGD::new(vars.clone(), 1e-3)?;
+        bench.run(&list, CANDLE_SGD, || sgd.step(&grads).unwrap());
+        let mut adamw = AdamW::new(vars, ParamsAdamW::default())?;
+        bench.run(&list, CANDLE_ADAMW, || adamw.step(&grads).unwrap());
+    }
+    criterion.final_summary();
+    print_table(&times.borrow());
+    Ok(())
+}
+
+fn print_table(times: &BTreeMap<(&'static str, &'static str), Vec<f64>>) {
+    let median = |list: &List, contender| {
+        let mut samples = times.get(&(list.name, contender))?.clone();
+        samples.sort_by(f64::total_cmp);
+        Some(samples[samples.len() / 2])
+    };
+    println!("\n| list | step | ms | candle SGD / this | candle AdamW / this | GB/s at 12 B |");
+    println!("|---|---|---|---|---|---|");
+    for list in List::all() {
+        let contenders = [
+            SRKL,
+            SRKL_SKIP_BLOCK,
+            CANDLE_SGD,
+            CANDLE_ADAMW,
+            PLAIN_1,
+            PLAIN_2,
+        ];
+        for contender in contenders {
+            let Some(seconds) = median(&list, contender) else {
+                continue;
+            };
+            let ratio = |peer| match median(&list, peer) {
+                Some(peer) => format!("{:.1}", peer / seconds),
+                None => "-".to_string(),
+            };
+            println!(
+                "| {} | {contender} | {:.3} | {} | {} | {:.1} |",
+                list.name,
+                seconds * 1e3,
+                ratio(CANDLE_SGD),
+                ratio(CANDLE_ADAMW),
+                12. * list.parameters() as f64 / seconds / 1e9,
+            );
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Reads a gradient of any float dtype and layout as rows of the compute type.
+
+use candle_core::{CpuStorage, DType, Layout, Result, bail};
+use half::{bf16, f16};
+
+use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
+
+/// A gradient in CPU memory, in the order of its logical elements.
+pub(crate) struct Gradient<'a> {
+    values: Values<'a>,
+    layout: &'a Layout,
+}
+
+/// The tensor's whole storage; the layout says where in it the elements are.
+#[derive(Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    BF16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// Room for one row in either compute type.
+pub(crate) struct RowBuffer {
+    narrow: [f32; LANES],
+    wide: [f64; LANES],
+}
+
+impl RowBuffer {
+    pub fn new() -> Self {
+        Self {
+            narrow: [0.; LANES],
+            wide: [0.; LANES],
+        }
+    }
+}
+
+/// What a row of a gradient becomes in the compute type `Self`.
+pub(crate) trait FromGradient: Real {
+    /// The values themselves, where they have this type already.
+    fn borrow(values: Values<'_>) -> Option<&[Self]>;
+    fn buffer(buffer: &mut RowBuffer) -> &mut [Self; LANES];
+}
+
+impl FromGradient for f32 {
+    #[inline(always)]
+    fn borrow(values: Values<'_>) -> Option<&[f32]> {
+        match values {
+            Values::F32(values) => Some(values),
+            _ => None,
+        }
+    }
+    #[inline(always)]
+    fn buffer(buffer: &mut RowBuffer) -> &mut [f32; LANES] {
+        &mut buffer.narrow
+    }
+}
+
+impl FromGradient for f64 {
+    #[inline(always)]
+    fn borrow(values: Values<'_>) -> Option<&[f64]> {
+        match values {
+            Values::F64(values) => Some(values),
+            _ => None,
+        }
+    }
+    #[inline(always)]
+    fn buffer(buffer: &mut RowBuffer) -> &mut [f64; LANES] {
+        &mut buffer.wide
+    }
+}
+
+impl<'a> Gradient<'a> {
+    /// # Errors
+    ///
+    /// A storage whose dtype is none of f32, f64, bf16 and f16.
+    pub fn new(storage: &'a CpuStorage, layout: &'a Layout) -> Result<Self> {
+        let values = match storage {
+            CpuStorage::F32(values) => Values::F32(values),
+            CpuStorage::F64(values) => Values::F64(values),
+            CpuStorage::BF16(values) => Values::BF16(values),
+            CpuStorage::F16(values) => Values::F16(values),
+            _ => bail!("expected a gradient of f32, f64, bf16 or f16"),
+        };
+        Ok(Self { values, layout })
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.layout.shape().elem_count()
+    }
+
+    /// Elements `start..start + len`, converted into `buffer` unless they can be borrowed; `len` is
+    /// at most [`LANES`].
+    #[inline(always)]
+    pub fn row<'r, C: FromGradient>(
+        &'r self,
+        start: usize,
+        len: usize,
+        buffer: &'r mut RowBuffer,
+    ) -> &'r [C] {
+        let range = self.layout.start_offset() + start..self.layout.start_offset() + start + len;
+        let row = &mut C::buffer(buffer)[..len];
+        if self.layout.is_contiguous() {
+            if let Some(values) = C::borrow(self.values) {
+                return &values[range];
+            }
+            match self.values {
+                Values::F32(values) => convert(row, &values[range], |x| x as f64),
+                Values::F64(values) => convert(row, &values[range], |x| x),
+                Values::BF16(values) => {
+                    convert(row, &values[range], |x| bf16_to_f32(x.to_bits()) as f64)
+                }
+                Values::F16(values) => {
+                    convert(row, &values[range], |x| f16_to_f32(x.to_bits()) as f64)
+                }
+            }
+        } else {
+            match self.values {
+                Values::F32(values) => self.gather(row, start, |i| values[i] as f64),
+                Values::F64(values) => self.gather(row, start, |i| values[i]),
+                Values::BF16(values) => {
+                    self.gather(row, start, |i| bf16_to_f32(values[i].to_bits()) as f64)
+                }
+                Values::F16(values) => {
+                    self.gather(row, start, |i| f16_to_f32(values[i].to_bits()) as f64)
+                }
+            }
+        }
+        row
+    }
+
+    /// Fills `row` with the logical elements from `start` on, by the strides of the layout.
+    fn gather<C: Real>(&self, row: &mut [C], start: usize, value: impl Fn(usize) -> f64) {
+        let (dims, strides) = (self.layout.dims(), self.layout.stride());
+        // The coordinates of `start`, last dimension fastest, and its place in the storage.
+        let mut index = vec![0; dims.len()];
+        let mut rest = start;
+        for (index, dim) in index.iter_mut().zip(dims).rev() {
+            (*index, rest) = (rest % dim, rest / dim);
+        }
+        let mut place = self.layout.start_offset();
+        place += index
+            .iter()
+            .zip(strides)
+            .map(|(index, stride)| index * stride)
+            .sum::<usize>();
+        for x in row {
+            *x = C::from_f64(value(place));
+            for ((index, &dim), &stride) in index.iter_mut().zip(dims).zip(strides).rev() {
+                *index += 1;
+                place += stride;
+                if *index < dim {
+                    break;
+                }
+                place -= dim * stride;
+                *index = 0;
+            }
+        }
+    }
+}
+
+/// By way of f64, which holds every value of the other types, so that this is one rounding.
+#[inline(always)]
+fn convert<T: Copy, C: Real>(row: &mut [C], values: &[T], widen: impl Fn(T) -> f64) {
+    for (x, value) in row.iter_mut().zip(values) {
+        *x = C::from_f64(widen(*value));
+    }
+}
+
+/// Whether gradients and parameters of this dtype are handled.
+pub(crate) fn is_supported(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16)
+}

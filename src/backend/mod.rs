@@ -1,0 +1,15 @@
+//! Where the stages of a step run.
+//!
+//! A step is the same few stages over blocks on every device:
+//!
+//! | stage | reads | gives |
+//! |---|---|---|
+//! | `statistics` | gradients | [`Sums`](crate::numerics::Sums) of each block |
+//! | `decide` | sums, settings | a [`Decision`](cpu::Decision) for each block: phi, or why it is skipped |
+//! | `update` | gradients, decisions | parameters and masters |
+//!
+//! `optimizer.rs` says what is done and in which order, a backend says how.
+
+pub(crate) mod cpu;
+pub(crate) mod gradient;
+pub(crate) mod simd;

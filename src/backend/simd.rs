@@ -1,0 +1,55 @@
+//! One source, two instantiations: a kernel is plain safe Rust, compiled once for the target's
+//! baseline and once for AVX2 + FMA, and the processor decides at run time.
+//!
+//! Both give the same bits: vectorization reorders nothing in our loops, and `mul_add` is rounded
+//! once in hardware and in the C library alike.
+
+/// A loop over slices. `run` and all it calls must be `#[inline(always)]`, or it is compiled for
+/// the baseline only.
+pub(crate) trait Kernel {
+    type Output;
+    fn run(self) -> Self::Output;
+}
+
+/// The instruction set that kernels run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Simd {
+    /// What the compiler may assume of every processor of the target.
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2Fma(Avx2Fma),
+}
+
+/// Proof that this processor has AVX2 and FMA: only [`Simd::detect`] makes one.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx2Fma(());
+
+impl Simd {
+    /// The best of this processor.
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Self::Avx2Fma(Avx2Fma(()));
+        }
+        Self::Baseline
+    }
+
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Self::Baseline => kernel.run(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2Fma(Avx2Fma(())) => {
+                // SAFETY: an `Avx2Fma` exists only where `detect` has seen both features.
+                unsafe { run_avx2_fma(kernel) }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2_fma<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}

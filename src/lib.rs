@@ -1,0 +1,13 @@
+#![doc = include_str!("../README.md")]
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+mod backend;
+pub mod numerics;
+mod optimizer;
+mod params;
+mod state;
+
+pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
+pub use params::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope};

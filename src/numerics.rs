@@ -1,0 +1,414 @@
+//! The numerics contract: which bits a step gives, on every device.
+//!
+//! The same inputs give the same bits of parameters, master weights and state, whatever the number
+//! of threads, the instruction set, the layout of a gradient in memory, or the way tensors are
+//! packed into kernel launches. This page says how, once; the CPU path and the CUDA kernels cite it.
+//!
+//! # Elements
+//!
+//! * f32, bf16 and f16 parameters are stepped in f32, f64 parameters in f64: the *compute type* of
+//!   the block. bf16 and f16 widen to it exactly; a gradient of another float dtype is rounded to
+//!   it once, to nearest, ties to even. (So an f64 gradient beyond f32's range is an infinity to an
+//!   f32 parameter.)
+//! * Every operation is rounded once, in the order written in `src/backend/cpu.rs`; a fused
+//!   multiply-add is used exactly where that file says `mul_add`. No reassociation, no approximate
+//!   division, no flushing of subnormals.
+//! * A parameter is stored by rounding to nearest, ties to even; beyond the largest finite value it
+//!   becomes an infinity. A NaN is stored as the one positive quiet pattern without payload:
+//!   `7fc00000` (f32), `7ff8000000000000` (f64), `7fc0` (bf16), `7e00` (f16).
+//! * What is one number for a block (norms, the curvature `H`, the brake `phi`) is computed in f64
+//!   and rounded to the compute type once, where it meets the elements.
+//!
+//! # Sums
+//!
+//! A sum over a block has a shape that depends on its number of elements alone:
+//!
+//! 1. The block is cut into chunks of [`CHUNK`] = 8192 elements; the last may be shorter.
+//! 2. A chunk has [`LANES`] = 1024 lanes. Lane `l` adds elements `l`, `l + 1024`, `l + 2048`, ... of
+//!    the chunk in this order, in f64, starting from +0. For a sum of fourth powers each addition
+//!    is `mul_add(q, q, lane)` with `q = g * g` in f64 (exact for a gradient of at most 24
+//!    significant bits); for a sum of squares it is `lane + q`.
+//! 3. The lanes are added as a tree: lane `l` takes lane `l + 512` for `l < 512`, then `l + 256` for
+//!    `l < 256`, and so on down to one. (An absent element is +0 and adding it changes no bit, so a
+//!    short chunk may start its tree at the first width that holds an element.)
+//! 4. The chunk sums of a block, and the block sums of all blocks, are added by the same two rules:
+//!    lanes of 1024 in order, without a limit on their length, then the tree. A block without a
+//!    gradient counts as +0 in its place.
+//!
+//! f64 holds `g^4` for every f32, from the smallest subnormal (4e-180) to the largest finite value
+//! (1e154), so a block of f32, bf16 or f16 needs no scaling. A chunk of an f64 block is scaled by
+//! the power of two `2^-exponent` that brings its largest finite magnitude into [1, 2); its sums
+//! carry that exponent along, and sums of different exponents are brought to the largest one before
+//! they are added. Powers of two are exact, so this too has one fixed result.
+//!
+//! # How a GPU produces the same bits
+//!
+//! Lanes are element indices, not addresses, and 1024 lanes suit every 16-byte access. A team of
+//! 128 threads owns a chunk and each thread keeps 8 lanes in registers, for all 8 rows of 1024: with
+//! f32 a thread loads two groups of four neighbours per row, with bf16 or f16 one group of eight,
+//! with f64 four groups of two. So a warp reads whole sectors in order, the loads of the eight rows
+//! are independent, and a block of 256 threads works on two chunks. At the end of a chunk the 1024
+//! lanes meet in shared memory (8 KiB a sum) and the tree runs over lane numbers, the same for all
+//! dtypes. A misaligned gradient is read as two neighbouring aligned vectors and shifted, which
+//! moves no element to another lane. Chunk sums go to memory by chunk number and are added by rule
+//! 4, so neither the number of multiprocessors nor the order in which chunks finish matters.
+
+/// Elements in a chunk: the unit of a sum, and of work.
+pub const CHUNK: usize = 8192;
+
+/// Lanes of a sum: element `i` of a chunk belongs to lane `i % LANES`.
+pub const LANES: usize = 1024;
+
+/// A compute type: f32, or f64 for f64 parameters.
+pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
+    /// Whether fourth powers can leave the range of f64, so that a chunk's sums need an exponent.
+    const SCALED: bool;
+    fn from_f64(x: f64) -> Self;
+    fn to_f64(self) -> f64;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    fn mul(self, a: Self) -> Self;
+    fn neg(self) -> Self;
+    /// The value itself, or the canonical NaN for any NaN.
+    fn canonical(self) -> Self;
+}
+
+macro_rules! impl_real {
+    ($t:ty, $scaled:expr) => {
+        impl Real for $t {
+            const SCALED: bool = $scaled;
+            #[inline(always)]
+            fn from_f64(x: f64) -> Self {
+                x as $t
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self, b: Self) -> Self {
+                <$t>::mul_add(self, a, b)
+            }
+            #[inline(always)]
+            fn mul(self, a: Self) -> Self {
+                self * a
+            }
+            #[inline(always)]
+            fn neg(self) -> Self {
+                -self
+            }
+            #[inline(always)]
+            fn canonical(self) -> Self {
+                if self.is_nan() { <$t>::NAN } else { self }
+            }
+        }
+    };
+}
+impl_real!(f32, false);
+impl_real!(f64, true);
+
+/// The sums of a chunk, a block or all blocks.
+///
+/// `sum g^2 = sum2 * 2^(2 exponent)` and `sum g^4 = sum4 * 2^(4 exponent)`. `sum2` is +0 where it
+/// was not asked for. A NaN or an infinity among the elements makes `sum4` a NaN or an infinity,
+/// and nothing else does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Sums {
+    pub sum2: f64,
+    pub sum4: f64,
+    pub exponent: i32,
+}
+
+impl Sums {
+    pub const ZERO: Self = Self {
+        sum2: 0.,
+        sum4: 0.,
+        exponent: 0,
+    };
+
+    /// `||c g||_2`
+    pub fn norm(&self, c: f64) -> f64 {
+        c * pow2(self.exponent) * self.sum2.sqrt()
+    }
+
+    /// `||(c g) * (c g)||_2`, the square root of the sum of fourth powers
+    pub fn curvature(&self, c: f64) -> f64 {
+        let unit = c * pow2(self.exponent);
+        unit * unit * self.sum4.sqrt()
+    }
+
+    /// The sum of all `items`, by rule 4 of the contract.
+    pub fn fold(items: &[Sums]) -> Sums {
+        if let [only] = items {
+            return *only;
+        }
+        let exponents = items.iter().filter(|s| s.sum4 != 0.).map(|s| s.exponent);
+        let Some(exponent) = exponents.max() else {
+            return Self::ZERO;
+        };
+        let width = items.len().min(LANES).next_power_of_two();
+        let (mut sum2, mut sum4) = (vec![0.; width], vec![0.; width]);
+        for row in items.chunks(LANES) {
+            for ((lane2, lane4), item) in sum2.iter_mut().zip(&mut sum4).zip(row) {
+                // Positive for sums of zero alone, which no scale changes.
+                let down = (item.exponent - exponent).min(0);
+                *lane2 += item.sum2 * pow2(2 * down);
+                *lane4 += item.sum4 * pow2(4 * down);
+            }
+        }
+        Self {
+            sum2: tree(&mut sum2),
+            sum4: tree(&mut sum4),
+            exponent,
+        }
+    }
+}
+
+/// The sum of a power of two of lanes, by rule 3 of the contract; `lanes` is used up.
+#[inline(always)]
+pub(crate) fn tree(lanes: &mut [f64]) -> f64 {
+    let mut width = lanes.len();
+    debug_assert!(width.is_power_of_two());
+    while width > 1 {
+        width /= 2;
+        let (low, high) = lanes.split_at_mut(width);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low += *high;
+        }
+    }
+    lanes[0]
+}
+
+/// `2^e`, rounded to zero below the subnormals; `e <= 1023`.
+pub(crate) fn pow2(e: i32) -> f64 {
+    debug_assert!(e <= 1023);
+    match e {
+        -1022.. => f64::from_bits(((e + 1023) as u64) << 52),
+        -1074..-1022 => f64::from_bits(1 << (e + 1074)),
+        _ => 0.,
+    }
+}
+
+/// The exponent that scales a chunk whose largest finite magnitude is `max`: `floor(log2(max))`,
+/// but not below -1022.
+#[inline(always)]
+pub(crate) fn scale_exponent(max: f64) -> i32 {
+    ((max.to_bits() >> 52) as i32 & 0x7ff).max(1) - 1023
+}
+
+// The conversions are integer operations on whole words, without branches on the value, so that
+// they vectorize; those of `half` are scalar for bf16.
+
+/// bf16 to f32, exactly.
+#[inline(always)]
+pub(crate) fn bf16_to_f32(x: u16) -> f32 {
+    f32::from_bits((x as u32) << 16)
+}
+
+/// f32 to bf16: to nearest, ties to even, one NaN.
+#[inline(always)]
+pub(crate) fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let odd = (bits >> 16) & 1;
+    let rounded = (bits.wrapping_add(0x7fff + odd) >> 16) as u16;
+    if x.is_nan() { 0x7fc0 } else { rounded }
+}
+
+/// f16 to f32, exactly.
+#[inline(always)]
+pub(crate) fn f16_to_f32(x: u16) -> f32 {
+    const EXPONENT: u32 = 0x7c00 << 13;
+    let sign = ((x & 0x8000) as u32) << 16;
+    let magnitude = ((x & 0x7fff) as u32) << 13;
+    let exponent = magnitude & EXPONENT;
+    // Rebias from 15 to 127; infinities and NaN go to the top of the range, and a subnormal is read
+    // as 2^-14 * 1.fraction, from which 2^-14 is taken off.
+    let normal = magnitude + ((127 - 15) << 23);
+    let special = magnitude + ((255 - 31) << 23);
+    let subnormal = f32::from_bits(normal + (1 << 23)) - f32::from_bits((127 - 14) << 23);
+    let bits = if exponent == EXPONENT {
+        special
+    } else if exponent == 0 {
+        subnormal.to_bits()
+    } else {
+        normal
+    };
+    f32::from_bits(sign | bits)
+}
+
+/// f32 to f16: to nearest, ties to even, one NaN; from 65520 on an infinity.
+#[inline(always)]
+pub(crate) fn f32_to_f16(x: f32) -> u16 {
+    const INFINITY: u32 = 0x7c00;
+    const FIRST_INFINITE: u32 = 0x477f_f000; // 65520
+    const FIRST_NORMAL: u32 = (127 - 14) << 23; // 2^-14
+    let sign = (x.to_bits() >> 16) as u16 & 0x8000;
+    let magnitude = x.to_bits() & 0x7fff_ffff;
+    // Rebias from 127 to 15 and round away 13 bits.
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude
+        .wrapping_sub((127 - 15) << 23)
+        .wrapping_add(0xfff + odd)
+        >> 13;
+    // In [0.5, 1) an f32 has the spacing of f16's subnormals, so adding 0.5 rounds to it.
+    let subnormal = (f32::from_bits(magnitude) + 0.5)
+        .to_bits()
+        .wrapping_sub(0.5f32.to_bits());
+    let bits = if magnitude >= FIRST_INFINITE {
+        INFINITY
+    } else if magnitude < FIRST_NORMAL {
+        subnormal
+    } else {
+        normal
+    };
+    if x.is_nan() {
+        0x7e00
+    } else {
+        sign | bits as u16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    /// Both sides of a narrowing may be NaN, but ours must be the canonical one.
+    fn check_narrowing(x: f32) {
+        if x.is_nan() {
+            assert_eq!(f32_to_bf16(x), 0x7fc0, "{:08x}", x.to_bits());
+            assert_eq!(f32_to_f16(x), 0x7e00, "{:08x}", x.to_bits());
+        } else {
+            assert_eq!(
+                f32_to_bf16(x),
+                bf16::from_f32(x).to_bits(),
+                "{:08x}",
+                x.to_bits()
+            );
+            assert_eq!(
+                f32_to_f16(x),
+                f16::from_f32(x).to_bits(),
+                "{:08x}",
+                x.to_bits()
+            );
+        }
+    }
+
+    #[test]
+    fn every_half_widens_as_the_half_crate_does() {
+        for bits in 0..=u16::MAX {
+            let (b, h) = (bf16::from_bits(bits), f16::from_bits(bits));
+            assert_eq!(bf16_to_f32(bits).is_nan(), b.is_nan(), "{bits:04x}");
+            assert_eq!(f16_to_f32(bits).is_nan(), h.is_nan(), "{bits:04x}");
+            if !b.is_nan() {
+                assert_eq!(
+                    bf16_to_f32(bits).to_bits(),
+                    b.to_f32().to_bits(),
+                    "{bits:04x}"
+                );
+                assert_eq!(f32_to_bf16(bf16_to_f32(bits)), bits);
+            }
+            if !h.is_nan() {
+                assert_eq!(
+                    f16_to_f32(bits).to_bits(),
+                    h.to_f32().to_bits(),
+                    "{bits:04x}"
+                );
+                assert_eq!(f32_to_f16(f16_to_f32(bits)), bits);
+            }
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even_at_every_exponent() {
+        // Every sign and exponent, with the fractions around every kind of tie.
+        let fractions = [
+            0u32, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2000, 0x2fff, 0x3000, 0x3001,
+        ];
+        let ties = [
+            0x7fffu32, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_7fff, 0x7f_ffff,
+        ];
+        for exponent in 0..=0x1ffu32 {
+            for fraction in fractions.iter().chain(&ties) {
+                check_narrowing(f32::from_bits(exponent << 23 | fraction));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn narrowing_agrees_with_the_half_crate(bits in any::<u32>()) {
+            check_narrowing(f32::from_bits(bits));
+        }
+
+        #[test]
+        fn pow2_is_exact(e in -1100..1024i32) {
+            prop_assert_eq!(pow2(e), 2f64.powi(e / 2) * 2f64.powi(e - e / 2));
+        }
+
+        #[test]
+        fn a_scaled_magnitude_is_below_two(bits in 0..0x7ff0_0000_0000_0000u64) {
+            let max = f64::from_bits(bits);
+            let scaled = max * pow2(-scale_exponent(max));
+            prop_assert!(scaled < 2. && (scaled >= 1. || max < f64::MIN_POSITIVE));
+        }
+    }
+
+    #[test]
+    fn sums_of_different_exponents_meet_at_the_largest() {
+        let a = Sums {
+            sum2: 1.,
+            sum4: 1.,
+            exponent: 3,
+        };
+        let b = Sums {
+            sum2: 4.,
+            sum4: 16.,
+            exponent: 2,
+        };
+        let zero = Sums {
+            exponent: 900,
+            ..Sums::ZERO
+        };
+        // 1 * 2^6 + 4 * 2^4 = 2 * 2^6 and 1 * 2^12 + 16 * 2^8 = 2 * 2^12
+        assert_eq!(
+            Sums::fold(&[a, zero, b]),
+            Sums {
+                sum2: 2.,
+                sum4: 2.,
+                exponent: 3
+            }
+        );
+        assert_eq!(Sums::fold(&[]), Sums::ZERO);
+        let far = Sums {
+            sum2: 1.,
+            sum4: 1.,
+            exponent: -1022,
+        };
+        assert_eq!(Sums::fold(&[a, far]), a);
+    }
+
+    /// The values pin the shape of the sum: a change of any of them is a change of bits for users.
+    #[test]
+    fn value_stability_fold() {
+        let items: Vec<Sums> = (0..3000)
+            .map(|i| Sums {
+                sum2: 0.,
+                sum4: 1. / (i as f64 + 1.),
+                exponent: 0,
+            })
+            .collect();
+        // Lanes in order, then the tree, written out naively.
+        let mut lanes = [0f64; LANES];
+        for (i, item) in items.iter().enumerate() {
+            lanes[i % LANES] += item.sum4;
+        }
+        for width in [512, 256, 128, 64, 32, 16, 8, 4, 2, 1] {
+            for l in 0..width {
+                lanes[l] += lanes[l + width];
+            }
+        }
+        assert_eq!(Sums::fold(&items).sum4.to_bits(), lanes[0].to_bits());
+    }
+}

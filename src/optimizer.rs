@@ -1,0 +1,696 @@
+//! [`Srkl`]: parameter groups, and the order of a step.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::ops::Range;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Storage, Tensor, TensorId, Var, bail};
+use candle_nn::{Optimizer, VarMap};
+use rayon::prelude::*;
+
+use crate::backend::cpu::{self, Decision, Scratch, StepScalars};
+use crate::backend::gradient::is_supported;
+use crate::backend::simd::Simd;
+use crate::numerics::Sums;
+use crate::params::{Above, MasterWeights, NonFinite, ParamsSrkl, Scope, check};
+
+/// The name of the group of every parameter that no other group takes.
+pub const DEFAULT_GROUP: &str = "default";
+
+/// Blocks that need not wait for the whole list are taken in runs of about this many elements, so
+/// that a gradient is still in the caches when it is read again.
+const RUN: usize = 1 << 20;
+
+/// A block this small is not worth a thread of its own.
+const SMALL: usize = 1 << 15;
+
+/// The SRKL optimizer: `w <- w - phi * g` with `phi = lr / (1 + beta * H)`.
+///
+/// It is a [`candle_nn::Optimizer`]; [`ParamsSrkl`] has the formula and the settings.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use candle_nn::Optimizer;
+/// use candle_srkl::{ParamsSrkl, Srkl};
+///
+/// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+/// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::reference())?;
+/// let loss = w.sqr()?.sum_all()?;
+/// opt.backward_step(&loss)?;
+/// assert!(w.sqr()?.sum_all()?.to_scalar::<f32>()? < 14.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// Parameters are stepped in place, in f32, f64, bf16 and f16 and mixed; their gradients may be of
+/// any of these dtypes and of any layout. A parameter without a gradient is left alone, without
+/// decay. Work is spread over rayon's threads (`RAYON_NUM_THREADS`, or the pool that `step` is
+/// called in); the result does not depend on their number: see [`numerics`](crate::numerics).
+pub struct Srkl {
+    pub(crate) groups: Vec<Group>,
+    pub(crate) blocks: Vec<Block>,
+    /// Where each variable's storage is, sorted: a gradient must not be one of them.
+    storages: Vec<usize>,
+    pub(crate) schedule: f64,
+    pub(crate) grad_scale: f64,
+    pub(crate) steps: u64,
+    pub(crate) skipped_steps: u64,
+    grad_norm: Option<f64>,
+    simd: Simd,
+}
+
+pub(crate) struct Group {
+    pub name: String,
+    pub params: ParamsSrkl,
+}
+
+/// A parameter tensor and its state.
+pub(crate) struct Block {
+    pub name: String,
+    pub var: Var,
+    /// Its place in `Srkl::groups`.
+    pub group: usize,
+    pub master: Option<Vec<f32>>,
+    pub skipped: u64,
+    /// Curvature and brake of the last step, if it moved this block.
+    last: Option<(f64, f64)>,
+}
+
+/// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockTelemetry {
+    /// The parameter's name.
+    pub name: String,
+    /// The name of its group.
+    pub group: String,
+    /// The brake `phi`, in (0, s * lr]. `None` where the last step did not move this parameter, and
+    /// for [`Scope::Element`], where every element has its own.
+    pub phi: Option<f64>,
+    /// The curvature `H` that `phi` was made from, of the gradient as the rule used it (unscaled
+    /// and clipped). `None` as for `phi`.
+    pub curvature: Option<f64>,
+    /// How often [`NonFinite::SkipBlock`] has skipped this parameter.
+    pub skipped: u64,
+}
+
+impl Optimizer for Srkl {
+    type Config = ParamsSrkl;
+
+    /// An optimizer of `vars` in one group. State is saved under their places in `vars`: "0", "1",
+    /// ... [`Srkl::from_varmap`] saves it by name, which [`VarMap::all_vars`] loses (its order
+    /// differs from run to run).
+    ///
+    /// # Errors
+    ///
+    /// As [`SrklBuilder::build`].
+    fn new(vars: Vec<Var>, params: ParamsSrkl) -> Result<Self> {
+        let named = vars
+            .into_iter()
+            .enumerate()
+            .map(|(place, var)| (place.to_string(), var));
+        Self::builder().default_group(params).build(named)
+    }
+
+    /// One step by `grads`.
+    ///
+    /// # Errors
+    ///
+    /// A gradient that differs from its parameter in shape or device, that is not of f32, f64, bf16
+    /// or f16, or that shares its memory with a parameter; a learning rate that was set to a
+    /// negative or non-finite number. Parameters and state are then as they were.
+    fn step(&mut self, grads: &GradStore) -> Result<()> {
+        let scalars = self.scalars()?;
+        let gradients = self.gradients(grads)?;
+        self.grad_norm = None;
+        for run in self.runs() {
+            let sums = self.statistics(run.clone(), &gradients[run.clone()])?;
+            match self.decide(run.clone(), &gradients[run.clone()], &sums, scalars) {
+                Some(decisions) => {
+                    self.update(run.clone(), &gradients[run], &decisions, scalars)?;
+                }
+                None => {
+                    // Only a run of all blocks has a group that skips steps, so nothing has moved.
+                    self.blocks.iter_mut().for_each(|block| block.last = None);
+                    self.skipped_steps += 1;
+                    return Ok(());
+                }
+            }
+        }
+        self.steps += 1;
+        Ok(())
+    }
+
+    /// The schedule's multiplier times the `lr` of the default group.
+    fn learning_rate(&self) -> f64 {
+        self.schedule * self.groups[0].params.lr
+    }
+
+    /// Sets the schedule's multiplier of **every** group to `lr` over the `lr` of the default group.
+    ///
+    /// The multiplier is applied to `phi`, not to [`ParamsSrkl::lr`]: with [`Beta::Tied`] a large
+    /// `lr` has no effect on the step, so a schedule of it would have none either.
+    ///
+    /// A negative or non-finite `lr` makes the next `step` fail.
+    ///
+    /// [`Beta::Tied`]: crate::Beta::Tied
+    fn set_learning_rate(&mut self, lr: f64) {
+        self.schedule = lr / self.groups[0].params.lr;
+    }
+}
+
+impl Srkl {
+    /// An optimizer of all variables of `varmap`, in the order of their names, in one group.
+    ///
+    /// # Errors
+    ///
+    /// As [`SrklBuilder::build`].
+    pub fn from_varmap(varmap: &VarMap, params: ParamsSrkl) -> Result<Self> {
+        Self::builder().default_group(params).build_varmap(varmap)
+    }
+
+    /// Starts an optimizer with several parameter groups.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let varmap = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    /// let model = candle_nn::linear(4, 2, vb.pp("head"))?;
+    ///
+    /// let decayed = ParamsSrkl { weight_decay: 0.1, ..ParamsSrkl::reference() };
+    /// let opt = Srkl::builder()
+    ///     .default_group(decayed.clone())
+    ///     .group("no_decay", ParamsSrkl { weight_decay: 0., ..decayed }, |_, var| var.rank() < 2)
+    ///     .build_varmap(&varmap)?;
+    /// let groups: Vec<_> = opt.telemetry().into_iter().map(|t| (t.name, t.group)).collect();
+    /// assert_eq!(groups[0], ("head.bias".to_string(), "no_decay".to_string()));
+    /// assert_eq!(groups[1], ("head.weight".to_string(), "default".to_string()));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn builder<'a>() -> SrklBuilder<'a> {
+        SrklBuilder {
+            default: ParamsSrkl::default(),
+            groups: vec![],
+        }
+    }
+
+    /// The factor that the loss was multiplied by (1 unless set): gradients are divided by it
+    /// before everything else.
+    pub fn grad_scale(&self) -> f64 {
+        self.grad_scale
+    }
+
+    /// Sets [`Srkl::grad_scale`], for the steps to come.
+    ///
+    /// The division is folded into the step's coefficients in f64, so the scale may be any; a power
+    /// of two, as loss scalers use, changes no bit of a step in f32.
+    ///
+    /// # Errors
+    ///
+    /// A scale that is not finite and above 0, or whose reciprocal is not finite. The old one stays.
+    pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
+        check("grad_scale", grad_scale, Above::Zero)?;
+        check("1 / grad_scale", 1. / grad_scale, Above::Zero)?;
+        self.grad_scale = grad_scale;
+        Ok(())
+    }
+
+    /// Steps taken, those skipped not counted.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Steps that [`NonFinite::SkipStep`] has skipped.
+    pub fn skipped_steps(&self) -> u64 {
+        self.skipped_steps
+    }
+
+    /// The 2-norm over all (unscaled) gradients of the last step, before clipping. `None` where no
+    /// group clips, since then it is not computed.
+    pub fn grad_norm(&self) -> Option<f64> {
+        self.grad_norm
+    }
+
+    /// What the last step did, for each parameter in order.
+    pub fn telemetry(&self) -> Vec<BlockTelemetry> {
+        let entry = |block: &Block| {
+            let group = &self.groups[block.group];
+            let last = block.last.filter(|_| group.params.scope != Scope::Element);
+            BlockTelemetry {
+                name: block.name.clone(),
+                group: group.name.clone(),
+                curvature: last.map(|(curvature, _)| curvature),
+                phi: last.map(|(_, phi)| phi),
+                skipped: block.skipped,
+            }
+        };
+        self.blocks.iter().map(entry).collect()
+    }
+
+    /// The settings of a group; [`DEFAULT_GROUP`] always exists.
+    pub fn params(&self, group: &str) -> Option<&ParamsSrkl> {
+        self.groups
+            .iter()
+            .find(|g| g.name == group)
+            .map(|g| &g.params)
+    }
+
+    /// Replaces the settings of a group, from the next step on.
+    ///
+    /// # Errors
+    ///
+    /// No group of that name, settings out of range, or another choice of `master_weights`, which
+    /// is made once. The old settings stay.
+    pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
+        params.validate()?;
+        let Some(group) = self.groups.iter_mut().find(|g| g.name == group) else {
+            bail!("no parameter group `{group}`")
+        };
+        if group.params.master_weights != params.master_weights {
+            bail!(
+                "`master_weights` of group `{}`: expected {:?} as it was built, got {:?}",
+                group.name,
+                group.params.master_weights,
+                params.master_weights
+            )
+        }
+        group.params = params;
+        Ok(())
+    }
+
+    /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
+    ///
+    /// With master weights a step computes the new parameter from its master, so a value written
+    /// to the parameter alone would be lost. This gives every master whose parameter is not what
+    /// it rounds to the parameter's value. Without masters there is nothing to do.
+    ///
+    /// `step` does the same for a block by itself when it finds a difference in one of up to 32
+    /// evenly spaced elements of it. So a loaded checkpoint is noticed, but a change of single
+    /// elements may not be: call this after making one.
+    ///
+    /// # Errors
+    ///
+    /// None in a variable that is as it was when the optimizer was built.
+    pub fn sync_master(&mut self) -> Result<()> {
+        for block in &mut self.blocks {
+            if let Some(master) = &mut block.master {
+                cpu::sync_master(&block.var, master)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of the f32 master weights of a parameter, in the order of its elements. `None` for a
+    /// parameter without a master, or an unknown name.
+    pub fn master(&self, name: &str) -> Option<Vec<f32>> {
+        self.blocks
+            .iter()
+            .find(|block| block.name == name)?
+            .master
+            .clone()
+    }
+
+    // -- The stages of a step --
+
+    fn scalars(&self) -> Result<StepScalars> {
+        check("set_learning_rate", self.learning_rate(), Above::OrZero)?;
+        check("learning rate multiplier", self.schedule, Above::OrZero)?;
+        Ok(StepScalars {
+            schedule: self.schedule,
+            grad_scale: self.grad_scale,
+        })
+    }
+
+    /// The gradient of every block. Whatever can be wrong with one is found here, before anything
+    /// has changed.
+    fn gradients<'a>(&self, grads: &'a GradStore) -> Result<Vec<Option<&'a Tensor>>> {
+        let find = |block: &Block| {
+            let gradient = grads.get_id(block.var.id());
+            if let Some(gradient) = gradient {
+                self.check_gradient(block, gradient)?;
+            }
+            Ok(gradient)
+        };
+        self.blocks.par_iter().with_min_len(256).map(find).collect()
+    }
+
+    fn check_gradient(&self, block: &Block, gradient: &Tensor) -> Result<()> {
+        let Block { name, var, .. } = block;
+        if !gradient.device().same_device(var.device()) {
+            bail!(
+                "gradient of `{name}`: expected it on {:?}, got {:?}",
+                var.device().location(),
+                gradient.device().location()
+            )
+        }
+        if gradient.dims() != var.dims() {
+            bail!(
+                "gradient of `{name}`: expected shape {:?}, got {:?}",
+                var.shape(),
+                gradient.shape()
+            )
+        }
+        if !is_supported(gradient.dtype()) {
+            bail!(
+                "gradient of `{name}`: expected f32, f64, bf16 or f16, got {:?}",
+                gradient.dtype()
+            )
+        }
+        if self
+            .storages
+            .binary_search(&storage_address(gradient))
+            .is_ok()
+        {
+            bail!(
+                "gradient of `{name}`: it shares its memory with a parameter, which the step \
+                 writes to; pass a copy"
+            )
+        }
+        Ok(())
+    }
+
+    fn params_of(&self, block: &Block) -> &ParamsSrkl {
+        &self.groups[block.group].params
+    }
+
+    /// The parts of the list that are stepped one after the other: everything at once where a
+    /// decision needs the statistics of all blocks.
+    fn runs(&self) -> Vec<Range<usize>> {
+        let needs_all = self.groups.iter().any(|g| {
+            g.params.nonfinite == NonFinite::SkipStep
+                || uses_norm(&g.params)
+                || is_global(&g.params)
+        });
+        if needs_all || self.blocks.is_empty() {
+            return vec![0..self.blocks.len()];
+        }
+        let (mut runs, mut start, mut elements) = (vec![], 0, 0);
+        for (i, block) in self.blocks.iter().enumerate() {
+            elements += block.var.elem_count();
+            if elements >= RUN || i + 1 == self.blocks.len() {
+                runs.push(start..i + 1);
+                (start, elements) = (i + 1, 0);
+            }
+        }
+        runs
+    }
+
+    /// The smallest number of blocks that one thread takes.
+    fn min_blocks(&self, run: &Range<usize>) -> usize {
+        let elements: usize = self.blocks[run.clone()]
+            .iter()
+            .map(|b| b.var.elem_count())
+            .sum();
+        (SMALL * run.len() / elements.max(1)).clamp(1, 1024)
+    }
+
+    /// Stage 1: the sums over each gradient; zero for a missing one.
+    fn statistics(&self, run: Range<usize>, gradients: &[Option<&Tensor>]) -> Result<Vec<Sums>> {
+        let norm = self.groups.iter().any(|g| uses_norm(&g.params));
+        let sums = |scratch: &mut Box<Scratch>, (block, gradient): (&Block, &Option<&Tensor>)| {
+            let wide = block.var.dtype() == DType::F64;
+            match gradient {
+                Some(gradient) => cpu::statistics(gradient, wide, norm, self.simd, scratch),
+                None => Ok(Sums::ZERO),
+            }
+        };
+        self.blocks[run.clone()]
+            .par_iter()
+            .zip(gradients)
+            .with_min_len(self.min_blocks(&run))
+            .map_init(Scratch::new, sums)
+            .collect()
+    }
+
+    /// Stage 2: the numbers of each block's step, `None` for a block that is not stepped; or `None`
+    /// if the whole step is skipped.
+    fn decide(
+        &mut self,
+        run: Range<usize>,
+        gradients: &[Option<&Tensor>],
+        sums: &[Sums],
+        scalars: StepScalars,
+    ) -> Option<Vec<Option<Decision>>> {
+        let blocks = &self.blocks[run.clone()];
+        let uses_total = |p: &ParamsSrkl| uses_norm(p) || is_global(p);
+        let total = if self.groups.iter().any(|g| uses_total(&g.params)) {
+            let left_out = |block, sums: &Sums| {
+                !sums.sum4.is_finite() && self.params_of(block).nonfinite == NonFinite::SkipBlock
+            };
+            let kept = |(block, sums)| {
+                if left_out(block, sums) {
+                    Sums::ZERO
+                } else {
+                    *sums
+                }
+            };
+            let kept: Vec<Sums> = blocks.iter().zip(sums).map(kept).collect();
+            Sums::fold(&kept)
+        } else {
+            Sums::ZERO
+        };
+        if self.groups.iter().any(|g| uses_norm(&g.params)) {
+            self.grad_norm = Some(total.norm(1. / scalars.grad_scale));
+        }
+
+        let mut decisions = Vec::with_capacity(blocks.len());
+        for ((block, gradient), sums) in self.blocks[run].iter().zip(gradients).zip(sums) {
+            let params = self.params_of(block);
+            let decision = gradient.map(|_| cpu::decide(params, scalars, sums, &total));
+            match decision {
+                Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {
+                    if params.nonfinite == NonFinite::SkipStep {
+                        return None;
+                    }
+                    decisions.push(None);
+                }
+                decision => decisions.push(decision),
+            }
+        }
+        Some(decisions)
+    }
+
+    /// Stage 3: moves the parameters.
+    fn update(
+        &mut self,
+        run: Range<usize>,
+        gradients: &[Option<&Tensor>],
+        decisions: &[Option<Decision>],
+        scalars: StepScalars,
+    ) -> Result<()> {
+        let min_blocks = self.min_blocks(&run);
+        let (groups, simd) = (&self.groups, self.simd);
+        self.blocks[run]
+            .par_iter_mut()
+            .zip(gradients.par_iter().zip(decisions))
+            .with_min_len(min_blocks)
+            .try_for_each_init(Scratch::new, |scratch, (block, (gradient, decision))| {
+                block.last = decision.map(|d| (d.curvature, d.phi));
+                let Some(gradient) = gradient else {
+                    return Ok(());
+                };
+                let Some(decision) = decision else {
+                    block.skipped += 1;
+                    return Ok(());
+                };
+                let params = &groups[block.group].params;
+                let master = block.master.as_deref_mut();
+                cpu::update(
+                    &block.var, master, gradient, params, scalars, decision, simd, scratch,
+                )
+            })
+    }
+}
+
+fn uses_norm(params: &ParamsSrkl) -> bool {
+    params.max_grad_norm.is_some()
+}
+
+fn is_global(params: &ParamsSrkl) -> bool {
+    params.scope == Scope::Global
+}
+
+/// Equal for tensors that share their memory, as candle shares it: one storage behind one lock.
+fn storage_address(tensor: &Tensor) -> usize {
+    let (storage, _) = tensor.storage_and_layout();
+    std::ptr::from_ref::<Storage>(&storage).addr()
+}
+
+/// Whether a name and a variable belong to a group.
+type Predicate<'a> = Box<dyn Fn(&str, &Var) -> bool + 'a>;
+
+/// Builds an [`Srkl`] with several parameter groups: see [`Srkl::builder`].
+pub struct SrklBuilder<'a> {
+    default: ParamsSrkl,
+    groups: Vec<(Group, Predicate<'a>)>,
+}
+
+impl<'a> SrklBuilder<'a> {
+    /// The settings of every parameter that no group takes, under the name [`DEFAULT_GROUP`];
+    /// [`ParamsSrkl::reference`] if not set. Its `lr` is what learning rates are relative to: see
+    /// [`set_learning_rate`](Optimizer::set_learning_rate).
+    pub fn default_group(mut self, params: ParamsSrkl) -> Self {
+        self.default = params;
+        self
+    }
+
+    /// Adds a group of the parameters that `belongs` says yes to, given their name and variable. A
+    /// parameter goes to the first group, in the order of these calls, that takes it.
+    pub fn group(
+        mut self,
+        name: impl Into<String>,
+        params: ParamsSrkl,
+        belongs: impl Fn(&str, &Var) -> bool + 'a,
+    ) -> Self {
+        self.groups.push((
+            Group {
+                name: name.into(),
+                params,
+            },
+            Box::new(belongs),
+        ));
+        self
+    }
+
+    /// An optimizer of all variables of `varmap`, in the order of their names.
+    ///
+    /// # Errors
+    ///
+    /// As [`SrklBuilder::build`].
+    pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
+        let mut named: Vec<(String, Var)> = match varmap.data().lock() {
+            Ok(data) => data
+                .iter()
+                .map(|(name, var)| (name.clone(), var.clone()))
+                .collect(),
+            Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
+        };
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self.build(named)
+    }
+
+    /// An optimizer of named variables, in the given order; those of an integer dtype are left out,
+    /// as candle's optimizers do. Masters are made from the parameters as they are now.
+    ///
+    /// # Errors
+    ///
+    /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
+    /// or the same variable twice, a variable that is not on the CPU, one of a float dtype other
+    /// than f32, f64, bf16 and f16, or one of f64 in a group of [`MasterWeights::F32`].
+    pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
+        let default = Group {
+            name: DEFAULT_GROUP.to_string(),
+            params: self.default,
+        };
+        let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
+        let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
+        let mut names = HashSet::new();
+        for group in &groups {
+            group
+                .params
+                .validate()
+                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+            if !names.insert(group.name.as_str()) {
+                bail!("two parameter groups are named `{}`", group.name)
+            }
+        }
+
+        let mut blocks: Vec<Block> = vec![];
+        let mut names: HashSet<String> = HashSet::new();
+        let mut ids: HashMap<TensorId, String> = HashMap::new();
+        for (name, var) in named {
+            if !var.dtype().is_float() {
+                continue;
+            }
+            if !names.insert(name.clone()) {
+                bail!("two parameters are named `{name}`")
+            }
+            if let Some(other) = ids.insert(var.id(), name.clone()) {
+                bail!("`{name}` and `{other}` are the same variable, which would be stepped twice")
+            }
+            let taken = predicates.iter().position(|belongs| belongs(&name, &var));
+            let group = taken.map_or(0, |place| place + 1);
+            blocks.push(Block::new(
+                name,
+                var,
+                group,
+                groups[group].params.master_weights,
+            )?);
+        }
+        let mut storages: Vec<usize> = blocks.iter().map(|b| storage_address(&b.var)).collect();
+        storages.sort_unstable();
+        Ok(Srkl {
+            groups,
+            blocks,
+            storages,
+            schedule: 1.,
+            grad_scale: 1.,
+            steps: 0,
+            skipped_steps: 0,
+            grad_norm: None,
+            simd: Simd::detect(),
+        })
+    }
+}
+
+impl Block {
+    fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
+        let dtype = var.dtype();
+        if !var.device().is_cpu() {
+            bail!(
+                "`{name}`: expected a variable on the CPU, got one on {:?}",
+                var.device().location()
+            )
+        }
+        if !is_supported(dtype) {
+            bail!("`{name}`: expected a variable of f32, f64, bf16 or f16, got {dtype:?}")
+        }
+        if !var.is_contiguous() || var.layout().start_offset() != 0 {
+            bail!(
+                "`{name}`: expected a contiguous variable at offset 0, got {:?}",
+                var.layout()
+            )
+        }
+        if masters == MasterWeights::F32 && dtype == DType::F64 {
+            bail!(
+                "`{name}`: `MasterWeights::F32` would lose bits of an f64 variable; use \
+                 `MasterWeights::Auto` or `None`"
+            )
+        }
+        let is_half = matches!(dtype, DType::BF16 | DType::F16);
+        let master = match masters {
+            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(cpu::new_master(&var)?),
+            _ => None,
+        };
+        Ok(Self {
+            name,
+            var,
+            group,
+            master,
+            skipped: 0,
+            last: None,
+        })
+    }
+}
+
+impl fmt::Debug for Srkl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Srkl")
+            .field(
+                "groups",
+                &self
+                    .groups
+                    .iter()
+                    .map(|g| (&g.name, &g.params))
+                    .collect::<Vec<_>>(),
+            )
+            .field("parameters", &self.blocks.len())
+            .field("learning_rate", &self.learning_rate())
+            .field("grad_scale", &self.grad_scale)
+            .field("steps", &self.steps)
+            .field("skipped_steps", &self.skipped_steps)
+            .finish()
+    }
+}
