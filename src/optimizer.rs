@@ -76,6 +76,9 @@ pub(crate) struct Block {
     last: Option<(f64, f64)>,
 }
 
+/// The gradients of a run of blocks and their sums; `None` for a missing one.
+type Gradients<'a> = Vec<Option<(&'a Tensor, Sums)>>;
+
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockTelemetry {
@@ -120,14 +123,16 @@ impl Optimizer for Srkl {
     /// negative or non-finite number. Parameters and state are then as they were.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
-        let gradients = self.gradients(grads)?;
+        let runs = self.runs();
+        if runs.len() > 1 {
+            // Whatever can be wrong with a later run is found before the first one is updated.
+            self.gradients(0..self.blocks.len(), grads, |_, _| Ok(()))?;
+        }
         self.grad_norm = None;
-        for run in self.runs() {
-            let sums = self.statistics(run.clone(), &gradients[run.clone()])?;
-            match self.decide(run.clone(), &gradients[run.clone()], &sums, scalars) {
-                Some(decisions) => {
-                    self.update(run.clone(), &gradients[run], &decisions, scalars)?;
-                }
+        for run in runs {
+            let gradients = self.statistics(run.clone(), grads)?;
+            match self.decide(run.clone(), &gradients, scalars) {
+                Some(decisions) => self.update(run, &gradients, &decisions, scalars)?,
                 None => {
                     // Only a run of all blocks has a group that skips steps, so nothing has moved.
                     self.blocks.iter_mut().for_each(|block| block.last = None);
@@ -323,17 +328,26 @@ impl Srkl {
         })
     }
 
-    /// The gradient of every block. Whatever can be wrong with one is found here, before anything
-    /// has changed.
-    fn gradients<'a>(&self, grads: &'a GradStore) -> Result<Vec<Option<&'a Tensor>>> {
-        let find = |block: &Block| {
-            let gradient = grads.get_id(block.var.id());
-            if let Some(gradient) = gradient {
-                self.check_gradient(block, gradient)?;
-            }
-            Ok(gradient)
+    /// The gradients of a run of blocks, with what `read` makes of each; `None` for a block that has
+    /// none. Whatever can be wrong with a gradient is found here.
+    fn gradients<'a, T: Send>(
+        &self,
+        run: Range<usize>,
+        grads: &'a GradStore,
+        read: impl Fn(&mut Scratch, (&Block, &'a Tensor)) -> Result<T> + Sync,
+    ) -> Result<Vec<Option<(&'a Tensor, T)>>> {
+        let find = |scratch: &mut Box<Scratch>, block: &Block| {
+            let Some(gradient) = grads.get_id(block.var.id()) else {
+                return Ok(None);
+            };
+            self.check_gradient(block, gradient)?;
+            Ok(Some((gradient, read(scratch, (block, gradient))?)))
         };
-        self.blocks.par_iter().with_min_len(256).map(find).collect()
+        self.blocks[run.clone()]
+            .par_iter()
+            .with_min_len(self.min_blocks(&run))
+            .map_init(Scratch::new, find)
+            .collect()
     }
 
     fn check_gradient(&self, block: &Block, gradient: &Tensor) -> Result<()> {
@@ -406,22 +420,13 @@ impl Srkl {
         (SMALL * run.len() / elements.max(1)).clamp(1, 1024)
     }
 
-    /// Stage 1: the sums over each gradient; zero for a missing one.
-    fn statistics(&self, run: Range<usize>, gradients: &[Option<&Tensor>]) -> Result<Vec<Sums>> {
+    /// Stage 1: the gradients of a run of blocks and the sums over each.
+    fn statistics<'a>(&self, run: Range<usize>, grads: &'a GradStore) -> Result<Gradients<'a>> {
         let norm = self.groups.iter().any(|g| uses_norm(&g.params));
-        let sums = |scratch: &mut Box<Scratch>, (block, gradient): (&Block, &Option<&Tensor>)| {
+        self.gradients(run, grads, |scratch, (block, gradient)| {
             let wide = block.var.dtype() == DType::F64;
-            match gradient {
-                Some(gradient) => cpu::statistics(gradient, wide, norm, self.simd, scratch),
-                None => Ok(Sums::ZERO),
-            }
-        };
-        self.blocks[run.clone()]
-            .par_iter()
-            .zip(gradients)
-            .with_min_len(self.min_blocks(&run))
-            .map_init(Scratch::new, sums)
-            .collect()
+            cpu::statistics(gradient, wide, norm, self.simd, scratch)
+        })
     }
 
     /// Stage 2: the numbers of each block's step, `None` for a block that is not stepped; or `None`
@@ -429,24 +434,22 @@ impl Srkl {
     fn decide(
         &mut self,
         run: Range<usize>,
-        gradients: &[Option<&Tensor>],
-        sums: &[Sums],
+        gradients: &[Option<(&Tensor, Sums)>],
         scalars: StepScalars,
     ) -> Option<Vec<Option<Decision>>> {
         let blocks = &self.blocks[run.clone()];
         let uses_total = |p: &ParamsSrkl| uses_norm(p) || is_global(p);
         let total = if self.groups.iter().any(|g| uses_total(&g.params)) {
-            let left_out = |block, sums: &Sums| {
-                !sums.sum4.is_finite() && self.params_of(block).nonfinite == NonFinite::SkipBlock
-            };
-            let kept = |(block, sums)| {
-                if left_out(block, sums) {
-                    Sums::ZERO
-                } else {
+            let kept = |(block, gradient): (&Block, &Option<(&Tensor, Sums)>)| match gradient {
+                Some((_, sums))
+                    if sums.sum4.is_finite()
+                        || self.params_of(block).nonfinite != NonFinite::SkipBlock =>
+                {
                     *sums
                 }
+                _ => Sums::ZERO,
             };
-            let kept: Vec<Sums> = blocks.iter().zip(sums).map(kept).collect();
+            let kept: Vec<Sums> = blocks.iter().zip(gradients).map(kept).collect();
             Sums::fold(&kept)
         } else {
             Sums::ZERO
@@ -456,9 +459,9 @@ impl Srkl {
         }
 
         let mut decisions = Vec::with_capacity(blocks.len());
-        for ((block, gradient), sums) in self.blocks[run].iter().zip(gradients).zip(sums) {
+        for (block, gradient) in self.blocks[run].iter().zip(gradients) {
             let params = self.params_of(block);
-            let decision = gradient.map(|_| cpu::decide(params, scalars, sums, &total));
+            let decision = gradient.map(|(_, sums)| cpu::decide(params, scalars, &sums, &total));
             match decision {
                 Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {
                     if params.nonfinite == NonFinite::SkipStep {
@@ -476,7 +479,7 @@ impl Srkl {
     fn update(
         &mut self,
         run: Range<usize>,
-        gradients: &[Option<&Tensor>],
+        gradients: &[Option<(&Tensor, Sums)>],
         decisions: &[Option<Decision>],
         scalars: StepScalars,
     ) -> Result<()> {
@@ -488,7 +491,7 @@ impl Srkl {
             .with_min_len(min_blocks)
             .try_for_each_init(Scratch::new, |scratch, (block, (gradient, decision))| {
                 block.last = decision.map(|d| (d.curvature, d.phi));
-                let Some(gradient) = gradient else {
+                let Some((gradient, _)) = *gradient else {
                     return Ok(());
                 };
                 let Some(decision) = decision else {

@@ -9,6 +9,7 @@ use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 pub(crate) struct Gradient<'a> {
     values: Values<'a>,
     layout: &'a Layout,
+    contiguous: bool,
 }
 
 /// The tensor's whole storage; the layout says where in it the elements are.
@@ -82,7 +83,11 @@ impl<'a> Gradient<'a> {
             CpuStorage::F16(values) => Values::F16(values),
             _ => bail!("expected a gradient of f32, f64, bf16 or f16"),
         };
-        Ok(Self { values, layout })
+        Ok(Self {
+            values,
+            layout,
+            contiguous: layout.is_contiguous(),
+        })
     }
 
     /// The number of elements.
@@ -101,7 +106,7 @@ impl<'a> Gradient<'a> {
     ) -> &'r [C] {
         let range = self.layout.start_offset() + start..self.layout.start_offset() + start + len;
         let row = &mut C::buffer(buffer)[..len];
-        if self.layout.is_contiguous() {
+        if self.contiguous {
             if let Some(values) = C::borrow(self.values) {
                 return &values[range];
             }
