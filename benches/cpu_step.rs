@@ -38,11 +38,7 @@ struct List {
 
 impl List {
     fn all() -> [Self; 4] {
-        let list = |name, dtype, shapes| Self {
-            name,
-            dtype,
-            shapes,
-        };
+        let list = |name, dtype, shapes| Self { name, dtype, shapes };
         [
             list("16M f32", DType::F32, vec![vec![1 << 24]]),
             list("GPT-2 small f32", DType::F32, gpt2_small()),
@@ -52,18 +48,13 @@ impl List {
     }
 
     fn parameters(&self) -> usize {
-        self.shapes
-            .iter()
-            .map(|shape| shape.iter().product::<usize>())
-            .sum()
+        self.shapes.iter().map(|shape| shape.iter().product::<usize>()).sum()
     }
 
     /// Variables and their gradients, all small numbers and none alike.
     fn tensors(&self) -> anyhow::Result<(Vec<Var>, GradStore)> {
         // The only way to an empty store of gradients.
-        let mut grads = Var::zeros((), DType::F32, &Device::Cpu)?
-            .as_tensor()
-            .backward()?;
+        let mut grads = Var::zeros((), DType::F32, &Device::Cpu)?.as_tensor().backward()?;
         let mut vars = vec![];
         for shape in &self.shapes {
             let values = Tensor::randn(0f32, 0.02, shape.as_slice(), &Device::Cpu)?;
@@ -81,22 +72,8 @@ fn gpt2_small() -> Vec<Vec<usize>> {
     let d = 768;
     let mut shapes = vec![vec![50257, d], vec![1024, d]];
     for _ in 0..12 {
-        shapes.extend([
-            vec![d],
-            vec![d],
-            vec![d, 3 * d],
-            vec![3 * d],
-            vec![d, d],
-            vec![d],
-        ]);
-        shapes.extend([
-            vec![d],
-            vec![d],
-            vec![d, 4 * d],
-            vec![4 * d],
-            vec![4 * d, d],
-            vec![d],
-        ]);
+        shapes.extend([vec![d], vec![d], vec![d, 3 * d], vec![3 * d], vec![d, d], vec![d]]);
+        shapes.extend([vec![d], vec![d], vec![d, 4 * d], vec![4 * d], vec![4 * d, d], vec![d]]);
     }
     shapes.extend([vec![d], vec![d]]);
     shapes
@@ -123,10 +100,7 @@ impl Bench<'_> {
                 let elapsed = start.elapsed();
                 let sample = elapsed.as_secs_f64() / iterations as f64;
                 let mut times = self.times.borrow_mut();
-                times
-                    .entry((list.name, contender))
-                    .or_default()
-                    .push(sample);
+                times.entry((list.name, contender)).or_default().push(sample);
                 elapsed
             })
         });
@@ -136,14 +110,10 @@ impl Bench<'_> {
     /// Reads and writes what a step of gradient descent must, with nothing else to do.
     fn plain_loop(&mut self, list: &List, contender: &'static str, threads: usize) {
         const PIECE: usize = 1 << 17;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let lengths = list.shapes.iter().map(|shape| shape.iter().product());
-        let mut pairs: Vec<(Vec<f32>, Vec<f32>)> = lengths
-            .map(|n: usize| (vec![1f32; n], vec![1e-3f32; n]))
-            .collect();
+        let mut pairs: Vec<(Vec<f32>, Vec<f32>)> =
+            lengths.map(|n: usize| (vec![1f32; n], vec![1e-3f32; n])).collect();
         self.run(list, contender, || {
             let body = |(w, g): (&mut [f32], &[f32])| {
                 for (w, g) in w.iter_mut().zip(g) {
@@ -158,9 +128,7 @@ impl Bench<'_> {
                         if w.len() <= PIECE {
                             body((w, g));
                         } else {
-                            w.par_chunks_mut(PIECE)
-                                .zip(g.par_chunks(PIECE))
-                                .for_each(body);
+                            w.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE)).for_each(body);
                         }
                     });
             });
@@ -183,19 +151,13 @@ fn main() -> anyhow::Result<()> {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
-    let mut bench = Bench {
-        criterion: &mut criterion,
-        times: &times,
-    };
+    let mut bench = Bench { criterion: &mut criterion, times: &times };
     for list in List::all() {
         let (vars, grads) = list.tensors()?;
         let mut srkl = Srkl::new(vars.clone(), ParamsSrkl::reference())?;
         bench.run(&list, SRKL, || srkl.step(&grads).unwrap());
         drop(srkl);
-        let skip_block = ParamsSrkl {
-            nonfinite: NonFinite::SkipBlock,
-            ..ParamsSrkl::reference()
-        };
+        let skip_block = ParamsSrkl { nonfinite: NonFinite::SkipBlock, ..ParamsSrkl::reference() };
         let mut srkl = Srkl::new(vars.clone(), skip_block)?;
         bench.run(&list, SRKL_SKIP_BLOCK, || srkl.step(&grads).unwrap());
         drop(srkl);
@@ -220,14 +182,7 @@ fn print_table(times: &BTreeMap<(&'static str, &'static str), Vec<f64>>) {
     println!("\n| list | step | ms | candle SGD / this | candle AdamW / this | GB/s at 12 B |");
     println!("|---|---|---|---|---|---|");
     for list in List::all() {
-        let contenders = [
-            SRKL,
-            SRKL_SKIP_BLOCK,
-            CANDLE_SGD,
-            CANDLE_ADAMW,
-            PLAIN_1,
-            PLAIN_2,
-        ];
+        let contenders = [SRKL, SRKL_SKIP_BLOCK, CANDLE_SGD, CANDLE_ADAMW, PLAIN_1, PLAIN_2];
         for contender in contenders {
             let Some(seconds) = median(&list, contender) else {
                 continue;

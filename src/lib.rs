@@ -4,6 +4,7 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod backend;
+mod block;
 pub mod numerics;
 mod optimizer;
 mod params;

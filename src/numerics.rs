@@ -120,11 +120,7 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    pub const ZERO: Self = Self {
-        sum2: 0.,
-        sum4: 0.,
-        exponent: 0,
-    };
+    pub const ZERO: Self = Self { sum2: 0., sum4: 0., exponent: 0 };
 
     /// `||c g||_2`
     pub fn norm(&self, c: f64) -> f64 {
@@ -146,7 +142,7 @@ impl Sums {
         let Some(exponent) = exponents.max() else {
             return Self::ZERO;
         };
-        let width = items.len().min(LANES).next_power_of_two();
+        let width = items.len().clamp(MIN_LANES, LANES).next_power_of_two();
         let (mut sum2, mut sum4) = (vec![0.; width], vec![0.; width]);
         for row in items.chunks(LANES) {
             for ((lane2, lane4), item) in sum2.iter_mut().zip(&mut sum4).zip(row) {
@@ -156,27 +152,32 @@ impl Sums {
                 *lane4 += item.sum4 * pow2(4 * down);
             }
         }
-        Self {
-            sum2: tree(&mut sum2),
-            sum4: tree(&mut sum4),
-            exponent,
-        }
+        Self { sum2: tree(&mut sum2), sum4: tree(&mut sum4), exponent }
     }
 }
 
-/// The sum of a power of two of lanes, by rule 3 of the contract; `lanes` is used up.
+/// The smallest number of lanes that [`tree`] takes: those of two AVX2 registers.
+pub(crate) const MIN_LANES: usize = 8;
+
+/// The sum of a power of two of lanes, at least [`MIN_LANES`], by rule 3 of the contract; `lanes` is
+/// used up.
 #[inline(always)]
 pub(crate) fn tree(lanes: &mut [f64]) -> f64 {
-    let mut width = lanes.len();
-    debug_assert!(width.is_power_of_two());
-    while width > 1 {
-        width /= 2;
-        let (low, high) = lanes.split_at_mut(width);
+    let (mut lanes, rest) = lanes.as_chunks_mut::<MIN_LANES>();
+    debug_assert!(lanes.len().is_power_of_two() && rest.is_empty());
+    while lanes.len() > 1 {
+        let (low, high) = lanes.split_at_mut(lanes.len() / 2);
         for (low, high) in low.iter_mut().zip(high) {
-            *low += *high;
+            for (low, high) in low.iter_mut().zip(high) {
+                *low += *high;
+            }
         }
+        lanes = low;
     }
-    lanes[0]
+    let [a, b, c, d, e, f, g, h] = lanes[0];
+    let [a, b, c, d] = [a + e, b + f, c + g, d + h];
+    let [a, b] = [a + c, b + d];
+    a + b
 }
 
 /// `2^e`, rounded to zero below the subnormals; `e <= 1023`.
@@ -246,14 +247,9 @@ pub(crate) fn f32_to_f16(x: f32) -> u16 {
     let magnitude = x.to_bits() & 0x7fff_ffff;
     // Rebias from 127 to 15 and round away 13 bits.
     let odd = (magnitude >> 13) & 1;
-    let normal = magnitude
-        .wrapping_sub((127 - 15) << 23)
-        .wrapping_add(0xfff + odd)
-        >> 13;
+    let normal = magnitude.wrapping_sub((127 - 15) << 23).wrapping_add(0xfff + odd) >> 13;
     // In [0.5, 1) an f32 has the spacing of f16's subnormals, so adding 0.5 rounds to it.
-    let subnormal = (f32::from_bits(magnitude) + 0.5)
-        .to_bits()
-        .wrapping_sub(0.5f32.to_bits());
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let bits = if magnitude >= FIRST_INFINITE {
         INFINITY
     } else if magnitude < FIRST_NORMAL {
@@ -261,11 +257,7 @@ pub(crate) fn f32_to_f16(x: f32) -> u16 {
     } else {
         normal
     };
-    if x.is_nan() {
-        0x7e00
-    } else {
-        sign | bits as u16
-    }
+    if x.is_nan() { 0x7e00 } else { sign | bits as u16 }
 }
 
 #[cfg(test)]
@@ -280,18 +272,8 @@ mod tests {
             assert_eq!(f32_to_bf16(x), 0x7fc0, "{:08x}", x.to_bits());
             assert_eq!(f32_to_f16(x), 0x7e00, "{:08x}", x.to_bits());
         } else {
-            assert_eq!(
-                f32_to_bf16(x),
-                bf16::from_f32(x).to_bits(),
-                "{:08x}",
-                x.to_bits()
-            );
-            assert_eq!(
-                f32_to_f16(x),
-                f16::from_f32(x).to_bits(),
-                "{:08x}",
-                x.to_bits()
-            );
+            assert_eq!(f32_to_bf16(x), bf16::from_f32(x).to_bits(), "{:08x}", x.to_bits());
+            assert_eq!(f32_to_f16(x), f16::from_f32(x).to_bits(), "{:08x}", x.to_bits());
         }
     }
 
@@ -302,19 +284,11 @@ mod tests {
             assert_eq!(bf16_to_f32(bits).is_nan(), b.is_nan(), "{bits:04x}");
             assert_eq!(f16_to_f32(bits).is_nan(), h.is_nan(), "{bits:04x}");
             if !b.is_nan() {
-                assert_eq!(
-                    bf16_to_f32(bits).to_bits(),
-                    b.to_f32().to_bits(),
-                    "{bits:04x}"
-                );
+                assert_eq!(bf16_to_f32(bits).to_bits(), b.to_f32().to_bits(), "{bits:04x}");
                 assert_eq!(f32_to_bf16(bf16_to_f32(bits)), bits);
             }
             if !h.is_nan() {
-                assert_eq!(
-                    f16_to_f32(bits).to_bits(),
-                    h.to_f32().to_bits(),
-                    "{bits:04x}"
-                );
+                assert_eq!(f16_to_f32(bits).to_bits(), h.to_f32().to_bits(), "{bits:04x}");
                 assert_eq!(f32_to_f16(f16_to_f32(bits)), bits);
             }
         }
@@ -323,12 +297,8 @@ mod tests {
     #[test]
     fn narrowing_rounds_to_nearest_even_at_every_exponent() {
         // Every sign and exponent, with the fractions around every kind of tie.
-        let fractions = [
-            0u32, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2000, 0x2fff, 0x3000, 0x3001,
-        ];
-        let ties = [
-            0x7fffu32, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_7fff, 0x7f_ffff,
-        ];
+        let fractions = [0u32, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2000, 0x2fff, 0x3000, 0x3001];
+        let ties = [0x7fffu32, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0x1_8001, 0x7f_7fff, 0x7f_ffff];
         for exponent in 0..=0x1ffu32 {
             for fraction in fractions.iter().chain(&ties) {
                 check_narrowing(f32::from_bits(exponent << 23 | fraction));
@@ -357,48 +327,21 @@ mod tests {
 
     #[test]
     fn sums_of_different_exponents_meet_at_the_largest() {
-        let a = Sums {
-            sum2: 1.,
-            sum4: 1.,
-            exponent: 3,
-        };
-        let b = Sums {
-            sum2: 4.,
-            sum4: 16.,
-            exponent: 2,
-        };
-        let zero = Sums {
-            exponent: 900,
-            ..Sums::ZERO
-        };
+        let a = Sums { sum2: 1., sum4: 1., exponent: 3 };
+        let b = Sums { sum2: 4., sum4: 16., exponent: 2 };
+        let zero = Sums { exponent: 900, ..Sums::ZERO };
         // 1 * 2^6 + 4 * 2^4 = 2 * 2^6 and 1 * 2^12 + 16 * 2^8 = 2 * 2^12
-        assert_eq!(
-            Sums::fold(&[a, zero, b]),
-            Sums {
-                sum2: 2.,
-                sum4: 2.,
-                exponent: 3
-            }
-        );
+        assert_eq!(Sums::fold(&[a, zero, b]), Sums { sum2: 2., sum4: 2., exponent: 3 });
         assert_eq!(Sums::fold(&[]), Sums::ZERO);
-        let far = Sums {
-            sum2: 1.,
-            sum4: 1.,
-            exponent: -1022,
-        };
+        let far = Sums { sum2: 1., sum4: 1., exponent: -1022 };
         assert_eq!(Sums::fold(&[a, far]), a);
     }
 
     /// The values pin the shape of the sum: a change of any of them is a change of bits for users.
     #[test]
     fn value_stability_fold() {
-        let items: Vec<Sums> = (0..3000)
-            .map(|i| Sums {
-                sum2: 0.,
-                sum4: 1. / (i as f64 + 1.),
-                exponent: 0,
-            })
-            .collect();
+        let items: Vec<Sums> =
+            (0..3000).map(|i| Sums { sum2: 0., sum4: 1. / (i as f64 + 1.), exponent: 0 }).collect();
         // Lanes in order, then the tree, written out naively.
         let mut lanes = [0f64; LANES];
         for (i, item) in items.iter().enumerate() {

@@ -5,15 +5,15 @@ use std::fmt;
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Storage, Tensor, TensorId, Var, bail};
+use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
-use rayon::prelude::*;
 
-use crate::backend::cpu::{self, Decision, Scratch, StepScalars};
-use crate::backend::gradient::is_supported;
+use crate::backend::cpu::{self, Decision, StepScalars};
 use crate::backend::simd::Simd;
+use crate::backend::stages::{Found, Stages};
+use crate::block::Block;
 use crate::numerics::Sums;
-use crate::params::{Above, MasterWeights, NonFinite, ParamsSrkl, Scope, check};
+use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check};
 
 /// The name of the group of every parameter that no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -22,8 +22,11 @@ pub const DEFAULT_GROUP: &str = "default";
 /// that a gradient is still in the caches when it is read again.
 const RUN: usize = 1 << 20;
 
-/// A block this small is not worth a thread of its own.
-const SMALL: usize = 1 << 15;
+/// Below this much work, in elements, a step is done sooner than another thread has woken up.
+const PARALLEL_WORK: usize = 1 << 18;
+
+/// The work of a block beside that of its elements, in elements.
+const BLOCK_WORK: usize = 256;
 
 /// The SRKL optimizer: `w <- w - phi * g` with `phi = lr / (1 + beta * H)`.
 ///
@@ -57,27 +60,14 @@ pub struct Srkl {
     pub(crate) skipped_steps: u64,
     grad_norm: Option<f64>,
     simd: Simd,
+    /// Whether there is enough work for threads.
+    parallel: bool,
 }
 
 pub(crate) struct Group {
     pub name: String,
     pub params: ParamsSrkl,
 }
-
-/// A parameter tensor and its state.
-pub(crate) struct Block {
-    pub name: String,
-    pub var: Var,
-    /// Its place in `Srkl::groups`.
-    pub group: usize,
-    pub master: Option<Vec<f32>>,
-    pub skipped: u64,
-    /// Curvature and brake of the last step, if it moved this block.
-    last: Option<(f64, f64)>,
-}
-
-/// The gradients of a run of blocks and their sums; `None` for a missing one.
-type Gradients<'a> = Vec<Option<(&'a Tensor, Sums)>>;
 
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
 #[derive(Clone, Debug, PartialEq)]
@@ -107,10 +97,7 @@ impl Optimizer for Srkl {
     ///
     /// As [`SrklBuilder::build`].
     fn new(vars: Vec<Var>, params: ParamsSrkl) -> Result<Self> {
-        let named = vars
-            .into_iter()
-            .enumerate()
-            .map(|(place, var)| (place.to_string(), var));
+        let named = vars.into_iter().enumerate().map(|(place, var)| (place.to_string(), var));
         Self::builder().default_group(params).build(named)
     }
 
@@ -123,26 +110,12 @@ impl Optimizer for Srkl {
     /// negative or non-finite number. Parameters and state are then as they were.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
-        let runs = self.runs();
-        if runs.len() > 1 {
-            // Whatever can be wrong with a later run is found before the first one is updated.
-            self.gradients(0..self.blocks.len(), grads, |_, _| Ok(()))?;
+        if self.parallel {
+            // Into the thread pool once, not once for every loop.
+            rayon::scope(|_| self.step_all(grads, scalars))
+        } else {
+            self.step_all(grads, scalars)
         }
-        self.grad_norm = None;
-        for run in runs {
-            let gradients = self.statistics(run.clone(), grads)?;
-            match self.decide(run.clone(), &gradients, scalars) {
-                Some(decisions) => self.update(run, &gradients, &decisions, scalars)?,
-                None => {
-                    // Only a run of all blocks has a group that skips steps, so nothing has moved.
-                    self.blocks.iter_mut().for_each(|block| block.last = None);
-                    self.skipped_steps += 1;
-                    return Ok(());
-                }
-            }
-        }
-        self.steps += 1;
-        Ok(())
     }
 
     /// The schedule's multiplier times the `lr` of the default group.
@@ -195,10 +168,7 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn builder<'a>() -> SrklBuilder<'a> {
-        SrklBuilder {
-            default: ParamsSrkl::default(),
-            groups: vec![],
-        }
+        SrklBuilder { default: ParamsSrkl::default(), groups: vec![] }
     }
 
     /// The factor that the loss was multiplied by (1 unless set): gradients are divided by it
@@ -256,10 +226,7 @@ impl Srkl {
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
     pub fn params(&self, group: &str) -> Option<&ParamsSrkl> {
-        self.groups
-            .iter()
-            .find(|g| g.name == group)
-            .map(|g| &g.params)
+        self.groups.iter().find(|g| g.name == group).map(|g| &g.params)
     }
 
     /// Replaces the settings of a group, from the next step on.
@@ -310,79 +277,49 @@ impl Srkl {
     /// A copy of the f32 master weights of a parameter, in the order of its elements. `None` for a
     /// parameter without a master, or an unknown name.
     pub fn master(&self, name: &str) -> Option<Vec<f32>> {
-        self.blocks
-            .iter()
-            .find(|block| block.name == name)?
-            .master
-            .clone()
+        self.blocks.iter().find(|block| block.name == name)?.master.clone()
     }
 
-    // -- The stages of a step --
+    // -- The order of a step, and its stages --
+
+    fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
+        let runs = self.runs();
+        if runs.len() > 1 {
+            // Whatever can be wrong with a later run is found before the first one is updated.
+            self.stages().check(&self.blocks, grads)?;
+        }
+        let norm = self.uses(uses_norm);
+        self.grad_norm = None;
+        for run in runs {
+            let gradients = self.stages().statistics(&self.blocks[run.clone()], grads, norm)?;
+            let Some(decisions) = self.decide(run.clone(), &gradients, scalars) else {
+                // Only a run of all blocks has a group that skips steps, so nothing has moved.
+                self.blocks.iter_mut().for_each(|block| block.last = None);
+                self.skipped_steps += 1;
+                return Ok(());
+            };
+            let stages =
+                Stages { simd: self.simd, parallel: self.parallel, storages: &self.storages };
+            let params = |block: &Block| &self.groups[block.group].params;
+            stages.update(&mut self.blocks[run], &gradients, &decisions, params, scalars)?;
+        }
+        self.steps += 1;
+        Ok(())
+    }
 
     fn scalars(&self) -> Result<StepScalars> {
-        check("set_learning_rate", self.learning_rate(), Above::OrZero)?;
+        check("learning rate", self.learning_rate(), Above::OrZero)?;
         check("learning rate multiplier", self.schedule, Above::OrZero)?;
-        Ok(StepScalars {
-            schedule: self.schedule,
-            grad_scale: self.grad_scale,
-        })
+        Ok(StepScalars { schedule: self.schedule, grad_scale: self.grad_scale })
     }
 
-    /// The gradients of a run of blocks, with what `read` makes of each; `None` for a block that has
-    /// none. Whatever can be wrong with a gradient is found here.
-    fn gradients<'a, T: Send>(
-        &self,
-        run: Range<usize>,
-        grads: &'a GradStore,
-        read: impl Fn(&mut Scratch, (&Block, &'a Tensor)) -> Result<T> + Sync,
-    ) -> Result<Vec<Option<(&'a Tensor, T)>>> {
-        let find = |scratch: &mut Box<Scratch>, block: &Block| {
-            let Some(gradient) = grads.get_id(block.var.id()) else {
-                return Ok(None);
-            };
-            self.check_gradient(block, gradient)?;
-            Ok(Some((gradient, read(scratch, (block, gradient))?)))
-        };
-        self.blocks[run.clone()]
-            .par_iter()
-            .with_min_len(self.min_blocks(&run))
-            .map_init(Scratch::new, find)
-            .collect()
+    fn stages(&self) -> Stages<'_> {
+        Stages { simd: self.simd, parallel: self.parallel, storages: &self.storages }
     }
 
-    fn check_gradient(&self, block: &Block, gradient: &Tensor) -> Result<()> {
-        let Block { name, var, .. } = block;
-        if !gradient.device().same_device(var.device()) {
-            bail!(
-                "gradient of `{name}`: expected it on {:?}, got {:?}",
-                var.device().location(),
-                gradient.device().location()
-            )
-        }
-        if gradient.dims() != var.dims() {
-            bail!(
-                "gradient of `{name}`: expected shape {:?}, got {:?}",
-                var.shape(),
-                gradient.shape()
-            )
-        }
-        if !is_supported(gradient.dtype()) {
-            bail!(
-                "gradient of `{name}`: expected f32, f64, bf16 or f16, got {:?}",
-                gradient.dtype()
-            )
-        }
-        if self
-            .storages
-            .binary_search(&storage_address(gradient))
-            .is_ok()
-        {
-            bail!(
-                "gradient of `{name}`: it shares its memory with a parameter, which the step \
-                 writes to; pass a copy"
-            )
-        }
-        Ok(())
+    /// Whether something holds for any group.
+    fn uses(&self, holds: impl Fn(&ParamsSrkl) -> bool) -> bool {
+        self.groups.iter().any(|group| holds(&group.params))
     }
 
     fn params_of(&self, block: &Block) -> &ParamsSrkl {
@@ -392,17 +329,13 @@ impl Srkl {
     /// The parts of the list that are stepped one after the other: everything at once where a
     /// decision needs the statistics of all blocks.
     fn runs(&self) -> Vec<Range<usize>> {
-        let needs_all = self.groups.iter().any(|g| {
-            g.params.nonfinite == NonFinite::SkipStep
-                || uses_norm(&g.params)
-                || is_global(&g.params)
-        });
-        if needs_all || self.blocks.is_empty() {
+        let skips_steps = |params: &ParamsSrkl| params.nonfinite == NonFinite::SkipStep;
+        if self.uses(skips_steps) || self.uses(uses_total) || self.blocks.is_empty() {
             return vec![0..self.blocks.len()];
         }
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
-            elements += block.var.elem_count();
+            elements += block.n;
             if elements >= RUN || i + 1 == self.blocks.len() {
                 runs.push(start..i + 1);
                 (start, elements) = (i + 1, 0);
@@ -411,57 +344,32 @@ impl Srkl {
         runs
     }
 
-    /// The smallest number of blocks that one thread takes.
-    fn min_blocks(&self, run: &Range<usize>) -> usize {
-        let elements: usize = self.blocks[run.clone()]
-            .iter()
-            .map(|b| b.var.elem_count())
-            .sum();
-        (SMALL * run.len() / elements.max(1)).clamp(1, 1024)
-    }
-
-    /// Stage 1: the gradients of a run of blocks and the sums over each.
-    fn statistics<'a>(&self, run: Range<usize>, grads: &'a GradStore) -> Result<Gradients<'a>> {
-        let norm = self.groups.iter().any(|g| uses_norm(&g.params));
-        self.gradients(run, grads, |scratch, (block, gradient)| {
-            let wide = block.var.dtype() == DType::F64;
-            cpu::statistics(gradient, wide, norm, self.simd, scratch)
-        })
-    }
-
     /// Stage 2: the numbers of each block's step, `None` for a block that is not stepped; or `None`
     /// if the whole step is skipped.
     fn decide(
         &mut self,
         run: Range<usize>,
-        gradients: &[Option<(&Tensor, Sums)>],
+        gradients: &[Option<Found>],
         scalars: StepScalars,
     ) -> Option<Vec<Option<Decision>>> {
-        let blocks = &self.blocks[run.clone()];
-        let uses_total = |p: &ParamsSrkl| uses_norm(p) || is_global(p);
-        let total = if self.groups.iter().any(|g| uses_total(&g.params)) {
-            let kept = |(block, gradient): (&Block, &Option<(&Tensor, Sums)>)| match gradient {
-                Some((_, sums))
-                    if sums.sum4.is_finite()
-                        || self.params_of(block).nonfinite != NonFinite::SkipBlock =>
-                {
-                    *sums
-                }
-                _ => Sums::ZERO,
+        let blocks = &self.blocks[run];
+        let total = if self.uses(uses_total) {
+            let counts = |block, found: &Found| {
+                let skips_block = self.params_of(block).nonfinite == NonFinite::SkipBlock;
+                found.sums.sum4.is_finite() || !skips_block
             };
-            let kept: Vec<Sums> = blocks.iter().zip(gradients).map(kept).collect();
-            Sums::fold(&kept)
+            let in_total = blocks.iter().zip(gradients).map(|(block, found)| match found {
+                Some(found) if counts(block, found) => found.sums,
+                _ => Sums::ZERO,
+            });
+            Sums::fold(&in_total.collect::<Vec<_>>())
         } else {
             Sums::ZERO
         };
-        if self.groups.iter().any(|g| uses_norm(&g.params)) {
-            self.grad_norm = Some(total.norm(1. / scalars.grad_scale));
-        }
-
         let mut decisions = Vec::with_capacity(blocks.len());
-        for (block, gradient) in self.blocks[run].iter().zip(gradients) {
+        for (block, found) in blocks.iter().zip(gradients) {
             let params = self.params_of(block);
-            let decision = gradient.map(|(_, sums)| cpu::decide(params, scalars, &sums, &total));
+            let decision = found.map(|found| cpu::decide(params, scalars, &found.sums, &total));
             match decision {
                 Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {
                     if params.nonfinite == NonFinite::SkipStep {
@@ -472,38 +380,10 @@ impl Srkl {
                 decision => decisions.push(decision),
             }
         }
+        if self.uses(uses_norm) {
+            self.grad_norm = Some(total.norm(1. / scalars.grad_scale));
+        }
         Some(decisions)
-    }
-
-    /// Stage 3: moves the parameters.
-    fn update(
-        &mut self,
-        run: Range<usize>,
-        gradients: &[Option<(&Tensor, Sums)>],
-        decisions: &[Option<Decision>],
-        scalars: StepScalars,
-    ) -> Result<()> {
-        let min_blocks = self.min_blocks(&run);
-        let (groups, simd) = (&self.groups, self.simd);
-        self.blocks[run]
-            .par_iter_mut()
-            .zip(gradients.par_iter().zip(decisions))
-            .with_min_len(min_blocks)
-            .try_for_each_init(Scratch::new, |scratch, (block, (gradient, decision))| {
-                block.last = decision.map(|d| (d.curvature, d.phi));
-                let Some((gradient, _)) = *gradient else {
-                    return Ok(());
-                };
-                let Some(decision) = decision else {
-                    block.skipped += 1;
-                    return Ok(());
-                };
-                let params = &groups[block.group].params;
-                let master = block.master.as_deref_mut();
-                cpu::update(
-                    &block.var, master, gradient, params, scalars, decision, simd, scratch,
-                )
-            })
     }
 }
 
@@ -511,14 +391,9 @@ fn uses_norm(params: &ParamsSrkl) -> bool {
     params.max_grad_norm.is_some()
 }
 
-fn is_global(params: &ParamsSrkl) -> bool {
-    params.scope == Scope::Global
-}
-
-/// Equal for tensors that share their memory, as candle shares it: one storage behind one lock.
-fn storage_address(tensor: &Tensor) -> usize {
-    let (storage, _) = tensor.storage_and_layout();
-    std::ptr::from_ref::<Storage>(&storage).addr()
+/// Whether a step needs sums over all blocks.
+fn uses_total(params: &ParamsSrkl) -> bool {
+    uses_norm(params) || params.scope == Scope::Global
 }
 
 /// Whether a name and a variable belong to a group.
@@ -547,13 +422,7 @@ impl<'a> SrklBuilder<'a> {
         params: ParamsSrkl,
         belongs: impl Fn(&str, &Var) -> bool + 'a,
     ) -> Self {
-        self.groups.push((
-            Group {
-                name: name.into(),
-                params,
-            },
-            Box::new(belongs),
-        ));
+        self.groups.push((Group { name: name.into(), params }, Box::new(belongs)));
         self
     }
 
@@ -564,10 +433,7 @@ impl<'a> SrklBuilder<'a> {
     /// As [`SrklBuilder::build`].
     pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
         let mut named: Vec<(String, Var)> = match varmap.data().lock() {
-            Ok(data) => data
-                .iter()
-                .map(|(name, var)| (name.clone(), var.clone()))
-                .collect(),
+            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
             Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
         };
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -583,18 +449,12 @@ impl<'a> SrklBuilder<'a> {
     /// or the same variable twice, a variable that is not on the CPU, one of a float dtype other
     /// than f32, f64, bf16 and f16, or one of f64 in a group of [`MasterWeights::F32`].
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
-        let default = Group {
-            name: DEFAULT_GROUP.to_string(),
-            params: self.default,
-        };
+        let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
         let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
         let mut names = HashSet::new();
         for group in &groups {
-            group
-                .params
-                .validate()
-                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+            group.params.validate().map_err(|e| e.context(format!("group `{}`", group.name)))?;
             if !names.insert(group.name.as_str()) {
                 bail!("two parameter groups are named `{}`", group.name)
             }
@@ -615,15 +475,12 @@ impl<'a> SrklBuilder<'a> {
             }
             let taken = predicates.iter().position(|belongs| belongs(&name, &var));
             let group = taken.map_or(0, |place| place + 1);
-            blocks.push(Block::new(
-                name,
-                var,
-                group,
-                groups[group].params.master_weights,
-            )?);
+            blocks.push(Block::new(name, var, group, groups[group].params.master_weights)?);
         }
-        let mut storages: Vec<usize> = blocks.iter().map(|b| storage_address(&b.var)).collect();
+        let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
+        let work: usize = blocks.iter().map(|block| block.n + BLOCK_WORK).sum();
+        let parallel = work >= PARALLEL_WORK;
         Ok(Srkl {
             groups,
             blocks,
@@ -634,46 +491,7 @@ impl<'a> SrklBuilder<'a> {
             skipped_steps: 0,
             grad_norm: None,
             simd: Simd::detect(),
-        })
-    }
-}
-
-impl Block {
-    fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
-        let dtype = var.dtype();
-        if !var.device().is_cpu() {
-            bail!(
-                "`{name}`: expected a variable on the CPU, got one on {:?}",
-                var.device().location()
-            )
-        }
-        if !is_supported(dtype) {
-            bail!("`{name}`: expected a variable of f32, f64, bf16 or f16, got {dtype:?}")
-        }
-        if !var.is_contiguous() || var.layout().start_offset() != 0 {
-            bail!(
-                "`{name}`: expected a contiguous variable at offset 0, got {:?}",
-                var.layout()
-            )
-        }
-        if masters == MasterWeights::F32 && dtype == DType::F64 {
-            bail!(
-                "`{name}`: `MasterWeights::F32` would lose bits of an f64 variable; use \
-                 `MasterWeights::Auto` or `None`"
-            )
-        }
-        let is_half = matches!(dtype, DType::BF16 | DType::F16);
-        let master = match masters {
-            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(cpu::new_master(&var)?),
-            _ => None,
-        };
-        Ok(Self {
-            name,
-            var,
-            group,
-            master,
-            skipped: 0,
-            last: None,
+            parallel,
         })
     }
 }
@@ -681,14 +499,7 @@ impl Block {
 impl fmt::Debug for Srkl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Srkl")
-            .field(
-                "groups",
-                &self
-                    .groups
-                    .iter()
-                    .map(|g| (&g.name, &g.params))
-                    .collect::<Vec<_>>(),
-            )
+            .field("groups", &self.groups.iter().map(|g| (&g.name, &g.params)).collect::<Vec<_>>())
             .field("parameters", &self.blocks.len())
             .field("learning_rate", &self.learning_rate())
             .field("grad_scale", &self.grad_scale)

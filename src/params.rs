@@ -150,11 +150,7 @@ impl ParamsSrkl {
             Beta::Fixed(beta) => check("beta (Beta::Fixed)", beta, Above::OrZero)?,
             Beta::Tied(gamma) => {
                 check("beta (Beta::Tied)", gamma, Above::OrZero)?;
-                check(
-                    "beta (Beta::Tied) times `lr`",
-                    self.beta_value(),
-                    Above::OrZero,
-                )?;
+                check("beta (Beta::Tied) times `lr`", self.beta_value(), Above::OrZero)?;
             }
         }
         check("weight_decay", self.weight_decay, Above::OrZero)?;

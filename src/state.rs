@@ -20,7 +20,8 @@ use candle_core::{Error, Result, bail};
 use safetensors::{Dtype, SafeTensors, View};
 
 use crate::backend::cpu;
-use crate::optimizer::{Block, Srkl};
+use crate::block::Block;
+use crate::optimizer::Srkl;
 use crate::params::{Above, check};
 
 const FORMAT: &str = "candle-srkl";
@@ -57,13 +58,7 @@ impl Srkl {
             metadata.insert(format!("parameter.{}", block.name), description(block));
             metadata.insert(format!("skipped.{}", block.name), block.skipped.to_string());
             if let Some(values) = &block.master {
-                masters.push((
-                    master_key(block),
-                    Master {
-                        shape: block.var.dims(),
-                        values,
-                    },
-                ));
+                masters.push((master_key(block), Master { shape: block.var.dims(), values }));
             }
         }
 
@@ -145,16 +140,12 @@ impl Loaded {
         let grad_scale = number(metadata, "grad_scale")?;
         check("grad_scale", grad_scale, Above::Zero)?;
 
-        let saved = metadata
-            .keys()
-            .filter_map(|key| key.strip_prefix("parameter."));
+        let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
         let known: HashMap<&str, &Block> = blocks.iter().map(|b| (b.name.as_str(), b)).collect();
         if let Some(stranger) = saved.filter(|name| !known.contains_key(name)).min() {
             bail!("the checkpoint has a parameter `{stranger}`, this optimizer has not")
         }
-        let loaded = blocks
-            .iter()
-            .map(|block| load_block(block, metadata, &tensors));
+        let loaded = blocks.iter().map(|block| load_block(block, metadata, &tensors));
         Ok(Self {
             steps: number(metadata, "steps")?,
             skipped_steps: number(metadata, "skipped_steps")?,
@@ -191,9 +182,7 @@ fn load_block(
         )
     }
     let words = tensor.data().chunks_exact(4);
-    let master: Vec<f32> = words
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect();
+    let master: Vec<f32> = words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     if let Some(i) = cpu::first_disagreement(&block.var, &master)? {
         bail!(
             "master of `{name}`: element {i} ({}) does not round to the parameter's; load the \
@@ -206,16 +195,8 @@ fn load_block(
 
 /// What must be equal for a checkpoint to fit a parameter.
 fn description(block: &Block) -> String {
-    let master = if block.master.is_some() {
-        "f32"
-    } else {
-        "none"
-    };
-    format!(
-        "dtype={} shape={:?} master={master}",
-        block.var.dtype().as_str(),
-        block.var.dims()
-    )
+    let master = if block.master.is_some() { "f32" } else { "none" };
+    format!("dtype={} shape={:?} master={master}", block.var.dtype().as_str(), block.var.dims())
 }
 
 fn master_key(block: &Block) -> String {
@@ -223,12 +204,8 @@ fn master_key(block: &Block) -> String {
 }
 
 fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
-    let Some(text) = metadata.get(key) else {
-        bail!("`{key}` is missing in the metadata")
-    };
-    let Ok(number) = text.parse() else {
-        bail!("`{key}` is not a number: {text:?}")
-    };
+    let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
+    let Ok(number) = text.parse() else { bail!("`{key}` is not a number: {text:?}") };
     Ok(number)
 }
 

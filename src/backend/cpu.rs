@@ -13,8 +13,9 @@ use rayon::prelude::*;
 
 use super::gradient::{FromGradient, Gradient, RowBuffer};
 use super::simd::{Kernel, Simd};
+use crate::block::Block;
 use crate::numerics::{
-    CHUNK, LANES, Real, Sums, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, pow2,
+    CHUNK, LANES, MIN_LANES, Real, Sums, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, pow2,
     scale_exponent, tree,
 };
 use crate::params::{NonFinite, ParamsSrkl, Scope};
@@ -35,31 +36,25 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub fn new() -> Box<Self> {
-        Box::new(Self {
-            row: RowBuffer::new(),
-            sum2: [0.; LANES],
-            sum4: [0.; LANES],
-        })
+        Box::new(Self { row: RowBuffer::new(), sum2: [0.; LANES], sum4: [0.; LANES] })
     }
 }
 
 /// The sums over a block's gradient, computed in f64 or (not `wide`) f32; `sum2` only where `norm`
 /// asks for it.
 pub(crate) fn statistics(
-    gradient: &Tensor,
+    g: &Gradient,
     wide: bool,
     norm: bool,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<Sums> {
-    let (storage, layout) = gradient.storage_and_layout();
-    let g = Gradient::new(cpu_storage(&storage)?, layout)?;
-    Ok(match (wide, norm) {
-        (false, false) => block_sums::<f32, false>(&g, simd, scratch),
-        (false, true) => block_sums::<f32, true>(&g, simd, scratch),
-        (true, false) => block_sums::<f64, false>(&g, simd, scratch),
-        (true, true) => block_sums::<f64, true>(&g, simd, scratch),
-    })
+) -> Sums {
+    match (wide, norm) {
+        (false, false) => block_sums::<f32, false>(g, simd, scratch),
+        (false, true) => block_sums::<f32, true>(g, simd, scratch),
+        (true, false) => block_sums::<f64, false>(g, simd, scratch),
+        (true, true) => block_sums::<f64, true>(g, simd, scratch),
+    }
 }
 
 fn block_sums<C: FromGradient, const NORM: bool>(
@@ -70,26 +65,22 @@ fn block_sums<C: FromGradient, const NORM: bool>(
     let chunk_sums = |scratch: &mut Scratch, chunk: usize| {
         let start = chunk * CHUNK;
         let len = CHUNK.min(g.len() - start);
-        simd.run(ChunkSums::<C, NORM> {
-            g,
-            start,
-            len,
-            scratch,
-            compute: PhantomData,
-        })
+        simd.run(ChunkSums::<C, NORM> { g, start, len, scratch, compute: PhantomData })
     };
-    match g.len().div_ceil(CHUNK) {
-        0 => Sums::ZERO,
-        1 => chunk_sums(scratch, 0),
-        chunks => {
-            let sums: Vec<Sums> = (0..chunks)
-                .into_par_iter()
-                .with_min_len(PIECE / CHUNK)
-                .map_init(Scratch::new, |scratch, chunk| chunk_sums(scratch, chunk))
-                .collect();
-            Sums::fold(&sums)
+    let chunks = g.len().div_ceil(CHUNK);
+    let sums: Vec<Sums> = if g.len() <= PIECE {
+        if chunks == 1 {
+            return chunk_sums(scratch, 0);
         }
-    }
+        (0..chunks).map(|chunk| chunk_sums(scratch, chunk)).collect()
+    } else {
+        (0..chunks)
+            .into_par_iter()
+            .with_min_len(PIECE / CHUNK)
+            .map_init(Scratch::new, |scratch, chunk| chunk_sums(scratch, chunk))
+            .collect()
+    };
+    Sums::fold(&sums)
 }
 
 /// The sums over elements `start..start + len` of a gradient, one chunk.
@@ -106,19 +97,9 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
 
     #[inline(always)]
     fn run(self) -> Sums {
-        let Self {
-            g,
-            start,
-            len,
-            scratch,
-            ..
-        } = self;
+        let Self { g, start, len, scratch, .. } = self;
         let Scratch { row, sum2, sum4 } = scratch;
-        let rows = || {
-            (0..len)
-                .step_by(LANES)
-                .map(|at| (start + at, LANES.min(len - at)))
-        };
+        let rows = || (0..len).step_by(LANES).map(|at| (start + at, LANES.min(len - at)));
 
         let mut exponent = 0;
         if C::SCALED {
@@ -135,7 +116,7 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
         }
         let scale = pow2(-exponent);
 
-        let width = len.min(LANES).next_power_of_two();
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let (sum2, sum4) = (&mut sum2[..width], &mut sum4[..width]);
         sum4.fill(0.);
         if NORM {
@@ -144,11 +125,7 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
         for (at, len) in rows() {
             let row = g.row::<C>(at, len, row);
             for ((g, sum2), sum4) in row.iter().zip(sum2.iter_mut()).zip(sum4.iter_mut()) {
-                let g = if C::SCALED {
-                    g.to_f64() * scale
-                } else {
-                    g.to_f64()
-                };
+                let g = if C::SCALED { g.to_f64() * scale } else { g.to_f64() };
                 let q = g * g;
                 if NORM {
                     *sum2 += q;
@@ -157,11 +134,7 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
             }
         }
         let sum2 = if NORM { tree(sum2) } else { 0. };
-        Sums {
-            sum2,
-            sum4: tree(sum4),
-            exponent,
-        }
+        Sums { sum2, sum4: tree(sum4), exponent }
     }
 }
 
@@ -201,27 +174,14 @@ pub(crate) fn decide(
     if let Some(max_grad_norm) = params.max_grad_norm {
         let norm = total.norm(c);
         // A NaN norm makes `c` a NaN.
-        let clip = if norm <= max_grad_norm {
-            1.
-        } else {
-            max_grad_norm / norm
-        };
+        let clip = if norm <= max_grad_norm { 1. } else { max_grad_norm / norm };
         c *= clip;
     }
-    let sums = if params.scope == Scope::Global {
-        total
-    } else {
-        own
-    };
+    let sums = if params.scope == Scope::Global { total } else { own };
     let curvature = sums.curvature(c);
     let phi = brake(scalars.schedule * params.lr, params.beta_value(), curvature);
     let finite = own.sum4.is_finite() && curvature.is_finite() && c > 0.;
-    Decision {
-        c,
-        curvature,
-        phi,
-        finite,
-    }
+    Decision { c, curvature, phi, finite }
 }
 
 /// `phi = lr / (1 + beta * H)`, with the schedule in `lr`.
@@ -250,8 +210,7 @@ struct Coefficients {
 
 /// Moves a block by its gradient, in place.
 pub(crate) fn update(
-    var: &Var,
-    master: Option<&mut [f32]>,
+    block: &mut Block,
     gradient: &Tensor,
     params: &ParamsSrkl,
     scalars: StepScalars,
@@ -260,7 +219,7 @@ pub(crate) fn update(
     scratch: &mut Scratch,
 ) -> Result<()> {
     let (storage, layout) = gradient.storage_and_layout();
-    let g = Gradient::new(cpu_storage(&storage)?, layout)?;
+    let g = Gradient::new(&storage, layout)?;
     let coefficients = Coefficients {
         c: decision.c,
         phi: decision.phi,
@@ -270,7 +229,8 @@ pub(crate) fn update(
             Scope::Tensor | Scope::Global => None,
         },
     };
-    with_storage_mut(var, |storage| match storage {
+    let master = block.master.as_deref_mut();
+    with_storage_mut(&block.var, |storage| match storage {
         CpuStorage::F32(w) => block_update(w, None, &g, coefficients, simd, scratch),
         CpuStorage::F64(w) => block_update(w, None, &g, coefficients, simd, scratch),
         CpuStorage::BF16(w) => block_update(w, master, &g, coefficients, simd, scratch),
@@ -293,14 +253,7 @@ fn block_update<P: Parameter>(
         reconcile(w, master);
     }
     let piece = |scratch: &mut Scratch, start, w, master| {
-        simd.run(Update {
-            start,
-            w,
-            master,
-            g,
-            coefficients,
-            scratch,
-        });
+        simd.run(Update { start, w, master, g, coefficients, scratch });
     };
     if w.len() <= PIECE {
         piece(scratch, 0, w, master);
@@ -335,28 +288,14 @@ impl<P: Parameter> Kernel for Update<'_, P> {
 
     #[inline(always)]
     fn run(self) {
-        let Self {
-            start,
-            w,
-            mut master,
-            g,
-            coefficients,
-            scratch,
-        } = self;
-        let Coefficients {
-            c,
-            phi,
-            weight_decay,
-            element,
-        } = coefficients;
+        let Self { start, w, mut master, g, coefficients, scratch } = self;
+        let Coefficients { c, phi, weight_decay, element } = coefficients;
         let phi_c = P::Compute::from_f64(phi * c);
         let keep = P::Compute::from_f64(1. - phi * weight_decay);
         for (row, w) in w.chunks_mut(LANES).enumerate() {
             let at = row * LANES;
             let g = g.row(start + at, w.len(), &mut scratch.row);
-            let master = master
-                .as_deref_mut()
-                .map(|master| &mut master[at..at + w.len()]);
+            let master = master.as_deref_mut().map(|master| &mut master[at..at + w.len()]);
             match element {
                 None => for_each(w, master, g, |w, g| descend(w, g, phi_c, keep)),
                 Some((lr, beta)) => for_each(w, master, g, |w, g| {
@@ -433,9 +372,7 @@ impl_parameter!(f64, f64, |x| x, |x| x);
 impl_parameter!(bf16, f32, |x: bf16| bf16_to_f32(x.to_bits()), |x| {
     bf16::from_bits(f32_to_bf16(x))
 });
-impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| {
-    f16::from_bits(f32_to_f16(x))
-});
+impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
 
 // ---------------------------------------------------------------------------------------------
 // Master weights
@@ -446,13 +383,7 @@ const PROBES: usize = 32;
 /// The elements compared: evenly spaced, the first and the last among them.
 fn probes(n: usize) -> impl Iterator<Item = usize> {
     let count = PROBES.min(n);
-    (0..count).map(move |k| {
-        if count > 1 {
-            k * (n - 1) / (count - 1)
-        } else {
-            0
-        }
-    })
+    (0..count).map(move |k| if count > 1 { k * (n - 1) / (count - 1) } else { 0 })
 }
 
 /// Whether a parameter is what its master rounds to.
@@ -492,9 +423,7 @@ pub(crate) fn new_master(var: &Var) -> Result<Vec<f32>> {
 /// The first element of a parameter that is not what `master` rounds to.
 pub(crate) fn first_disagreement(var: &Var, master: &[f32]) -> Result<Option<usize>> {
     fn first<P: Parameter<Compute = f32>>(w: &[P], master: &[f32]) -> Option<usize> {
-        w.iter()
-            .zip(master)
-            .position(|(w, master)| !agree(*w, *master))
+        w.iter().zip(master).position(|(w, master)| !agree(*w, *master))
     }
     let (storage, _) = var.storage_and_layout();
     Ok(match cpu_storage(&storage)? {

@@ -1,6 +1,6 @@
 //! Reads a gradient of any float dtype and layout as rows of the compute type.
 
-use candle_core::{CpuStorage, DType, Layout, Result, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
@@ -29,10 +29,7 @@ pub(crate) struct RowBuffer {
 
 impl RowBuffer {
     pub fn new() -> Self {
-        Self {
-            narrow: [0.; LANES],
-            wide: [0.; LANES],
-        }
+        Self { narrow: [0.; LANES], wide: [0.; LANES] }
     }
 }
 
@@ -74,20 +71,27 @@ impl FromGradient for f64 {
 impl<'a> Gradient<'a> {
     /// # Errors
     ///
-    /// A storage whose dtype is none of f32, f64, bf16 and f16.
-    pub fn new(storage: &'a CpuStorage, layout: &'a Layout) -> Result<Self> {
+    /// A storage that is not on the CPU, or whose dtype is none of f32, f64, bf16 and f16.
+    pub fn new(storage: &'a Storage, layout: &'a Layout) -> Result<Self> {
         let values = match storage {
-            CpuStorage::F32(values) => Values::F32(values),
-            CpuStorage::F64(values) => Values::F64(values),
-            CpuStorage::BF16(values) => Values::BF16(values),
-            CpuStorage::F16(values) => Values::F16(values),
-            _ => bail!("expected a gradient of f32, f64, bf16 or f16"),
+            Storage::Cpu(CpuStorage::F32(values)) => Values::F32(values),
+            Storage::Cpu(CpuStorage::F64(values)) => Values::F64(values),
+            Storage::Cpu(CpuStorage::BF16(values)) => Values::BF16(values),
+            Storage::Cpu(CpuStorage::F16(values)) => Values::F16(values),
+            _ => bail!("expected a gradient of f32, f64, bf16 or f16 on the CPU"),
         };
-        Ok(Self {
-            values,
-            layout,
-            contiguous: layout.is_contiguous(),
-        })
+        Ok(Self { values, layout, contiguous: layout.is_contiguous() })
+    }
+
+    /// Where the first element is, as a number to prefetch by.
+    pub fn address(&self) -> usize {
+        let offset = self.layout.start_offset();
+        match self.values {
+            Values::F32(values) => values.as_ptr().wrapping_add(offset).addr(),
+            Values::F64(values) => values.as_ptr().wrapping_add(offset).addr(),
+            Values::BF16(values) => values.as_ptr().wrapping_add(offset).addr(),
+            Values::F16(values) => values.as_ptr().wrapping_add(offset).addr(),
+        }
     }
 
     /// The number of elements.
@@ -145,11 +149,7 @@ impl<'a> Gradient<'a> {
             (*index, rest) = (rest % dim, rest / dim);
         }
         let mut place = self.layout.start_offset();
-        place += index
-            .iter()
-            .zip(strides)
-            .map(|(index, stride)| index * stride)
-            .sum::<usize>();
+        place += index.iter().zip(strides).map(|(index, stride)| index * stride).sum::<usize>();
         for x in row {
             *x = C::from_f64(value(place));
             for ((index, &dim), &stride) in index.iter_mut().zip(dims).zip(strides).rev() {

@@ -8,8 +8,10 @@
 //! | `decide` | sums, settings | a [`Decision`](cpu::Decision) for each block: phi, or why it is skipped |
 //! | `update` | gradients, decisions | parameters and masters |
 //!
-//! `optimizer.rs` says what is done and in which order, a backend says how.
+//! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
+//! hands blocks to threads and `cpu.rs` has the mathematics.
 
 pub(crate) mod cpu;
 pub(crate) mod gradient;
 pub(crate) mod simd;
+pub(crate) mod stages;

@@ -53,3 +53,18 @@ impl Simd {
 fn run_avx2_fma<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
+
+/// Asks for the memory at an address, which need not be valid, to be brought into the caches.
+#[inline(always)]
+pub(crate) fn prefetch(address: usize, bytes: usize) {
+    for line in (address..address + bytes).step_by(64) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a prefetch is a hint: it reads no value and never faults. SSE is part of x86_64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(line)) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}

@@ -1,0 +1,192 @@
+//! The stages over a list of blocks, on the CPU: which thread does what, under which locks.
+//!
+//! A large block is split over the threads, small ones are handed to them in batches. With
+//! thousands of small tensors the time goes into cache misses: the way to one gradient leads over a
+//! hash table, a tensor, its layout and its storage. So a batch is taken step by step, one loop per
+//! pointer, whose misses overlap, and what an update needs is prefetched.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::cpu::{self, Decision, Scratch, StepScalars};
+use super::gradient::{Gradient, is_supported};
+use super::simd::{Simd, prefetch};
+use crate::block::{Block, storage_address};
+use crate::numerics::{LANES, Sums};
+use crate::params::ParamsSrkl;
+
+/// Small blocks are handed to threads in batches of about this many elements, ...
+const BATCH_ELEMENTS: usize = 1 << 15;
+
+/// ... and at most this many blocks.
+const BATCH_BLOCKS: usize = 32;
+
+/// What is known of the gradient of a block after its statistics.
+#[derive(Clone, Copy)]
+pub(crate) struct Found<'a> {
+    gradient: &'a Tensor,
+    pub sums: Sums,
+    /// The addresses of its storage and of its first element, to prefetch.
+    storage: usize,
+    elements: usize,
+}
+
+/// The CPU as a place for stages.
+#[derive(Clone, Copy)]
+pub(crate) struct Stages<'a> {
+    pub simd: Simd,
+    /// Whether threads are worth it.
+    pub parallel: bool,
+    /// Where the storages of all variables are, sorted: a gradient must not be one of them.
+    pub storages: &'a [usize],
+}
+
+impl Stages<'_> {
+    /// Finds and checks the gradient of every block, as a trial of `statistics`.
+    pub fn check(self, blocks: &[Block], grads: &GradStore) -> Result<()> {
+        self.gradients(blocks, grads, |_, _, _| Sums::ZERO).map(|_| ())
+    }
+
+    /// Stage 1: the gradient of every block with its sums, squares only where `norm` asks for them;
+    /// `None` for a block that has no gradient.
+    ///
+    /// # Errors
+    ///
+    /// Whatever can be wrong with a gradient.
+    pub fn statistics<'g>(
+        self,
+        blocks: &[Block],
+        grads: &'g GradStore,
+        norm: bool,
+    ) -> Result<Vec<Option<Found<'g>>>> {
+        self.gradients(blocks, grads, |block, g, scratch| {
+            cpu::statistics(g, block.dtype == DType::F64, norm, self.simd, scratch)
+        })
+    }
+
+    fn gradients<'g>(
+        self,
+        blocks: &[Block],
+        grads: &'g GradStore,
+        read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
+    ) -> Result<Vec<Option<Found<'g>>>> {
+        let find = |scratch: &mut Scratch, batch: &[Block]| -> Result<Vec<_>> {
+            let tensors: Vec<_> = batch.iter().map(|block| grads.get_id(block.id)).collect();
+            for (block, tensor) in batch.iter().zip(&tensors) {
+                tensor.map_or(Ok(()), |tensor| check_gradient(block, tensor))?;
+            }
+            let locked = |tensor: &Option<&'g Tensor>| tensor.map(Tensor::storage_and_layout);
+            let storages: Vec<_> = tensors.iter().map(locked).collect();
+            let mut found = Vec::with_capacity(batch.len());
+            for ((block, tensor), storage) in batch.iter().zip(&tensors).zip(&storages) {
+                let (Some(gradient), Some((storage, layout))) = (tensor, storage) else {
+                    found.push(None);
+                    continue;
+                };
+                let address = storage_address(storage);
+                if self.storages.binary_search(&address).is_ok() {
+                    bail!(
+                        "gradient of `{}`: it shares its memory with a parameter, which the step \
+                         writes to; pass a copy",
+                        block.name
+                    )
+                }
+                let g = Gradient::new(storage, layout)?;
+                let sums = read(block, &g, scratch);
+                found.push(Some(Found { gradient, sums, storage: address, elements: g.address() }));
+            }
+            Ok(found)
+        };
+        let batches = blocks.chunks(batch_size(blocks)).collect();
+        Ok(self.spread(batches, find)?.concat())
+    }
+
+    /// Stage 3: moves every block that has a gradient and a decision. (Stage 2, `decide`, is a few
+    /// operations per block.)
+    pub fn update<'p>(
+        self,
+        blocks: &mut [Block],
+        gradients: &[Option<Found>],
+        decisions: &[Option<Decision>],
+        params: impl Fn(&Block) -> &'p ParamsSrkl + Sync,
+        scalars: StepScalars,
+    ) -> Result<()> {
+        let size = batch_size(blocks);
+        let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
+        let batches = batches.zip(decisions.chunks(size)).collect();
+        self.spread(batches, |scratch, ((blocks, gradients), decisions)| {
+            if size > 1 {
+                for (block, found) in blocks.iter().zip(gradients) {
+                    prefetch_update(block, found.as_ref());
+                }
+            }
+            for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
+                block.last = decision.map(|d| (d.curvature, d.phi));
+                match (found, decision) {
+                    (Some(Found { gradient, .. }), Some(decision)) => {
+                        let params = params(block);
+                        cpu::update(
+                            block, gradient, params, scalars, decision, self.simd, scratch,
+                        )?;
+                    }
+                    (Some(_), None) => block.skipped += 1,
+                    (None, _) => {}
+                }
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Runs `work` on every item, over the threads where they are worth it.
+    fn spread<T: Send, R: Send>(
+        self,
+        items: Vec<T>,
+        work: impl Fn(&mut Scratch, T) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        if self.parallel {
+            let work = |scratch: &mut Box<Scratch>, item| work(scratch, item);
+            items.into_par_iter().map_init(Scratch::new, work).collect()
+        } else {
+            let mut scratch = Scratch::new();
+            items.into_iter().map(|item| work(&mut scratch, item)).collect()
+        }
+    }
+}
+
+/// How many blocks one thread takes at a time: one, unless they are small.
+fn batch_size(blocks: &[Block]) -> usize {
+    let elements: usize = blocks.iter().map(|block| block.n).sum();
+    (BATCH_ELEMENTS * blocks.len() / elements.max(1)).clamp(1, BATCH_BLOCKS)
+}
+
+/// What a gradient must have in common with its parameter.
+fn check_gradient(block: &Block, gradient: &Tensor) -> Result<()> {
+    let Block { name, shape, .. } = block;
+    if !gradient.device().is_cpu() {
+        bail!("gradient of `{name}`: expected it on Cpu, got {:?}", gradient.device().location())
+    }
+    if gradient.dims() != shape.dims() {
+        bail!("gradient of `{name}`: expected shape {shape:?}, got {:?}", gradient.shape())
+    }
+    if !is_supported(gradient.dtype()) {
+        bail!("gradient of `{name}`: expected f32, f64, bf16 or f16, got {:?}", gradient.dtype())
+    }
+    Ok(())
+}
+
+/// Brings what the update of a small block needs first into the caches.
+fn prefetch_update(block: &Block, found: Option<&Found>) {
+    let n = block.n.min(LANES);
+    let bytes = n * block.dtype.size_in_bytes();
+    prefetch(block.storage, 1);
+    prefetch(block.elements, bytes);
+    if let Some(master) = &block.master {
+        prefetch(master.as_ptr().addr(), n * size_of::<f32>());
+    }
+    if let Some(found) = found {
+        prefetch(found.storage, 1);
+        prefetch(found.elements, bytes);
+    }
+}
