@@ -59,7 +59,7 @@ pub struct Srkl {
     pub(crate) steps: u64,
     pub(crate) skipped_steps: u64,
     grad_norm: Option<f64>,
-    simd: Simd,
+    pub(crate) simd: Simd,
     /// Whether there is enough work for threads.
     parallel: bool,
 }
@@ -258,9 +258,9 @@ impl Srkl {
     /// to the parameter alone would be lost. This gives every master whose parameter is not what
     /// it rounds to the parameter's value. Without masters there is nothing to do.
     ///
-    /// `step` does the same for a block by itself when it finds a difference in one of up to 32
-    /// evenly spaced elements of it. So a loaded checkpoint is noticed, but a change of single
-    /// elements may not be: call this after making one.
+    /// `step` looks at up to 32 evenly spaced elements of a parameter, and if one of them is not what
+    /// its master rounds to, takes over the whole parameter. So a loaded checkpoint is noticed, but a
+    /// change of single elements may not be: call this after making one.
     ///
     /// # Errors
     ///

@@ -160,7 +160,8 @@ fn runs_of_blocks_give_the_bits_of_the_whole_list() -> Result<()> {
             (0..9).map(|i| var(&noise(300_000, 1., i), DType::F32)).collect::<Result<_>>()?;
         let mut opt = Srkl::new(vars.clone(), ParamsSrkl { nonfinite, ..steep() })?;
         for step in 0..2 {
-            let grad = |i: usize| tensor(&noise(300_000, 0.1, 50 + 10 * step + i as u64), DType::F32);
+            let grad =
+                |i: usize| tensor(&noise(300_000, 0.1, 50 + 10 * step + i as u64), DType::F32);
             let pairs: Result<Vec<_>> =
                 vars.iter().enumerate().map(|(i, v)| Ok((v, grad(i)?))).collect();
             opt.step(&grads(pairs?))?;
@@ -265,7 +266,8 @@ fn layouts_of_gradients() -> Result<()> {
 #[test]
 fn mixed_dtypes_in_one_optimizer() -> Result<()> {
     let params = ParamsSrkl { scope: Scope::Global, max_grad_norm: Some(0.5), ..steep() };
-    let vars: Vec<Var> = FLOATS.iter().map(|&d| var(&noise(9000, 1., 3), d)).collect::<Result<_>>()?;
+    let vars: Vec<Var> =
+        FLOATS.iter().map(|&d| var(&noise(9000, 1., 3), d)).collect::<Result<_>>()?;
     let mut opt = Srkl::new(vars.clone(), params)?;
     let grad: Vec<Tensor> =
         FLOATS.iter().map(|&d| tensor(&noise(9000, 0.1, 4), d)).collect::<Result<_>>()?;

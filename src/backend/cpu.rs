@@ -218,6 +218,9 @@ pub(crate) fn update(
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<()> {
+    if block.n == 0 {
+        return Ok(()); // candle refuses to write to an empty tensor.
+    }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
     let coefficients = Coefficients {
@@ -250,7 +253,8 @@ fn block_update<P: Parameter>(
     if let Some(master) = &mut master
         && probes(w.len()).any(|i| !agree(w[i], master[i]))
     {
-        reconcile(w, master);
+        // Overwritten as a whole, it seems, and old fractions of the masters are worth nothing.
+        master.iter_mut().zip(w.iter()).for_each(|(master, w)| *master = w.widen());
     }
     let piece = |scratch: &mut Scratch, start, w, master| {
         simd.run(Update { start, w, master, g, coefficients, scratch });

@@ -190,3 +190,71 @@ fn prefetch_update(block: &Block, found: Option<&Found>) {
         prefetch(found.elements, bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Result, Tensor, Var};
+    use candle_nn::Optimizer;
+    use proptest::prelude::*;
+
+    use super::super::simd::Simd;
+    use crate::{Beta, NonFinite, ParamsSrkl, Scope, Srkl};
+
+    const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+
+    /// Two steps by the given gradient; the bits of parameter and master, as text.
+    fn train(simd: Simd, params: &ParamsSrkl, w: &Tensor, g: &Tensor) -> Result<String> {
+        let var = Var::from_tensor(w)?;
+        let mut opt = Srkl::new(vec![var.clone()], params.clone())?;
+        opt.simd = simd;
+        let mut grads = candle_core::backprop::GradStore::default();
+        grads.insert(&var, g.clone());
+        opt.step(&grads)?;
+        opt.step(&grads)?;
+        // f64 holds all four types; of a NaN the sign and payload are in the Debug text.
+        let bits = |t: &Tensor| -> Result<Vec<u64>> {
+            Ok(t.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect())
+        };
+        let master = opt.master("0").map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        Ok(format!("{:?} {master:?} {:?}", bits(var.as_tensor())?, opt.telemetry()))
+    }
+
+    /// Any bit pattern of an f32, so that subnormals, infinities and NaN come up.
+    fn patterns(n: usize) -> impl Strategy<Value = Vec<f32>> {
+        let any = any::<u32>().prop_map(f32::from_bits);
+        proptest::collection::vec(prop_oneof![4 => -1f32..1., 1 => any], n)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// On a processor without AVX2 both runs are the same and the test says nothing.
+        #[test]
+        fn vector_and_baseline_code_give_the_same_bits(
+            (w, g) in prop_oneof![0..40usize, Just(1025), Just(8193)]
+                .prop_flat_map(|n| (patterns(n), patterns(n))),
+            scope in prop_oneof![Just(Scope::Tensor), Just(Scope::Element)],
+            max_grad_norm in prop_oneof![Just(None), Just(Some(0.5))],
+            nonfinite in prop_oneof![Just(NonFinite::SkipStep), Just(NonFinite::Propagate)],
+        ) {
+            let params = ParamsSrkl {
+                lr: 0.3,
+                beta: Beta::Fixed(0.2),
+                scope,
+                weight_decay: 0.1,
+                max_grad_norm,
+                nonfinite,
+                ..ParamsSrkl::reference()
+            };
+            for dtype in FLOATS {
+                for grad_dtype in FLOATS {
+                    let tensor = |x: &[f32], dtype| {
+                        Tensor::from_slice(x, x.len(), &Device::Cpu).unwrap().to_dtype(dtype)
+                    };
+                    let (w, g) = (tensor(&w, dtype).unwrap(), tensor(&g, grad_dtype).unwrap());
+                    let run = |simd| train(simd, &params, &w, &g).unwrap();
+                    prop_assert_eq!(run(Simd::Baseline), run(Simd::detect()));
+                }
+            }
+        }
+    }
+}

@@ -90,8 +90,7 @@ pub fn oracle(
     grad_scale: f64,
     blocks: &mut [(Vec<f64>, Vec<f64>)],
 ) -> Vec<f64> {
-    let all: Vec<f64> =
-        blocks.iter().flat_map(|(_, g)| g.iter().map(|g| g / grad_scale)).collect();
+    let all: Vec<f64> = blocks.iter().flat_map(|(_, g)| g.iter().map(|g| g / grad_scale)).collect();
     let clip = match params.max_grad_norm {
         Some(max) if norm(&all) > max => max / norm(&all),
         _ => 1.,

@@ -1,0 +1,323 @@
+//! Checkpoints: bit-exact resume, and files that are refused with their reason and no effect.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{Init, Optimizer, VarMap};
+use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Srkl};
+use common::*;
+
+fn params() -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 0.1,
+        beta: Beta::Fixed(0.5),
+        weight_decay: 0.1,
+        nonfinite: NonFinite::SkipBlock,
+        ..ParamsSrkl::reference()
+    }
+}
+
+const NAMES: [(&str, &[usize]); 4] =
+    [("layer.weight", &[70, 130]), ("layer.bias", &[70]), ("scalar", &[]), ("empty", &[0, 3])];
+
+/// The same model every time.
+fn model(dtype: DType) -> Result<VarMap> {
+    let varmap = VarMap::new();
+    for (salt, (name, shape)) in NAMES.iter().enumerate() {
+        varmap.get(*shape, name, Init::Const(0.), dtype, &Device::Cpu)?;
+        let n = shape.iter().product();
+        let values = tensor(&noise(n, 1., salt as u64), dtype)?.reshape(*shape)?;
+        varmap.data().lock().unwrap()[*name].set(&values)?;
+    }
+    Ok(varmap)
+}
+
+/// Step number `step`: a schedule, a loss scale, a missing gradient and one with a NaN.
+fn step(varmap: &VarMap, opt: &mut Srkl, step: u64) -> Result<()> {
+    if step == 2 {
+        opt.set_learning_rate(0.1 / 3.);
+        opt.set_grad_scale(3.)?;
+    }
+    let data = varmap.data().lock().unwrap();
+    let mut store = grads([]);
+    for (salt, (name, shape)) in NAMES.iter().enumerate() {
+        let var = &data[*name];
+        if step % 4 != salt as u64 {
+            let mut g = noise(var.elem_count(), 0.1, 50 + step * 10 + salt as u64);
+            if step == 3 && *name == "layer.bias" {
+                g[3] = f64::NAN;
+            }
+            store.insert(var, tensor(&g, var.dtype())?.reshape(*shape)?);
+        }
+    }
+    opt.step(&store)
+}
+
+/// Everything that a checkpoint must bring back.
+fn state(varmap: &VarMap, opt: &Srkl) -> Result<String> {
+    let data = varmap.data().lock().unwrap();
+    let mut lines = vec![format!(
+        "{} {} {:x} {:x}",
+        opt.steps(),
+        opt.skipped_steps(),
+        opt.learning_rate().to_bits(),
+        opt.grad_scale().to_bits()
+    )];
+    for ((name, _), telemetry) in NAMES.iter().zip({
+        let mut telemetry = opt.telemetry();
+        telemetry.sort_by_key(|t| NAMES.iter().position(|(name, _)| *name == t.name));
+        telemetry
+    }) {
+        let master = opt.master(name).map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        let bits = bits(data[*name].as_tensor())?;
+        lines.push(format!("{name} {} {bits:x?} {master:x?}", telemetry.skipped));
+    }
+    Ok(lines.join("\n"))
+}
+
+#[test]
+fn ten_steps_are_five_a_checkpoint_and_five() -> Result<()> {
+    for dtype in FLOATS {
+        for master_weights in [MasterWeights::Auto, MasterWeights::None] {
+            let params = ParamsSrkl { master_weights, ..params() };
+            let folder = tempfile::tempdir()?;
+            let (model_file, state_file) =
+                (folder.path().join("model"), folder.path().join("state"));
+
+            let varmap = model(dtype)?;
+            let mut opt = Srkl::from_varmap(&varmap, params.clone())?;
+            for i in 0..5 {
+                step(&varmap, &mut opt, i)?;
+            }
+            varmap.save(&model_file)?;
+            opt.save(&state_file)?;
+            let at_five = state(&varmap, &opt)?;
+            for i in 5..10 {
+                step(&varmap, &mut opt, i)?;
+            }
+
+            let mut resumed = model(dtype)?;
+            resumed.load(&model_file)?;
+            let mut resumed_opt = Srkl::from_varmap(&resumed, params)?;
+            resumed_opt.load(&state_file)?;
+            assert_eq!(state(&resumed, &resumed_opt)?, at_five);
+            for i in 5..10 {
+                step(&resumed, &mut resumed_opt, i)?;
+            }
+            assert_eq!(state(&resumed, &resumed_opt)?, state(&varmap, &opt)?, "{dtype:?}");
+            // The checkpoint matters: without it masters lose what the parameters can't hold.
+            if dtype == DType::BF16 && master_weights == MasterWeights::Auto {
+                let mut cold = model(dtype)?;
+                cold.load(&model_file)?;
+                let mut cold_opt = Srkl::from_varmap(&cold, ParamsSrkl { ..params_of(&opt) })?;
+                for i in 5..10 {
+                    step(&cold, &mut cold_opt, i)?;
+                }
+                assert_ne!(state(&cold, &cold_opt)?, state(&varmap, &opt)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn params_of(opt: &Srkl) -> ParamsSrkl {
+    opt.params("default").unwrap().clone()
+}
+
+/// A saved optimizer of bf16 parameters, and its file.
+fn saved(folder: &Path) -> Result<(VarMap, Srkl, Vec<u8>)> {
+    let varmap = model(DType::BF16)?;
+    let mut opt = Srkl::from_varmap(&varmap, params())?;
+    for i in 0..3 {
+        step(&varmap, &mut opt, i)?;
+    }
+    let path = folder.join("state");
+    opt.save(&path)?;
+    let bytes = std::fs::read(path)?;
+    Ok((varmap, opt, bytes))
+}
+
+/// `bytes` must be refused, for a reason that contains `reason`, and must change nothing.
+#[track_caller]
+fn assert_refused(varmap: &VarMap, opt: &mut Srkl, bytes: &[u8], reason: &str) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    let before = state(varmap, opt).unwrap();
+    let message = opt.load(file.path()).expect_err(reason).to_string();
+    assert!(message.contains(reason), "{reason:?} is not in {message:?}");
+    let path = file.path().to_str().unwrap();
+    assert!(message.contains(path), "the path is not in {message:?}");
+    assert_eq!(state(varmap, opt).unwrap(), before);
+}
+
+#[test]
+fn truncated_files() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (varmap, mut opt, bytes) = saved(folder.path())?;
+    for len in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
+        assert_refused(&varmap, &mut opt, &bytes[..len], "truncated");
+    }
+    let mut longer = bytes.clone();
+    longer.push(0);
+    assert_refused(&varmap, &mut opt, &longer, "truncated");
+    opt.load(folder.path().join("state"))?;
+    Ok(())
+}
+
+/// A safetensors file with this metadata and this master of `layer.bias`.
+fn file(metadata: &[(&str, &str)], bias: (&[usize], f32)) -> Vec<u8> {
+    let (shape, value) = bias;
+    let n = shape.iter().product();
+    let data: Vec<u8> = vec![value; n].into_iter().flat_map(f32::to_le_bytes).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &data);
+    let metadata: HashMap<String, String> =
+        metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    safetensors::serialize([("layer.bias.master", view.unwrap())], Some(metadata)).unwrap()
+}
+
+const BIAS: &str = "dtype=bf16 shape=[70] master=f32";
+const HEADER: [(&str, &str); 6] = [
+    ("format", "candle-srkl"),
+    ("version", "1"),
+    ("steps", "7"),
+    ("skipped_steps", "1"),
+    ("schedule", "0.5"),
+    ("grad_scale", "2.0"),
+];
+
+/// `HEADER` and the entry of `layer.bias`, with some entries replaced, or left out where `None`.
+fn header<'a>(changes: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
+    let bias = [("parameter.layer.bias", BIAS), ("skipped.layer.bias", "0")];
+    let mut header: Vec<_> = HEADER.into_iter().chain(bias).collect();
+    for &(key, value) in changes {
+        header.retain(|(k, _)| *k != key);
+        header.extend(value.map(|value| (key, value)));
+    }
+    header
+}
+
+fn bias_only() -> Result<(VarMap, Srkl)> {
+    let varmap = VarMap::new();
+    varmap.get(70, "layer.bias", Init::Const(1.), DType::BF16, &Device::Cpu)?;
+    let opt = Srkl::from_varmap(&varmap, params())?;
+    Ok((varmap, opt))
+}
+
+/// The layout of the file as its documentation has it: written by hand here, read by the crate.
+#[test]
+fn the_documented_layout_is_read() -> Result<()> {
+    let (_varmap, mut opt) = bias_only()?;
+    let path = tempfile::NamedTempFile::new()?;
+    std::fs::write(path.path(), file(&header(&[]), (&[70], 1.001)))?;
+    opt.load(path.path())?;
+    assert_eq!((opt.steps(), opt.skipped_steps(), opt.grad_scale()), (7, 1, 2.));
+    assert_eq!(opt.learning_rate(), 0.05);
+    assert_eq!(opt.master("layer.bias"), Some(vec![1.001; 70]));
+    Ok(())
+}
+
+#[test]
+fn foreign_newer_and_mismatched_files() -> Result<()> {
+    // State of this optimizer, as `assert_refused` compares it, needs the names of `NAMES`.
+    let folder = tempfile::tempdir()?;
+    let (varmap, mut opt, _) = saved(folder.path())?;
+    let model_file = folder.path().join("model");
+    varmap.save(&model_file)?;
+    assert_refused(&varmap, &mut opt, &std::fs::read(model_file)?, "not a checkpoint");
+    let foreign = file(&[("format", "pt")], (&[70], 1.));
+    assert_refused(&varmap, &mut opt, &foreign, "not a checkpoint of candle-srkl");
+    let newer = file(&header(&[("version", Some("2"))]), (&[70], 1.));
+    assert_refused(&varmap, &mut opt, &newer, "newer");
+    // This file has one parameter, the optimizer four.
+    let fewer = file(&header(&[]), (&[70], 1.));
+    assert_refused(&varmap, &mut opt, &fewer, "the checkpoint has none of this name");
+
+    let (_varmap, mut opt) = bias_only()?;
+    let mut check = |changes: &[(&'static str, Option<&'static str>)], bias, reason: &str| {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), file(&header(changes), bias)).unwrap();
+        let message = opt.load(path.path()).expect_err(reason).to_string();
+        assert!(message.contains(reason), "{reason:?} is not in {message:?}");
+        assert_eq!((opt.steps(), opt.grad_scale(), opt.learning_rate()), (0, 1., 0.1));
+        assert_eq!(opt.master("layer.bias"), Some(vec![1.; 70]));
+    };
+    let good: (&[usize], f32) = (&[70], 1.);
+    check(&[("version", Some("0"))], good, "unknown version 0");
+    check(&[("version", None)], good, "`version` is missing");
+    check(&[("steps", Some("many"))], good, "`steps` is not a number");
+    check(&[("steps", None)], good, "`steps` is missing");
+    check(&[("schedule", Some("-1.0"))], good, "`schedule`");
+    check(&[("schedule", Some("NaN"))], good, "`schedule`");
+    check(&[("grad_scale", Some("0.0"))], good, "`grad_scale`");
+    check(&[("parameter.other", Some(BIAS))], good, "`other`");
+    let wrong = [
+        "dtype=f16 shape=[70] master=f32",
+        "dtype=bf16 shape=[71] master=f32",
+        "dtype=bf16 shape=[70] master=none",
+    ];
+    for wrong in wrong {
+        check(&[("parameter.layer.bias", Some(wrong))], good, wrong);
+    }
+    check(&[("skipped.layer.bias", None)], good, "`skipped.layer.bias` is missing");
+    check(&[], (&[69], 1.), "master of `layer.bias`");
+    check(&[], (&[70, 1], 1.), "master of `layer.bias`");
+    check(&[], (&[70], 1.5), "load the model's parameters");
+    check(&[], (&[70], f32::NAN), "load the model's parameters");
+    Ok(())
+}
+
+#[test]
+fn a_missing_file_and_a_folder_that_is_not_there() -> Result<()> {
+    let (_varmap, mut opt) = bias_only()?;
+    let folder = tempfile::tempdir()?;
+    let nowhere = folder.path().join("no/such");
+    assert!(opt.load(&nowhere).unwrap_err().to_string().contains("no/such"));
+    assert!(opt.save(&nowhere).unwrap_err().to_string().contains("no/such"));
+    assert!(opt.save("/").is_err());
+    Ok(())
+}
+
+/// Saving leaves nothing but the file, replaces an older one, and leaves that whole if it fails.
+#[test]
+fn saving_is_atomic() -> Result<()> {
+    let (varmap, mut opt) = bias_only()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    let names = || -> Vec<_> {
+        let entries = std::fs::read_dir(folder.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    opt.save(&path)?;
+    let first = std::fs::read(&path)?;
+    let var: Var = varmap.all_vars()[0].clone();
+    opt.step(&grads([(&var, var.ones_like()?)]))?;
+    opt.save(&path)?;
+    assert_ne!(std::fs::read(&path)?, first);
+    assert_eq!(names(), ["state"]);
+
+    // A folder is in the way of the new file.
+    let blocked = folder.path().join("blocked");
+    std::fs::create_dir_all(blocked.join("full"))?;
+    assert!(opt.save(&blocked).is_err());
+    assert!(blocked.join("full").exists());
+    assert_eq!(names().len(), 2);
+    Ok(())
+}
+
+/// What somebody else wrote to a parameter since the last step is what is saved.
+#[test]
+fn saving_an_overwritten_parameter() -> Result<()> {
+    let (varmap, mut opt) = bias_only()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    let var = varmap.all_vars()[0].clone();
+    opt.step(&grads([(&var, var.ones_like()?)]))?;
+    var.set(&Tensor::full(4f32, 70, &Device::Cpu)?.to_dtype(DType::BF16)?)?;
+    opt.save(&path)?;
+    opt.load(&path)?;
+    assert_eq!(opt.master("layer.bias"), Some(vec![4.; 70]));
+    Ok(())
+}
