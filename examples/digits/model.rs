@@ -9,7 +9,12 @@ use crate::data::{CLASSES, PIXELS, Part};
 use crate::random::{Stream, rng};
 
 /// The widths of the layers' inputs, and of the last one's output.
-fn widths() -> Vec<usize> { let mut w = vec![PIXELS]; w.extend(std::env::var("W").unwrap().split(",").map(|s| s.parse::<usize>().unwrap())); w.push(CLASSES); w }
+fn widths() -> Vec<usize> {
+    let mut w = vec![PIXELS];
+    w.extend(std::env::var("W").unwrap().split(",").map(|s| s.parse::<usize>().unwrap()));
+    w.push(CLASSES);
+    w
+}
 
 pub struct Mlp {
     pub varmap: VarMap,

@@ -104,8 +104,13 @@ impl Training {
 
     pub fn run(&mut self, part: &Part, epochs: Range<usize>, bar: &ProgressBar) -> Result<History> {
         let start = Instant::now();
-        let mut history =
-            History { epochs: epochs.clone(), loss: vec![], brake: vec![], evaluations: 0, seconds: 0. };
+        let mut history = History {
+            epochs: epochs.clone(),
+            loss: vec![],
+            brake: vec![],
+            evaluations: 0,
+            seconds: 0.,
+        };
         for epoch in epochs {
             let mut order: Vec<u32> = (0..part.len()? as u32).collect();
             order.shuffle(&mut rng(self.settings.seed, Stream::Epoch(epoch)));

@@ -71,17 +71,15 @@ impl Stages<'_> {
         grads: &'g GradStore,
         read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
     ) -> Result<Vec<Option<Found<'g>>>> {
-        let find = |scratch: &mut Scratch, batch: &[Block]| -> Result<Vec<_>> {
+        let find = |scratch: &mut Scratch, (batch, found): (&[Block], &mut [Option<Found<'g>>])| {
             let tensors: Vec<_> = batch.iter().map(|block| grads.get_id(block.id)).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
                 tensor.map_or(Ok(()), |tensor| check_gradient(block, tensor))?;
             }
             let locked = |tensor: &Option<&'g Tensor>| tensor.map(Tensor::storage_and_layout);
             let storages: Vec<_> = tensors.iter().map(locked).collect();
-            let mut found = Vec::with_capacity(batch.len());
-            for ((block, tensor), storage) in batch.iter().zip(&tensors).zip(&storages) {
-                let (Some(gradient), Some((storage, layout))) = (tensor, storage) else {
-                    found.push(None);
+            for (i, (block, tensor)) in batch.iter().zip(&tensors).enumerate() {
+                let (Some(gradient), Some((storage, layout))) = (tensor, &storages[i]) else {
                     continue;
                 };
                 let address = storage_address(storage);
@@ -94,12 +92,15 @@ impl Stages<'_> {
                 }
                 let g = Gradient::new(storage, layout)?;
                 let sums = read(block, &g, scratch);
-                found.push(Some(Found { gradient, sums, storage: address, elements: g.address() }));
+                found[i] = Some(Found { gradient, sums, storage: address, elements: g.address() });
             }
-            Ok(found)
+            Ok(())
         };
-        let batches = blocks.chunks(batch_size(blocks)).collect();
-        Ok(self.spread(batches, find)?.concat())
+        let size = batch_size(blocks);
+        let mut found = vec![None; blocks.len()];
+        let batches = blocks.chunks(size).zip(found.chunks_mut(size)).collect();
+        self.spread(batches, find)?;
+        Ok(found)
     }
 
     /// Stage 3: moves every block that has a gradient and a decision. (Stage 2, `decide`, is a few
@@ -135,22 +136,21 @@ impl Stages<'_> {
                 }
             }
             Ok(())
-        })?;
-        Ok(())
+        })
     }
 
     /// Runs `work` on every item, over the threads where they are worth it.
-    fn spread<T: Send, R: Send>(
+    fn spread<T: Send>(
         self,
         items: Vec<T>,
-        work: impl Fn(&mut Scratch, T) -> Result<R> + Sync,
-    ) -> Result<Vec<R>> {
+        work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
+    ) -> Result<()> {
         if self.parallel {
             let work = |scratch: &mut Box<Scratch>, item| work(scratch, item);
-            items.into_par_iter().map_init(Scratch::new, work).collect()
+            items.into_par_iter().try_for_each_init(Scratch::new, work)
         } else {
             let mut scratch = Scratch::new();
-            items.into_iter().map(|item| work(&mut scratch, item)).collect()
+            items.into_iter().try_for_each(|item| work(&mut scratch, item))
         }
     }
 }

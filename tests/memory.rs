@@ -1,0 +1,52 @@
+//! The memory of a step: that of parameters, gradients and masters, and at most 1 MB.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{NonFinite, ParamsSrkl, Scope, Srkl};
+use peak_alloc::PeakAlloc;
+
+use common::*;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// One test, since the allocator counts all threads.
+#[test]
+fn a_step_allocates_no_more_than_1_mb() -> Result<()> {
+    let large = |dtype: DType| (dtype, vec![3_000_001usize, 70_000, 1]);
+    let lists =
+        [large(DType::F32), large(DType::F64), large(DType::BF16), (DType::F32, vec![64; 10_000])];
+    for (dtype, sizes) in lists {
+        for strided in [false, true] {
+            for scope in [Scope::Tensor, Scope::Global, Scope::Element] {
+                for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock] {
+                    let mut store = grads([]);
+                    let mut vars = vec![];
+                    for &n in &sizes {
+                        let var = Var::zeros(n, dtype, &Device::Cpu)?;
+                        // Every second element of a longer tensor.
+                        let steps = if strided { 2 } else { 1 };
+                        let grad = Tensor::ones((n, steps), dtype, &Device::Cpu)?;
+                        store.insert(&var, grad.narrow(1, 0, 1)?.squeeze(1)?);
+                        vars.push(var);
+                    }
+                    let max_grad_norm = Some(1.);
+                    let params =
+                        ParamsSrkl { scope, nonfinite, max_grad_norm, ..ParamsSrkl::reference() };
+                    let mut opt = Srkl::new(vars, params.clone())?;
+                    let before = ALLOCATOR.current_usage();
+                    ALLOCATOR.reset_peak_usage();
+                    opt.step(&store)?;
+                    let more = ALLOCATOR.peak_usage() - before;
+                    assert!(more <= 1_000_000, "{more} bytes: {dtype:?}, {params:?}");
+                    opt.step(&store)?;
+                    let kept = ALLOCATOR.current_usage().saturating_sub(before);
+                    assert!(kept <= 100_000, "{kept} bytes kept: {dtype:?}, {params:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
