@@ -289,7 +289,6 @@ impl Srkl {
             self.stages().check(&self.blocks, grads)?;
         }
         let norm = self.uses(uses_norm);
-        self.grad_norm = None;
         for run in runs {
             let gradients = self.stages().statistics(&self.blocks[run.clone()], grads, norm)?;
             let Some(decisions) = self.decide(run.clone(), &gradients, scalars) else {
@@ -330,13 +329,11 @@ impl Srkl {
     /// decision needs the statistics of all blocks.
     fn runs(&self) -> Vec<Range<usize>> {
         let skips_steps = |params: &ParamsSrkl| params.nonfinite == NonFinite::SkipStep;
-        if self.uses(skips_steps) || self.uses(uses_total) || self.blocks.is_empty() {
-            return vec![0..self.blocks.len()];
-        }
+        let whole = self.uses(skips_steps) || self.uses(uses_total);
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
             elements += block.n;
-            if elements >= RUN || i + 1 == self.blocks.len() {
+            if i + 1 == self.blocks.len() || elements >= RUN && !whole {
                 runs.push(start..i + 1);
                 (start, elements) = (i + 1, 0);
             }
@@ -366,6 +363,8 @@ impl Srkl {
         } else {
             Sums::ZERO
         };
+        self.grad_norm = self.uses(uses_norm).then(|| total.norm(1. / scalars.grad_scale));
+
         let mut decisions = Vec::with_capacity(blocks.len());
         for (block, found) in blocks.iter().zip(gradients) {
             let params = self.params_of(block);
@@ -379,9 +378,6 @@ impl Srkl {
                 }
                 decision => decisions.push(decision),
             }
-        }
-        if self.uses(uses_norm) {
-            self.grad_norm = Some(total.norm(1. / scalars.grad_scale));
         }
         Some(decisions)
     }

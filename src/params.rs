@@ -185,3 +185,23 @@ pub(crate) fn check(field: &str, value: f64, above: Above) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(all(test, feature = "serde"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_survive_json() {
+        let params = ParamsSrkl {
+            beta: Beta::Tied(0.5),
+            scope: Scope::Global,
+            max_grad_norm: Some(1.),
+            master_weights: MasterWeights::F32,
+            nonfinite: NonFinite::SkipBlock,
+            ..ParamsSrkl::reference()
+        };
+        let json = serde_json::to_string(&params).unwrap();
+        assert!(json.contains(r#""beta":{"Tied":0.5}"#), "{json}");
+        assert_eq!(serde_json::from_str::<ParamsSrkl>(&json).unwrap(), params);
+    }
+}
