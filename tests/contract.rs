@@ -134,6 +134,9 @@ fn the_contract_as_text_gives_the_bits_of_the_crate() -> Result<()> {
         let var = Var::from_slice(&w, n, &Device::Cpu)?;
         let mut opt = Srkl::new(vec![var.clone()], params.clone())?;
         opt.step(&grads([(&var, grad.clone())]))?;
+        // The last bits of H and phi, which seldom reach an f32.
+        let telemetry = &opt.telemetry()[0];
+        assert_eq!((telemetry.curvature, telemetry.phi), (Some(h), Some(phi)), "{n} elements");
         let expected: Vec<f32> = w.iter().zip(&g).map(|(&w, &g)| step(w, g)).collect();
         assert!(var.to_vec1::<f32>()? == expected, "f32, {n} elements");
 

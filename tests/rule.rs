@@ -322,6 +322,28 @@ fn groups() -> Result<()> {
     Ok(())
 }
 
+/// A gradient up to the limit is left as it is, a longer one has the limit's norm.
+#[test]
+fn clipping_starts_at_the_limit() -> Result<()> {
+    let g = noise(3000, 1., 1);
+    for ratio in [0.1, 0.999, 1.001, 1.5, 1.999, 30.] {
+        let w = var(&vec![0.; g.len()], DType::F64)?;
+        let limit = norm(&g) / ratio;
+        let params = ParamsSrkl {
+            lr: 1.,
+            beta: Beta::Fixed(0.),
+            max_grad_norm: Some(limit),
+            ..ParamsSrkl::reference()
+        };
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        opt.step(&grads([(&w, tensor(&g, DType::F64)?)]))?;
+        let expected = limit.min(norm(&g));
+        let got = norm(&values(&w)?);
+        assert!((got - expected).abs() <= 1e-12 * expected, "{ratio}: {got}, not {expected}");
+    }
+    Ok(())
+}
+
 /// A power of two as the loss scale changes no bit.
 #[test]
 fn loss_scale_of_a_power_of_two_changes_no_bit() -> Result<()> {

@@ -12,9 +12,11 @@ static DIGITS: &[u8] = include_bytes!("../../data/digits.csv.gz");
 /// 8 by 8 grey levels.
 pub const PIXELS: usize = 64;
 pub const CLASSES: usize = 10;
-const WHITE: f32 = 16.;
+const DARKEST: f32 = 16.;
 
+/// Of the 1797 images; the rest is the training part.
 const HELD_OUT: usize = 360;
+/// Of the training part, and only while tuning.
 const VALIDATION: usize = 237;
 
 /// Some of the images, one a row, with grey levels of 0 to 1.
@@ -53,9 +55,9 @@ impl Part {
         })
     }
 
-    /// What is left to train on, and the validation part, for tuning. (The rows are in random
-    /// order.)
-    pub fn without_validation(&self) -> Result<(Self, Self)> {
+    /// Takes a validation part off, for tuning: what is left to train on, and that. The rows are in
+    /// random order already.
+    pub fn split_validation(&self) -> Result<(Self, Self)> {
         let rest = self.len()? - VALIDATION;
         Ok((self.narrow(0, rest)?, self.narrow(rest, VALIDATION)?))
     }
@@ -75,7 +77,7 @@ fn read(dtype: DType, device: &Device) -> Result<Part> {
         let row = row?;
         ensure!(row.len() == PIXELS + 1, "expected {} columns, got {}", PIXELS + 1, row.len());
         for grey in row.iter().take(PIXELS) {
-            greys.push(grey.parse::<f32>()? / WHITE);
+            greys.push(grey.parse::<f32>()? / DARKEST);
         }
         classes.push(row[PIXELS].parse::<u32>()?);
     }

@@ -9,12 +9,7 @@ use crate::data::{CLASSES, PIXELS, Part};
 use crate::random::{Stream, rng};
 
 /// The widths of the layers' inputs, and of the last one's output.
-fn widths() -> Vec<usize> {
-    let mut w = vec![PIXELS];
-    w.extend(std::env::var("W").unwrap().split(",").map(|s| s.parse::<usize>().unwrap()));
-    w.push(CLASSES);
-    w
-}
+const WIDTHS: [usize; 3] = [PIXELS, 256, CLASSES];
 
 pub struct Mlp {
     pub varmap: VarMap,
@@ -28,7 +23,7 @@ impl Mlp {
         let vb = VarBuilder::from_varmap(&varmap, dtype, device);
         let mut rng = rng(seed, Stream::Weights);
         let mut layers = vec![];
-        for (i, width) in widths().windows(2).enumerate() {
+        for (i, width) in WIDTHS.windows(2).enumerate() {
             let (inputs, outputs) = (width[0], width[1]);
             let name = format!("layer{}", i + 1);
             layers.push(linear(inputs, outputs, vb.pp(&name))?);

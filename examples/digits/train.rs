@@ -1,6 +1,8 @@
 //! Training by one of the three optimizers, and the search for its learning rate.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -16,13 +18,13 @@ use crate::data::Part;
 use crate::model::Mlp;
 use crate::random::{Stream, rng};
 
-/// The learning rates that are tried, half a decade apart.
+/// The learning rates that tuning tries, half a decade apart.
 pub const GRID: [f64; 9] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1., 3., 10.];
 
-/// The length of a training that tries a learning rate.
+/// How long it trains with each of them.
 pub const TUNING_EPOCHS: usize = 15;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub enum Rule {
     Srkl,
     Sgd,
@@ -44,7 +46,7 @@ impl fmt::Display for Rule {
 pub struct Settings {
     /// SRKL's; the other rules have none.
     pub beta: f64,
-    pub batch: usize,
+    pub batch: NonZeroUsize,
     pub dtype: DType,
     pub seed: u64,
 }
@@ -52,7 +54,7 @@ pub struct Settings {
 pub struct Training {
     pub model: Mlp,
     pub optimizer: AnyOptimizer,
-    settings: Settings,
+    pub settings: Settings,
 }
 
 pub enum AnyOptimizer {
@@ -61,30 +63,36 @@ pub enum AnyOptimizer {
     AdamW(AdamW),
 }
 
+/// A value for each epoch: the number of epochs done, and the value.
+pub type Curve = Vec<(f64, f64)>;
+
 /// The course of a training.
+#[derive(Default)]
 pub struct History {
-    /// Counted from 0.
-    pub epochs: Range<usize>,
-    /// The mean training loss of each epoch, of every batch before its step.
-    pub loss: Vec<f64>,
-    /// For each parameter tensor; empty for rules without a brake.
-    pub brake: Vec<Brake>,
-    /// Gradients taken.
+    /// The mean over each epoch of the batches' losses, each taken before its step.
+    pub loss: Curve,
+    /// The mean over each epoch of `phi / lr`, for each parameter tensor; empty for rules without a
+    /// brake.
+    pub brake: BTreeMap<String, Curve>,
+    /// How many gradients were computed.
     pub evaluations: usize,
     pub seconds: f64,
 }
 
-pub struct Brake {
-    pub name: String,
-    /// The mean of `phi / lr` over the steps of each epoch.
-    pub mean: Vec<f64>,
-}
-
-/// What tuning saw of a learning rate.
+/// How a learning rate did on the validation part.
 pub struct Trial {
     pub lr: f64,
     pub accuracy: f64,
     pub loss: f64,
+}
+
+/// What has come of a final training.
+pub struct Outcome {
+    pub rule: Rule,
+    pub lr: f64,
+    /// On the held-out part.
+    pub accuracy: f64,
+    pub history: History,
 }
 
 impl Training {
@@ -102,29 +110,39 @@ impl Training {
         Ok(Self { model, optimizer, settings: settings.clone() })
     }
 
+    /// Trains for these epochs, counted from 0 at the initial weights.
     pub fn run(&mut self, part: &Part, epochs: Range<usize>, bar: &ProgressBar) -> Result<History> {
         let start = Instant::now();
-        let mut history = History {
-            epochs: epochs.clone(),
-            loss: vec![],
-            brake: vec![],
-            evaluations: 0,
-            seconds: 0.,
-        };
+        let mut history = History::default();
         for epoch in epochs {
-            let mut order: Vec<u32> = (0..part.len()? as u32).collect();
-            order.shuffle(&mut rng(self.settings.seed, Stream::Epoch(epoch)));
-            let mut sum = 0.;
-            for rows in order.chunks(self.settings.batch) {
-                let loss = self.model.loss(&part.select(rows)?)?;
-                self.optimizer.step(&loss.backward()?)?;
-                sum += f64::from(loss.to_scalar::<f32>()?) * rows.len() as f64;
+            let done = (epoch + 1) as f64;
+            let mut rows: Vec<u32> = (0..part.len()? as u32).collect();
+            rows.shuffle(&mut rng(self.settings.seed, Stream::Epoch(epoch)));
+            let mut loss = Mean::default();
+            let mut brake: BTreeMap<String, Mean> = BTreeMap::new();
+            for batch in rows.chunks(self.settings.batch.get()) {
+                loss.add(self.step(&part.select(batch)?)?);
+                for (name, relative) in self.optimizer.brake() {
+                    brake.entry(name).or_default().add(relative);
+                }
+                history.evaluations += 1;
             }
-            history.loss.push(sum / order.len() as f64);
+            bar.set_message(format!("loss {:.2e}", loss.value()));
             bar.inc(1);
+            history.loss.push((done, loss.value()));
+            for (name, mean) in brake {
+                history.brake.entry(name).or_default().push((done, mean.value()));
+            }
         }
         history.seconds = start.elapsed().as_secs_f64();
         Ok(history)
+    }
+
+    /// Returns the loss before the step.
+    fn step(&mut self, batch: &Part) -> Result<f64> {
+        let loss = self.model.loss(batch)?;
+        self.optimizer.step(&loss.backward()?)?;
+        Ok(f64::from(loss.to_scalar::<f32>()?))
     }
 }
 
@@ -136,16 +154,41 @@ impl AnyOptimizer {
             Self::AdamW(adamw) => adamw.step(grads),
         }
     }
+
+    /// `phi / lr` of each parameter tensor that the last step moved.
+    fn brake(&self) -> Vec<(String, f64)> {
+        let Self::Srkl(srkl) = self else { return vec![] };
+        let lr = srkl.learning_rate();
+        let moved = srkl.telemetry().into_iter();
+        moved.filter_map(|block| Some((block.name, block.phi? / lr))).collect()
+    }
 }
 
-/// Tries every learning rate of the grid.
+#[derive(Default)]
+struct Mean {
+    sum: f64,
+    count: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.count += 1.;
+    }
+
+    fn value(&self) -> f64 {
+        self.sum / self.count
+    }
+}
+
+/// Tries every learning rate of the grid, in its order.
 pub fn tune(
     rule: Rule,
     settings: &Settings,
     train: &Part,
     bar: &ProgressBar,
 ) -> Result<Vec<Trial>> {
-    let (train, validation) = train.without_validation()?;
+    let (train, validation) = train.split_validation()?;
     let mut trials = vec![];
     for lr in GRID {
         let mut training = Training::new(rule, lr, settings, train.images.device())?;
@@ -155,4 +198,11 @@ pub fn tune(
         trials.push(Trial { lr, accuracy, loss });
     }
     Ok(trials)
+}
+
+/// The trial of the highest accuracy and, among equals, of the lowest loss. `None` if all have
+/// diverged.
+pub fn best(trials: &[Trial]) -> Option<&Trial> {
+    let finite = trials.iter().filter(|trial| trial.loss.is_finite());
+    finite.max_by(|a, b| a.accuracy.total_cmp(&b.accuracy).then(b.loss.total_cmp(&a.loss)))
 }
