@@ -51,17 +51,18 @@ impl List {
         self.shapes.iter().map(|shape| shape.iter().product::<usize>()).sum()
     }
 
-    /// Variables and their gradients, all small numbers and none alike.
+    /// Variables and their gradients: small numbers, none alike. In memory the gradients lie behind
+    /// the variables, last one first, as after a backward pass.
     fn tensors(&self) -> anyhow::Result<(Vec<Var>, GradStore)> {
-        // The only way to an empty store of gradients.
-        let mut grads = Var::zeros((), DType::F32, &Device::Cpu)?.as_tensor().backward()?;
+        let noise =
+            |shape: &[usize]| Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?.to_dtype(self.dtype);
         let mut vars = vec![];
         for shape in &self.shapes {
-            let values = Tensor::randn(0f32, 0.02, shape.as_slice(), &Device::Cpu)?;
-            let var = Var::from_tensor(&values.to_dtype(self.dtype)?)?;
-            let grad = Tensor::randn(0f32, 0.01, shape.as_slice(), &Device::Cpu)?;
-            grads.insert(&var, grad.to_dtype(self.dtype)?);
-            vars.push(var);
+            vars.push(Var::from_tensor(&noise(shape)?)?);
+        }
+        let mut grads = GradStore::default();
+        for var in vars.iter().rev() {
+            grads.insert(var, noise(var.dims())?);
         }
         Ok((vars, grads))
     }

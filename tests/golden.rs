@@ -13,11 +13,10 @@ use candle_srkl::{Beta, ParamsSrkl, Scope, Srkl};
 use common::values;
 use serde_json::Value;
 
-/// Largest relative error of a number, f64 and f32. The largest move of any tensor in any step is
-/// at least `MOVE`, so a step that is a hundredth wrong is outside of both.
-const TOLERANCE: f64 = 1e-12;
-const TOLERANCE_F32: f64 = 2e-6;
-const MOVE: f64 = 3e-4;
+/// The error of a parameter that roundings may add up to, relative to the largest of its tensor.
+/// A gradient, being a small difference of larger numbers, and what follows from it (H, phi, the
+/// norm) may have ten times that.
+const TOLERANCES: [(DType, f64); 2] = [(DType::F64, 1e-13), (DType::F32, 1e-6)];
 
 fn golden() -> Value {
     serde_json::from_str(include_str!("golden/golden.json")).unwrap()
@@ -80,14 +79,21 @@ struct Errors {
     backward: f64,
 }
 
-/// Raises `worst` to the relative error of `got`.
-fn compare(worst: &mut f64, got: f64, expected: f64) {
-    // A NaN must not get lost in `max`.
-    assert!(got.is_finite(), "{got}, not {expected}");
-    *worst = worst.max((got - expected).abs() / expected.abs());
+/// Raises `worst` to the error of `got`, relative to the largest of `expected`.
+fn compare(worst: &mut f64, got: &[f64], expected: &[f64]) {
+    assert_eq!(got.len(), expected.len());
+    for (got, expected_here) in got.iter().zip(expected) {
+        // A NaN must not get lost in `max`.
+        assert!(got.is_finite(), "{got}, not {expected_here}");
+        *worst = worst.max((got - expected_here).abs() / largest(expected));
+    }
 }
 
-/// Trains as `case` says but with `params`, from golden values on.
+fn largest(numbers: &[f64]) -> f64 {
+    numbers.iter().fold(0., |largest, x| x.abs().max(largest))
+}
+
+/// Trains as `case` says, but with the settings `params`.
 fn train(golden: &Value, case: &Value, params: ParamsSrkl, dtype: DType) -> Result<Errors> {
     let (input, target) = (matrix(&golden["input"], dtype)?, matrix(&golden["target"], dtype)?);
     let named = start(golden, dtype)?;
@@ -102,10 +108,11 @@ fn train(golden: &Value, case: &Value, params: ParamsSrkl, dtype: DType) -> Resu
         let hidden = input.matmul(&w1.t()?)?.broadcast_add(b1)?.tanh()?;
         let loss = (hidden.matmul(&w2.t()?)?.broadcast_add(b2)? - &target)?.sqr()?.mean_all()?;
         let mut grads = loss.backward()?;
-        compare(&mut errors.backward, values(&loss)?[0], step["loss"].as_f64().unwrap());
-        for (var, expected) in vars.iter().zip(numbers(&step["grad_norms"])) {
+        compare(&mut errors.backward, &values(&loss)?, &[step["loss"].as_f64().unwrap()]);
+        let grad_norms = numbers(&step["grad_norms"]);
+        for (var, &expected) in vars.iter().zip(&grad_norms) {
             let norm = common::norm(&values(grads.get(var).unwrap())?);
-            compare(&mut errors.backward, norm, expected);
+            compare(&mut errors.backward, &[norm], &[expected]);
         }
         if let Some(missing) = step["missing"].as_str() {
             let (_, var) = named.iter().find(|(name, _)| name == missing).unwrap();
@@ -116,77 +123,68 @@ fn train(golden: &Value, case: &Value, params: ParamsSrkl, dtype: DType) -> Resu
         opt.step(&grads)?;
 
         if case["max_grad_norm"].is_number() {
-            let norm = common::norm(&numbers(&step["grad_norms"]));
-            compare(&mut errors.telemetry, opt.grad_norm().unwrap(), norm);
+            let norm = opt.grad_norm().unwrap();
+            compare(&mut errors.telemetry, &[norm], &[common::norm(&grad_norms)]);
         }
         for (i, (var, t)) in vars.iter().zip(opt.telemetry()).enumerate() {
-            for (got, expected) in [(t.phi, &step["phi"][i]), (t.curvature, &step["curvature"][i])] {
-                assert_eq!(got.is_some(), expected.is_number(), "{}: {got:?}", t.name);
-                if let Some(got) = got {
-                    compare(&mut errors.telemetry, got, expected.as_f64().unwrap());
+            for (got, key) in [(t.phi, "phi"), (t.curvature, "curvature")] {
+                match (got, step[key][i].as_f64()) {
+                    (Some(got), Some(expected)) => {
+                        compare(&mut errors.telemetry, &[got], &[expected]);
+                    }
+                    (None, None) => (),
+                    _ => errors.telemetry = f64::INFINITY,
                 }
             }
-            let expected = numbers(&step["parameters"][i]);
-            let got = values(var)?;
-            assert_eq!(got.len(), expected.len());
-            for (got, expected) in got.into_iter().zip(expected) {
-                compare(&mut errors.parameters, got, expected);
-            }
+            compare(&mut errors.parameters, &values(var)?, &numbers(&step["parameters"][i]));
         }
     }
     Ok(errors)
 }
 
-fn check(dtype: DType, tolerance: f64) -> Result<()> {
+#[test]
+fn trains_as_pytorch_does() -> Result<()> {
     let golden = golden();
     for case in cases(&golden) {
-        let errors = train(&golden, case, settings(case), dtype)?;
-        println!("{} in {dtype:?}: {errors:?}", case["name"]);
-        let Errors { parameters, telemetry, backward } = errors;
-        for error in [parameters, telemetry, backward] {
-            assert!(error <= tolerance, "{} in {dtype:?}: {errors:?}", case["name"]);
+        for (dtype, tolerance) in TOLERANCES {
+            let errors = train(&golden, case, settings(case), dtype)?;
+            println!("{} in {dtype:?}: {errors:?}", case["name"]);
+            let Errors { parameters, telemetry, backward } = errors;
+            assert!(parameters <= tolerance, "{parameters}");
+            assert!(telemetry <= 10. * tolerance, "{telemetry}");
+            assert!(backward <= 10. * tolerance, "{backward}");
         }
     }
     Ok(())
 }
 
+/// Every step moves every tensor by over a hundred times the tolerances, so none is compared in
+/// vain.
 #[test]
-fn trains_as_pytorch_does_in_f64() -> Result<()> {
-    check(DType::F64, TOLERANCE)
-}
-
-#[test]
-fn trains_as_pytorch_does_in_f32() -> Result<()> {
-    check(DType::F32, TOLERANCE_F32)
-}
-
-/// The f32 tolerance sees less than a hundredth of any step, so that no step is compared in vain.
-#[test]
-fn tolerances_are_far_below_a_step() -> Result<()> {
+fn tolerances_are_far_below_a_step() {
     let golden = golden();
     for case in cases(&golden) {
-        let first = golden["start"].as_array().unwrap().iter().map(|p| numbers(&p["values"]));
-        let mut before: Vec<Vec<f64>> = first.collect();
+        let start = golden["start"].as_array().unwrap();
+        let mut before: Vec<Vec<f64>> = start.iter().map(|w| numbers(&w["values"])).collect();
         for step in case["steps"].as_array().unwrap() {
-            let after: Vec<Vec<f64>> =
-                step["parameters"].as_array().unwrap().iter().map(numbers).collect();
-            for (i, (before, after)) in before.iter().zip(&after).enumerate() {
-                let moves = before.iter().zip(after).map(|(b, a)| (a - b).abs() / b.abs());
-                let largest = moves.fold(0f64, f64::max);
-                if step["missing"].as_str() == golden["start"][i]["name"].as_str() {
-                    assert_eq!(largest, 0.);
+            for (i, before) in before.iter_mut().enumerate() {
+                let after = numbers(&step["parameters"][i]);
+                let moves: Vec<f64> = after.iter().zip(&*before).map(|(a, b)| a - b).collect();
+                if step["missing"] == start[i]["name"] {
+                    assert_eq!(largest(&moves), 0.);
                 } else {
-                    assert!(largest >= MOVE, "{}: {largest}", case["name"]);
+                    let moved = largest(&moves) / largest(&after);
+                    for (dtype, tolerance) in TOLERANCES {
+                        assert!(moved > 100. * tolerance, "{} in {dtype:?}: {moved}", case["name"]);
+                    }
                 }
+                *before = after;
             }
-            before = after;
         }
     }
-    assert!(TOLERANCE < TOLERANCE_F32 && TOLERANCE_F32 < MOVE / 100.);
-    Ok(())
 }
 
-/// Any setting that is 1% wrong, or left out, is noticed in the parameters, in either dtype.
+/// A setting that is 1% wrong, or another scope, shows in the parameters.
 #[test]
 fn a_wrong_setting_is_noticed() -> Result<()> {
     let golden = golden();
@@ -196,20 +194,23 @@ fn a_wrong_setting_is_noticed() -> Result<()> {
             Beta::Fixed(beta) => Beta::Fixed(1.01 * beta),
             Beta::Tied(gamma) => Beta::Tied(1.01 * gamma),
         };
+        let scope = if right.scope == Scope::Global { Scope::Tensor } else { Scope::Global };
         let mut wrong = vec![
             ParamsSrkl { lr: 1.01 * right.lr, ..right.clone() },
             ParamsSrkl { beta, ..right.clone() },
-            ParamsSrkl { weight_decay: 1.01 * right.weight_decay + 1e-2, ..right.clone() },
+            ParamsSrkl { scope, ..right.clone() },
         ];
+        if right.weight_decay > 0. {
+            wrong.push(ParamsSrkl { weight_decay: 1.01 * right.weight_decay, ..right.clone() });
+        }
         if let Some(max) = right.max_grad_norm {
             wrong.push(ParamsSrkl { max_grad_norm: Some(1.01 * max), ..right.clone() });
         }
         for params in wrong {
-            for (dtype, tolerance) in [(DType::F64, TOLERANCE), (DType::F32, TOLERANCE_F32)] {
-                let errors = train(&golden, case, params.clone(), dtype)?;
-                let place = format!("{} in {dtype:?}: {params:?}: {errors:?}", case["name"]);
-                println!("{place}");
-                assert!(errors.parameters > 2. * tolerance, "{place}");
+            for (dtype, tolerance) in TOLERANCES {
+                let error = train(&golden, case, params.clone(), dtype)?.parameters;
+                println!("{} in {dtype:?}: {error:e} by {params:?}", case["name"]);
+                assert!(error > 10. * tolerance, "{error:e}");
             }
         }
     }

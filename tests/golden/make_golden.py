@@ -23,6 +23,7 @@ import torch
 SHAPES = {"w1": (7, 5), "b1": (7,), "w2": (3, 7), "b2": (3,)}
 BATCH = 8
 STEPS = 8
+SCHEDULE = [1.0, 0.75, 0.5, 0.25, 0.125, 0.25, 0.5, 0.75]
 
 # The lr and beta of each case are such that the brake really brakes: beta * H is not small.
 # "missing" is a parameter without a gradient on the third step.
@@ -44,12 +45,19 @@ CASES = [
         "weight_decay": 0.1,
         "max_grad_norm": 0.05,
     },
-    {"name": "element, decayed", "lr": 0.2, "beta": 3.0, "scope": "element", "weight_decay": 0.1},
+    {
+        "name": "element, decayed, scheduled",
+        "lr": 0.2,
+        "beta": 3.0,
+        "scope": "element",
+        "weight_decay": 0.1,
+        "schedule": SCHEDULE,
+    },
     {
         "name": "tied, scheduled",
-        "lr": 2.0,
+        "lr": 0.8,
         "gamma": 0.5,
-        "schedule": [1.0, 0.75, 0.5, 0.25, 0.125, 0.25, 0.5, 0.75],
+        "schedule": SCHEDULE,
     },
     # Global and decayed, so that it shows whether the missing one counts in H, or decays.
     {
