@@ -443,7 +443,8 @@ impl<'a> SrklBuilder<'a> {
     ///
     /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
     /// or the same variable twice, a variable that is not on the CPU, one of a float dtype other
-    /// than f32, f64, bf16 and f16, or one of f64 in a group of [`MasterWeights::F32`].
+    /// than f32, f64, bf16 and f16, or one of f64 in a group of
+    /// [`MasterWeights::F32`](crate::MasterWeights::F32).
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
         let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
