@@ -162,7 +162,7 @@ impl Srkl {
     ///     .default_group(decayed.clone())
     ///     .group("no_decay", ParamsSrkl { weight_decay: 0., ..decayed }, |_, var| var.rank() < 2)
     ///     .build_varmap(&varmap)?;
-    /// let groups: Vec<_> = opt.telemetry().into_iter().map(|t| (t.name, t.group)).collect();
+    /// let groups: Vec<_> = opt.telemetry()?.into_iter().map(|t| (t.name, t.group)).collect();
     /// assert_eq!(groups[0], ("head.bias".to_string(), "no_decay".to_string()));
     /// assert_eq!(groups[1], ("head.weight".to_string(), "default".to_string()));
     /// # Ok::<(), candle_core::Error>(())
@@ -193,23 +193,39 @@ impl Srkl {
     }
 
     /// Steps taken, those skipped not counted.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The number may live on a device.)
+    pub fn steps(&self) -> Result<u64> {
+        Ok(self.steps)
     }
 
     /// Steps that [`NonFinite::SkipStep`] has skipped.
-    pub fn skipped_steps(&self) -> u64 {
-        self.skipped_steps
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The number may live on a device.)
+    pub fn skipped_steps(&self) -> Result<u64> {
+        Ok(self.skipped_steps)
     }
 
     /// The 2-norm over all (unscaled) gradients of the last step, before clipping. `None` where no
     /// group clips, since then it is not computed.
-    pub fn grad_norm(&self) -> Option<f64> {
-        self.grad_norm
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The number may live on a device.)
+    pub fn grad_norm(&self) -> Result<Option<f64>> {
+        Ok(self.grad_norm)
     }
 
-    /// What the last step did, for each parameter in order.
-    pub fn telemetry(&self) -> Vec<BlockTelemetry> {
+    /// What the last step did, for each parameter in order. Costs nothing until asked.
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The numbers may live on a device.)
+    pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
         let entry = |block: &Block| {
             let group = &self.groups[block.group];
             let last = block.last.filter(|_| group.params.scope != Scope::Element);
@@ -221,7 +237,7 @@ impl Srkl {
                 skipped: block.skipped,
             }
         };
-        self.blocks.iter().map(entry).collect()
+        Ok(self.blocks.iter().map(entry).collect())
     }
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
@@ -276,8 +292,13 @@ impl Srkl {
 
     /// A copy of the f32 master weights of a parameter, in the order of its elements. `None` for a
     /// parameter without a master, or an unknown name.
-    pub fn master(&self, name: &str) -> Option<Vec<f32>> {
-        self.blocks.iter().find(|block| block.name == name)?.master.clone()
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The master may live on a device.)
+    pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let block = self.blocks.iter().find(|block| block.name == name);
+        Ok(block.and_then(|block| block.master.clone()))
     }
 
     // -- The order of a step, and its stages --

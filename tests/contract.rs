@@ -29,7 +29,7 @@ fn train(params: &ParamsSrkl) -> Result<Vec<Vec<u64>>> {
     }
     let mut state: Vec<Vec<u64>> = vars.iter().map(|var| bits(var)).collect::<Result<_>>()?;
     for i in 0..vars.len() {
-        let master = opt.master(&i.to_string()).unwrap_or_default();
+        let master = opt.master(&i.to_string())?.unwrap_or_default();
         state.push(master.into_iter().map(|x| x.to_bits() as u64).collect());
     }
     Ok(state)
@@ -135,7 +135,7 @@ fn the_contract_as_text_gives_the_bits_of_the_crate() -> Result<()> {
         let mut opt = Srkl::new(vec![var.clone()], params.clone())?;
         opt.step(&grads([(&var, grad.clone())]))?;
         // The last bits of H and phi, which seldom reach an f32.
-        let telemetry = &opt.telemetry()[0];
+        let telemetry = &opt.telemetry()?[0];
         assert_eq!((telemetry.curvature, telemetry.phi), (Some(h), Some(phi)), "{n} elements");
         let expected: Vec<f32> = w.iter().zip(&g).map(|(&w, &g)| step(w, g)).collect();
         assert!(var.to_vec1::<f32>()? == expected, "f32, {n} elements");

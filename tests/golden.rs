@@ -123,10 +123,10 @@ fn train(golden: &Value, case: &Value, params: ParamsSrkl, dtype: DType) -> Resu
         opt.step(&grads)?;
 
         if case["max_grad_norm"].is_number() {
-            let norm = opt.grad_norm().unwrap();
+            let norm = opt.grad_norm()?.unwrap();
             compare(&mut errors.telemetry, &[norm], &[common::norm(&grad_norms)]);
         }
-        for (i, (var, t)) in vars.iter().zip(opt.telemetry()).enumerate() {
+        for (i, (var, t)) in vars.iter().zip(opt.telemetry()?).enumerate() {
             for (got, key) in [(t.phi, "phi"), (t.curvature, "curvature")] {
                 match (got, step[key][i].as_f64()) {
                     (Some(got), Some(expected)) => {

@@ -14,7 +14,7 @@ fn step(w: &[f64], g: &[f64], lr: f64, beta: f64) -> (Vec<f64>, f64, f64) {
     let params = ParamsSrkl { lr, beta: Beta::Fixed(beta), ..ParamsSrkl::reference() };
     let mut opt = Srkl::new(vec![var.clone()], params).unwrap();
     opt.step(&grads([(&var, tensor(g, DType::F64).unwrap())])).unwrap();
-    let t = &opt.telemetry()[0];
+    let t = &opt.telemetry().unwrap()[0];
     (values(&var).unwrap(), t.curvature.unwrap(), t.phi.unwrap())
 }
 

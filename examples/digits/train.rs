@@ -122,7 +122,7 @@ impl Training {
             let mut brake: BTreeMap<String, Mean> = BTreeMap::new();
             for batch in rows.chunks(self.settings.batch.get()) {
                 loss.add(self.step(&part.select(batch)?)?);
-                for (name, relative) in self.optimizer.brake() {
+                for (name, relative) in self.optimizer.brake()? {
                     brake.entry(name).or_default().add(relative);
                 }
                 history.evaluations += 1;
@@ -156,11 +156,11 @@ impl AnyOptimizer {
     }
 
     /// `phi / lr` of each parameter tensor that the last step moved.
-    fn brake(&self) -> Vec<(String, f64)> {
-        let Self::Srkl(srkl) = self else { return vec![] };
+    fn brake(&self) -> Result<Vec<(String, f64)>> {
+        let Self::Srkl(srkl) = self else { return Ok(vec![]) };
         let lr = srkl.learning_rate();
-        let moved = srkl.telemetry().into_iter();
-        moved.filter_map(|block| Some((block.name, block.phi? / lr))).collect()
+        let moved = srkl.telemetry()?.into_iter();
+        Ok(moved.filter_map(|block| Some((block.name, block.phi? / lr))).collect())
     }
 }
 

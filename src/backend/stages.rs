@@ -215,8 +215,8 @@ mod tests {
         let bits = |t: &Tensor| -> Result<Vec<u64>> {
             Ok(t.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect())
         };
-        let master = opt.master("0").map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
-        Ok(format!("{:?} {master:?} {:?}", bits(var.as_tensor())?, opt.telemetry()))
+        let master = opt.master("0")?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        Ok(format!("{:?} {master:?} {:?}", bits(var.as_tensor())?, opt.telemetry()?))
     }
 
     /// Any bit pattern of an f32, so that subnormals, infinities and NaN come up.
