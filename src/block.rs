@@ -1,6 +1,8 @@
 //! [`Block`]: a parameter tensor with its state, the unit that the rule works on.
 
-use candle_core::{DType, Result, Shape, Storage, TensorId, Var, bail};
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
 use crate::backend::cpu;
 use crate::backend::gradient::{Gradient, is_supported};
@@ -23,11 +25,18 @@ pub(crate) struct Block {
     pub elements: usize,
     /// Its place in the optimizer's list of groups.
     pub group: usize,
-    pub master: Option<Vec<f32>>,
+    pub master: Option<Master>,
     /// How often it was skipped alone.
     pub skipped: u64,
     /// Curvature and brake of the last step, if it moved this block.
     pub last: Option<(f64, f64)>,
+}
+
+/// The f32 masters of a parameter, where the parameter is.
+pub(crate) enum Master {
+    Cpu(Vec<f32>),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaSlice<f32>),
 }
 
 impl Block {
@@ -37,12 +46,19 @@ impl Block {
     /// master, or not as candle makes variables.
     pub fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
         let dtype = var.dtype();
-        if !var.device().is_cpu() {
-            bail!(
-                "`{name}`: expected a variable on the CPU, got one on {:?}",
-                var.device().location()
-            )
-        }
+        let on_device = match var.device() {
+            Device::Cpu => false,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => true,
+            device => {
+                let places =
+                    if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" };
+                bail!(
+                    "`{name}`: expected a variable on {places}, got one on {:?}",
+                    device.location()
+                )
+            }
+        };
         if !is_supported(dtype) {
             bail!("`{name}`: expected a variable of f32, f64, bf16 or f16, got {dtype:?}")
         }
@@ -57,16 +73,106 @@ impl Block {
         }
         let is_half = matches!(dtype, DType::BF16 | DType::F16);
         let master = match masters {
-            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(cpu::new_master(&var)?),
+            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(Master::new(&var)?),
             _ => None,
         };
         let (storage, elements) = {
             let (storage, layout) = var.storage_and_layout();
-            (storage_address(&storage), Gradient::new(&storage, layout)?.address())
+            let elements = if on_device { 0 } else { Gradient::new(&storage, layout)?.address() };
+            (storage_address(&storage), elements)
         };
         let (id, shape, n) = (var.id(), var.shape().clone(), var.elem_count());
         let (skipped, last) = (0, None);
         Ok(Self { name, var, id, dtype, shape, n, storage, elements, group, master, skipped, last })
+    }
+
+    /// What a gradient must have in common with its parameter.
+    pub fn check_gradient(&self, gradient: &Tensor) -> Result<()> {
+        let Self { name, shape, .. } = self;
+        if !gradient.device().same_device(self.var.device()) {
+            bail!(
+                "gradient of `{name}`: expected it on {:?}, got {:?}",
+                self.var.device().location(),
+                gradient.device().location()
+            )
+        }
+        if gradient.dims() != shape.dims() {
+            bail!("gradient of `{name}`: expected shape {shape:?}, got {:?}", gradient.shape())
+        }
+        if !is_supported(gradient.dtype()) {
+            bail!(
+                "gradient of `{name}`: expected f32, f64, bf16 or f16, got {:?}",
+                gradient.dtype()
+            )
+        }
+        Ok(())
+    }
+
+    /// A gradient must not be in the storage of a variable, of which `storages` is the sorted list.
+    pub fn check_alias(&self, address: usize, storages: &[usize]) -> Result<()> {
+        if storages.binary_search(&address).is_ok() {
+            bail!(
+                "gradient of `{}`: it shares its memory with a parameter, which the step writes to; \
+                 pass a copy",
+                self.name
+            )
+        }
+        Ok(())
+    }
+
+    /// The masters, copied to the host.
+    pub fn master_values(&self) -> Result<Option<Vec<f32>>> {
+        Ok(match &self.master {
+            None => None,
+            Some(Master::Cpu(values)) => Some(values.clone()),
+            #[cfg(feature = "cuda")]
+            Some(Master::Cuda(values)) => {
+                let mut host = self.var.device().as_cuda_device()?.clone_dtoh(values)?;
+                host.truncate(self.n);
+                Some(host)
+            }
+        })
+    }
+
+    /// Replaces the masters, if there are any, in place.
+    pub fn set_master(&mut self, new: Vec<f32>) -> Result<()> {
+        match &mut self.master {
+            None => Ok(()),
+            Some(Master::Cpu(values)) => {
+                *values = new;
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Some(Master::Cuda(_)) if new.is_empty() => Ok(()),
+            #[cfg(feature = "cuda")]
+            Some(Master::Cuda(values)) => {
+                self.var.device().as_cuda_device()?.memcpy_htod(&new, values)
+            }
+        }
+    }
+
+    /// Brings the masters to a parameter that somebody else has written.
+    pub fn sync_master(&mut self) -> Result<()> {
+        match &mut self.master {
+            None => Ok(()),
+            Some(Master::Cpu(values)) => cpu::sync_master(&self.var, values),
+            #[cfg(feature = "cuda")]
+            Some(Master::Cuda(_)) => {
+                let mut values = self.master_values()?.unwrap_or_default();
+                cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)?;
+                self.set_master(values)
+            }
+        }
+    }
+}
+
+impl Master {
+    fn new(var: &Var) -> Result<Self> {
+        match var.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Ok(Self::Cuda(crate::backend::cuda::new_master(var)?)),
+            _ => Ok(Self::Cpu(cpu::new_master(var)?)),
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod backend;
 mod block;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod numerics;
 mod optimizer;
 mod params;

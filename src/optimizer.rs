@@ -4,11 +4,15 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 
 use crate::backend::cpu::{self, Decision, StepScalars};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::Cuda;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::Block;
@@ -62,6 +66,9 @@ pub struct Srkl {
     pub(crate) simd: Simd,
     /// Whether there is enough work for threads.
     parallel: bool,
+    /// The device, if the parameters are on one.
+    #[cfg(feature = "cuda")]
+    cuda: Option<Box<Cuda>>,
 }
 
 pub(crate) struct Group {
@@ -110,6 +117,10 @@ impl Optimizer for Srkl {
     /// negative or non-finite number. Parameters and state are then as they were.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &mut self.cuda {
+            return cuda.step(&self.blocks, &self.storages, &self.groups, grads, scalars);
+        }
         if self.parallel {
             // Into the thread pool once, not once for every loop.
             rayon::scope(|_| self.step_all(grads, scalars))
@@ -198,6 +209,10 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn steps(&self) -> Result<u64> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Ok(cuda.state()?.steps);
+        }
         Ok(self.steps)
     }
 
@@ -207,6 +222,10 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn skipped_steps(&self) -> Result<u64> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Ok(cuda.state()?.skipped_steps);
+        }
         Ok(self.skipped_steps)
     }
 
@@ -217,6 +236,11 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn grad_norm(&self) -> Result<Option<f64>> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let norm = cuda.state()?.grad_norm;
+            return Ok(self.uses(uses_norm).then_some(norm));
+        }
         Ok(self.grad_norm)
     }
 
@@ -226,18 +250,28 @@ impl Srkl {
     ///
     /// None on the CPU. (The numbers may live on a device.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
-        let entry = |block: &Block| {
+        #[cfg(feature = "cuda")]
+        let decisions = self.cuda.as_ref().map(|cuda| cuda.decisions()).transpose()?;
+        let entry = |(i, block): (usize, &Block)| {
             let group = &self.groups[block.group];
-            let last = block.last.filter(|_| group.params.scope != Scope::Element);
+            let (last, skipped) = (block.last, block.skipped);
+            #[cfg(feature = "cuda")]
+            let (last, skipped) = decisions.as_ref().map_or((last, skipped), |decisions| {
+                let d = decisions[i];
+                ((d.step != 0).then_some((d.curvature, d.phi)), d.skipped)
+            });
+            #[cfg(not(feature = "cuda"))]
+            let _ = i;
+            let last = last.filter(|_| group.params.scope != Scope::Element);
             BlockTelemetry {
                 name: block.name.clone(),
                 group: group.name.clone(),
                 curvature: last.map(|(curvature, _)| curvature),
                 phi: last.map(|(_, phi)| phi),
-                skipped: block.skipped,
+                skipped,
             }
         };
-        Ok(self.blocks.iter().map(entry).collect())
+        Ok(self.blocks.iter().enumerate().map(entry).collect())
     }
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
@@ -283,9 +317,7 @@ impl Srkl {
     /// None in a variable that is as it was when the optimizer was built.
     pub fn sync_master(&mut self) -> Result<()> {
         for block in &mut self.blocks {
-            if let Some(master) = &mut block.master {
-                cpu::sync_master(&block.var, master)?;
-            }
+            block.sync_master()?;
         }
         Ok(())
     }
@@ -298,7 +330,17 @@ impl Srkl {
     /// None on the CPU. (The master may live on a device.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let block = self.blocks.iter().find(|block| block.name == name);
-        Ok(block.and_then(|block| block.master.clone()))
+        block.map_or(Ok(None), Block::master_values)
+    }
+
+    pub(crate) fn set_counters(&mut self, steps: u64, skipped_steps: u64) -> Result<()> {
+        (self.steps, self.skipped_steps) = (steps, skipped_steps);
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &mut self.cuda {
+            let skipped: Vec<u64> = self.blocks.iter().map(|block| block.skipped).collect();
+            cuda.set_counters(steps, skipped_steps, &skipped)?;
+        }
+        Ok(())
     }
 
     // -- The order of a step, and its stages --
@@ -499,7 +541,11 @@ impl<'a> SrklBuilder<'a> {
         storages.sort_unstable();
         let work: usize = blocks.iter().map(|block| block.n + BLOCK_WORK).sum();
         let parallel = work >= PARALLEL_WORK;
+        #[cfg(feature = "cuda")]
+        let cuda = cuda_of(&blocks, &groups)?;
         Ok(Srkl {
+            #[cfg(feature = "cuda")]
+            cuda,
             groups,
             blocks,
             storages,
@@ -511,6 +557,25 @@ impl<'a> SrklBuilder<'a> {
             simd: Simd::detect(),
             parallel,
         })
+    }
+}
+
+/// The device that all blocks are on, if it is not the CPU.
+#[cfg(feature = "cuda")]
+fn cuda_of(blocks: &[Block], groups: &[Group]) -> Result<Option<Box<Cuda>>> {
+    let Some(first) = blocks.first() else { return Ok(None) };
+    if let Some(other) = blocks.iter().find(|b| !b.var.device().same_device(first.var.device())) {
+        bail!(
+            "`{}` is on {:?} and `{}` on {:?}: expected all parameters on one device",
+            first.name,
+            first.var.device().location(),
+            other.name,
+            other.var.device().location()
+        )
+    }
+    match first.var.device() {
+        Device::Cuda(device) => Ok(Some(Box::new(Cuda::new(device, blocks, groups)?))),
+        _ => Ok(None),
     }
 }
 

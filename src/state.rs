@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use candle_core::{Error, Result, bail};
+use candle_core::{Device, Error, Result, bail};
 use safetensors::{Dtype, SafeTensors, View};
 
 use crate::backend::cpu;
@@ -48,16 +48,16 @@ impl Srkl {
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
             ("version".to_string(), VERSION.to_string()),
-            ("steps".to_string(), self.steps.to_string()),
-            ("skipped_steps".to_string(), self.skipped_steps.to_string()),
+            ("steps".to_string(), self.steps()?.to_string()),
+            ("skipped_steps".to_string(), self.skipped_steps()?.to_string()),
             ("schedule".to_string(), format!("{:?}", self.schedule)),
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
         ]);
         let mut masters = vec![];
-        for block in &self.blocks {
+        for (block, telemetry) in self.blocks.iter().zip(self.telemetry()?) {
             metadata.insert(format!("parameter.{}", block.name), description(block));
-            metadata.insert(format!("skipped.{}", block.name), block.skipped.to_string());
-            if let Some(values) = &block.master {
+            metadata.insert(format!("skipped.{}", block.name), telemetry.skipped.to_string());
+            if let Some(values) = block.master_values()? {
                 masters.push((master_key(block), Master { shape: block.var.dims(), values }));
             }
         }
@@ -93,16 +93,16 @@ impl Srkl {
             .map_err(Error::from)
             .and_then(|bytes| Loaded::new(&bytes, &self.blocks))
             .map_err(|e| e.with_path(path))?;
-        // Nothing below can fail.
-        self.steps = loaded.steps;
-        self.skipped_steps = loaded.skipped_steps;
-        self.schedule = loaded.schedule;
-        self.grad_scale = loaded.grad_scale;
+        // Nothing below can fail, but for a device that has failed already.
         for (block, (master, skipped)) in self.blocks.iter_mut().zip(loaded.blocks) {
-            block.master = master;
+            if let Some(master) = master {
+                block.set_master(master)?;
+            }
             block.skipped = skipped;
         }
-        Ok(())
+        self.schedule = loaded.schedule;
+        self.grad_scale = loaded.grad_scale;
+        self.set_counters(loaded.steps, loaded.skipped_steps)
     }
 }
 
@@ -183,7 +183,8 @@ fn load_block(
     }
     let words = tensor.data().chunks_exact(4);
     let master: Vec<f32> = words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-    if let Some(i) = cpu::first_disagreement(&block.var, &master)? {
+    let parameter = block.var.to_device(&Device::Cpu)?;
+    if let Some(i) = cpu::first_disagreement(&parameter, &master)? {
         bail!(
             "master of `{name}`: element {i} ({}) does not round to the parameter's; load the \
              model's parameters of the same checkpoint first",
@@ -222,7 +223,7 @@ fn temporary_name(path: &Path) -> Result<PathBuf> {
 /// Master weights as a safetensors tensor.
 struct Master<'a> {
     shape: &'a [usize],
-    values: &'a [f32],
+    values: Vec<f32>,
 }
 
 impl View for Master<'_> {
@@ -236,6 +237,6 @@ impl View for Master<'_> {
         self.values.iter().flat_map(|x| x.to_le_bytes()).collect()
     }
     fn data_len(&self) -> usize {
-        size_of_val(self.values)
+        size_of_val(self.values.as_slice())
     }
 }

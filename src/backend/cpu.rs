@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::gradient::{FromGradient, Gradient, RowBuffer};
 use super::simd::{Kernel, Simd};
-use crate::block::Block;
+use crate::block::{Block, Master};
 use crate::numerics::{
     CHUNK, LANES, MIN_LANES, Real, Sums, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, pow2,
     scale_exponent, tree,
@@ -232,7 +232,10 @@ pub(crate) fn update(
             Scope::Tensor | Scope::Global => None,
         },
     };
-    let master = block.master.as_deref_mut();
+    let master = match &mut block.master {
+        Some(Master::Cpu(master)) => Some(master.as_mut_slice()),
+        _ => None,
+    };
     with_storage_mut(&block.var, |storage| match storage {
         CpuStorage::F32(w) => block_update(w, None, &g, coefficients, simd, scratch),
         CpuStorage::F64(w) => block_update(w, None, &g, coefficients, simd, scratch),
@@ -406,7 +409,7 @@ fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) {
 }
 
 /// Brings `master` to a parameter that somebody else has written.
-pub(crate) fn sync_master(var: &Var, master: &mut [f32]) -> Result<()> {
+pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<()> {
     let (storage, _) = var.storage_and_layout();
     match cpu_storage(&storage)? {
         CpuStorage::BF16(w) => reconcile(w, master),
@@ -417,7 +420,7 @@ pub(crate) fn sync_master(var: &Var, master: &mut [f32]) -> Result<()> {
 }
 
 /// The masters of a bf16 or f16 parameter: its values.
-pub(crate) fn new_master(var: &Var) -> Result<Vec<f32>> {
+pub(crate) fn new_master(var: &Tensor) -> Result<Vec<f32>> {
     // A NaN agrees with no 16-bit pattern but the canonical one, so all elements are set.
     let mut master = vec![f32::NAN; var.elem_count()];
     sync_master(var, &mut master)?;
@@ -425,7 +428,7 @@ pub(crate) fn new_master(var: &Var) -> Result<Vec<f32>> {
 }
 
 /// The first element of a parameter that is not what `master` rounds to.
-pub(crate) fn first_disagreement(var: &Var, master: &[f32]) -> Result<Option<usize>> {
+pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<usize>> {
     fn first<P: Parameter<Compute = f32>>(w: &[P], master: &[f32]) -> Option<usize> {
         w.iter().zip(master).position(|(w, master)| !agree(*w, *master))
     }

@@ -9,9 +9,12 @@
 //! | `update` | gradients, decisions | parameters and masters |
 //!
 //! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
-//! hands blocks to threads and `cpu.rs` has the mathematics.
+//! hands blocks to threads and `cpu.rs` has the mathematics; on a CUDA device `cuda.rs` launches the
+//! kernels of `kernels/srkl.cu`.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod gradient;
 pub(crate) mod simd;
 pub(crate) mod stages;

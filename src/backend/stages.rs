@@ -6,13 +6,13 @@
 //! pointer, whose misses overlap, and what an update needs is prefetched.
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, Decision, Scratch, StepScalars};
-use super::gradient::{Gradient, is_supported};
+use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
-use crate::block::{Block, storage_address};
+use crate::block::{Block, Master, storage_address};
 use crate::numerics::{LANES, Sums};
 use crate::params::ParamsSrkl;
 
@@ -74,7 +74,7 @@ impl Stages<'_> {
         let find = |scratch: &mut Scratch, (batch, found): (&[Block], &mut [Option<Found<'g>>])| {
             let tensors: Vec<_> = batch.iter().map(|block| grads.get_id(block.id)).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
-                tensor.map_or(Ok(()), |tensor| check_gradient(block, tensor))?;
+                tensor.map_or(Ok(()), |tensor| block.check_gradient(tensor))?;
             }
             let locked = |tensor: &Option<&'g Tensor>| tensor.map(Tensor::storage_and_layout);
             let storages: Vec<_> = tensors.iter().map(locked).collect();
@@ -83,13 +83,7 @@ impl Stages<'_> {
                     continue;
                 };
                 let address = storage_address(storage);
-                if self.storages.binary_search(&address).is_ok() {
-                    bail!(
-                        "gradient of `{}`: it shares its memory with a parameter, which the step \
-                         writes to; pass a copy",
-                        block.name
-                    )
-                }
+                block.check_alias(address, self.storages)?;
                 let g = Gradient::new(storage, layout)?;
                 let sums = read(block, &g, scratch);
                 found[i] = Some(Found { gradient, sums, storage: address, elements: g.address() });
@@ -161,28 +155,13 @@ fn batch_size(blocks: &[Block]) -> usize {
     (BATCH_ELEMENTS * blocks.len() / elements.max(1)).clamp(1, BATCH_BLOCKS)
 }
 
-/// What a gradient must have in common with its parameter.
-fn check_gradient(block: &Block, gradient: &Tensor) -> Result<()> {
-    let Block { name, shape, .. } = block;
-    if !gradient.device().is_cpu() {
-        bail!("gradient of `{name}`: expected it on Cpu, got {:?}", gradient.device().location())
-    }
-    if gradient.dims() != shape.dims() {
-        bail!("gradient of `{name}`: expected shape {shape:?}, got {:?}", gradient.shape())
-    }
-    if !is_supported(gradient.dtype()) {
-        bail!("gradient of `{name}`: expected f32, f64, bf16 or f16, got {:?}", gradient.dtype())
-    }
-    Ok(())
-}
-
 /// Brings what the update of a small block needs first into the caches.
 fn prefetch_update(block: &Block, found: Option<&Found>) {
     let n = block.n.min(LANES);
     let bytes = n * block.dtype.size_in_bytes();
     prefetch(block.storage, 1);
     prefetch(block.elements, bytes);
-    if let Some(master) = &block.master {
+    if let Some(Master::Cpu(master)) = &block.master {
         prefetch(master.as_ptr().addr(), n * size_of::<f32>());
     }
     if let Some(found) = found {

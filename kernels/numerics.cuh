@@ -1,0 +1,157 @@
+// The numerics contract on the device: conversions, exact scaling, 16-byte access.
+//
+// src/numerics.rs explains the contract; names and order here are those of src/numerics.rs and
+// src/backend/cpu.rs. Every operation that rounds is written as the intrinsic that rounds once.
+#pragma once
+
+#include "abi.h"
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// 16-bit floats as bits: their arithmetic is in f32.
+struct bf16 {
+    unsigned short bits;
+};
+struct f16 {
+    unsigned short bits;
+};
+
+// -------------------------------------------------------------------------------------------------
+// Conversions
+
+__device__ inline float widen(float x) {
+    return x;
+}
+__device__ inline double widen(double x) {
+    return x;
+}
+__device__ inline float widen(bf16 x) {
+    return __uint_as_float((u32)x.bits << 16);
+}
+__device__ inline float widen(f16 x) {
+    const u32 EXPONENT = 0x7c00u << 13;
+    u32 sign = (u32)(x.bits & 0x8000) << 16;
+    u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
+    u32 exponent = magnitude & EXPONENT;
+    u32 normal = magnitude + ((127 - 15) << 23);
+    u32 special = magnitude + ((255 - 31) << 23);
+    float subnormal = __fsub_rn(__uint_as_float(normal + (1 << 23)), __uint_as_float((127 - 14) << 23));
+    u32 bits = exponent == EXPONENT ? special : exponent == 0 ? __float_as_uint(subnormal) : normal;
+    return __uint_as_float(sign | bits);
+}
+
+__device__ inline void narrow(float x, float &out) {
+    out = x;
+}
+__device__ inline void narrow(double x, double &out) {
+    out = x;
+}
+__device__ inline void narrow(float x, bf16 &out) {
+    u32 bits = __float_as_uint(x);
+    u32 odd = (bits >> 16) & 1;
+    out.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fff + odd) >> 16);
+}
+__device__ inline void narrow(float x, f16 &out) {
+    const u32 INFINITE = 0x7c00;
+    const u32 FIRST_INFINITE = 0x477ff000; // 65520
+    const u32 FIRST_NORMAL = (127 - 14) << 23;
+    u32 sign = (__float_as_uint(x) >> 16) & 0x8000;
+    u32 magnitude = __float_as_uint(x) & 0x7fffffff;
+    u32 odd = (magnitude >> 13) & 1;
+    u32 normal = (magnitude - ((127 - 15) << 23) + 0xfff + odd) >> 13;
+    u32 subnormal = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 0.5f)) - __float_as_uint(0.5f);
+    u32 bits = magnitude >= FIRST_INFINITE ? INFINITE : magnitude < FIRST_NORMAL ? subnormal : normal;
+    out.bits = x != x ? 0x7e00 : (unsigned short)(sign | bits);
+}
+
+__device__ inline bool same_bits(bf16 a, bf16 b) {
+    return a.bits == b.bits;
+}
+__device__ inline bool same_bits(f16 a, f16 b) {
+    return a.bits == b.bits;
+}
+
+// To a compute type, by way of f64, which holds every value of the others: one rounding.
+__device__ inline void from_f64(double x, float &out) {
+    out = __double2float_rn(x);
+}
+__device__ inline void from_f64(double x, double &out) {
+    out = x;
+}
+
+__device__ inline float canonical(float x) {
+    return x != x ? __uint_as_float(0x7fc00000) : x;
+}
+__device__ inline double canonical(double x) {
+    return x != x ? __longlong_as_double(0x7ff8000000000000ll) : x;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Exact scaling
+
+// `2^e`, 0 below the subnormals; `e <= 1023`.
+__device__ inline double pow2(int e) {
+    if (e >= -1022) return __longlong_as_double((long long)(e + 1023) << 52);
+    if (e >= -1074) return __longlong_as_double(1ll << (e + 1074));
+    return 0.;
+}
+
+// The exponent that scales a chunk whose largest finite magnitude is `max`.
+__device__ inline int scale_exponent(double max) {
+    int biased = (int)(__double_as_longlong(max) >> 52) & 0x7ff;
+    return (biased > 1 ? biased : 1) - 1023;
+}
+
+// -------------------------------------------------------------------------------------------------
+// 16-byte access
+
+// As many elements as 16 bytes hold.
+template <typename T> struct alignas(16) Vector {
+    static const int N = 16 / sizeof(T);
+    T at[N];
+};
+
+// Words `shift / 4`, ... of two vectors, from byte `shift` on; `shift` is below 16.
+__device__ inline uint4 shifted(uint4 low, uint4 high, u32 shift) {
+    u32 bits = 8 * (shift & 3);
+    // Selects instead of indices, which would put the words into local memory.
+    bool one = shift & 4, two = shift & 8;
+    u32 a = one ? low.y : low.x, b = one ? low.z : low.y, c = one ? low.w : low.z;
+    u32 d = one ? high.x : low.w, e = one ? high.y : high.x, f = one ? high.z : high.y;
+    u32 g = one ? high.w : high.z;
+    a = two ? c : a, b = two ? d : b, c = two ? e : c, d = two ? f : d, e = two ? g : e;
+    return make_uint4(__funnelshift_r(a, b, bits), __funnelshift_r(b, c, bits), __funnelshift_r(c, d, bits),
+                      __funnelshift_r(d, e, bits));
+}
+
+// Elements `i`, ... of the `n` elements at `p`, which may be misaligned; 0 beyond the end.
+template <typename T> __device__ inline Vector<T> load(const T *p, u64 i, u64 n) {
+    Vector<T> out;
+    u64 address = (u64)(p + i);
+    u32 shift = address & 15;
+    u64 low = address - shift;
+    bool inside = i + Vector<T>::N <= n;
+    if (inside && shift == 0) {
+        *(uint4 *)&out = *(const uint4 *)low;
+    } else if (inside && low >= (u64)p && low + 32 <= (u64)(p + n)) {
+        *(uint4 *)&out = shifted(*(const uint4 *)low, *(const uint4 *)(low + 16), shift);
+    } else {
+        for (int k = 0; k < Vector<T>::N; k++) {
+            T zero = {};
+            out.at[k] = i + k < n ? p[i + k] : zero;
+        }
+    }
+    return out;
+}
+
+// Stores elements `i`, ... of the `n` at `p`, which is 16-byte aligned; `i` is a multiple of their
+// number.
+template <typename T> __device__ inline void store(T *p, u64 i, u64 n, const Vector<T> &x) {
+    if (i + Vector<T>::N <= n) {
+        *(uint4 *)(p + i) = *(const uint4 *)&x;
+    } else {
+        for (int k = 0; k < Vector<T>::N; k++)
+            if (i + k < n) p[i + k] = x.at[k];
+    }
+}

@@ -1,0 +1,222 @@
+//! The CUDA path: the bits of the CPU path, for parameters, masters, counters and telemetry.
+//!
+//! Needs a CUDA device: `cargo test --release --features cuda`.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
+use common::*;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+/// Sizes with every kind of tail, and few enough elements for a software device. (candle makes no
+/// empty tensors on a device.)
+const SIZES: [usize; 11] = [1, 3, 9, 127, 1025, 4095, 4097, 8191, 8193, 16384, 20_001];
+
+/// A gradient as a user may insert it: here and there misaligned, strided, of another dtype or
+/// missing.
+fn gradient(n: usize, dtype: DType, salt: u64, device: &Device) -> Result<Option<Tensor>> {
+    let mut rng = StdRng::seed_from_u64(salt);
+    let dtype = if rng.random_bool(0.3) { FLOATS[rng.random_range(0..4)] } else { dtype };
+    let offset = rng.random_range(0..9usize);
+    let make = |n: usize| tensor(&noise(n, 0.3, salt), dtype)?.to_device(device);
+    Ok(match rng.random_range(0..8) {
+        0 => None,
+        1 | 2 => Some(make(n + offset)?.narrow(0, offset, n)?),
+        3 => Some(make(2 * n)?.reshape((n, 2))?.narrow(1, 1, 1)?.squeeze(1)?),
+        _ => Some(make(n)?),
+    })
+}
+
+/// What a training leaves behind.
+fn train(params: &ParamsSrkl, seed: u64, device: &Device) -> Result<String> {
+    let mut lines = vec![];
+    let mut vars = vec![];
+    for (i, &n) in SIZES.iter().chain(&SIZES[4..]).enumerate() {
+        let salt = seed + i as u64;
+        let dtype = FLOATS[(i + seed as usize) % 4];
+        let value = tensor(&noise(n, 0.5, salt), dtype)?;
+        vars.push(Var::from_tensor(&value.to_device(device)?)?);
+    }
+    let mut opt = Srkl::builder()
+        .default_group(params.clone())
+        .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
+            name.len() > 1
+        })
+        .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))?;
+    for step in 0..4 {
+        let mut store = grads([]);
+        for (i, var) in vars.iter().enumerate() {
+            let salt = seed + 1000 * step + 10 * i as u64;
+            if let Some(mut g) = gradient(var.elem_count(), var.dtype(), salt, device)? {
+                if step == 2 && i == 5 {
+                    g = (g / 0.)?;
+                }
+                store.insert(var, g);
+            }
+        }
+        if step == 1 {
+            opt.set_grad_scale(3.)?;
+            opt.set_learning_rate(params.lr / 7.);
+        }
+        if step == 3 {
+            // Somebody overwrites a parameter.
+            let other = noise(vars[8].elem_count(), 2., seed);
+            vars[8].set(&tensor(&other, vars[8].dtype())?.to_device(device)?)?;
+        }
+        opt.step(&store)?;
+        let telemetry = opt.telemetry()?.into_iter().map(|t| {
+            let bits = |x: Option<f64>| x.map(|x| if x.is_nan() { 1 } else { x.to_bits() });
+            (t.name, bits(t.phi), bits(t.curvature), t.skipped)
+        });
+        let told = telemetry.collect::<Vec<_>>();
+        let norm = opt.grad_norm()?.map(|x| if x.is_nan() { 1 } else { x.to_bits() });
+        lines.push(format!("{} {} {norm:?} {told:?}", opt.steps()?, opt.skipped_steps()?));
+        for (i, var) in vars.iter().enumerate() {
+            let master = opt.master(&i.to_string())?.unwrap_or_default();
+            let master: Vec<u32> = master.into_iter().map(f32::to_bits).collect();
+            let bits = bits(&var.to_device(&Device::Cpu)?)?;
+            lines.push(format!("step {step} block {i} {:?} {bits:x?} {master:x?}", var.dtype()));
+        }
+    }
+    Ok(lines.join("\n"))
+}
+
+/// Fresh random input every time; the seed is printed when it fails.
+#[test]
+fn the_same_bits_as_the_cpu() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    println!("seed {seed}");
+    let mut case = 0;
+    for scope in [Scope::Tensor, Scope::Global, Scope::Element] {
+        for max_grad_norm in [None, Some(5.)] {
+            for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate] {
+                for master_weights in [MasterWeights::Auto, MasterWeights::None] {
+                    let params = ParamsSrkl {
+                        lr: 0.1,
+                        beta: Beta::Fixed(0.3),
+                        scope,
+                        weight_decay: 0.1,
+                        max_grad_norm,
+                        master_weights,
+                        nonfinite,
+                    };
+                    case += 1;
+                    let seed = seed + case;
+                    let (cpu, cuda) =
+                        (train(&params, seed, &Device::Cpu)?, train(&params, seed, &device)?);
+                    for (cpu, cuda) in cpu.lines().zip(cuda.lines()) {
+                        let cut = |s: &str| s.chars().take(300).collect::<String>();
+                        assert!(
+                            cpu == cuda,
+                            "seed {seed}, {params:?}\n{}\n{}",
+                            cut(cpu),
+                            cut(cuda)
+                        );
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A model on `device` and its optimizer.
+fn model(device: &Device) -> Result<(Vec<Var>, Srkl)> {
+    let mut vars = vec![];
+    for (i, dtype) in FLOATS.into_iter().enumerate() {
+        vars.push(Var::from_tensor(
+            &tensor(&noise(9000, 1., i as u64), dtype)?.to_device(device)?,
+        )?);
+    }
+    let params = ParamsSrkl {
+        lr: 0.1,
+        weight_decay: 0.1,
+        nonfinite: NonFinite::SkipBlock,
+        ..ParamsSrkl::reference()
+    };
+    let opt = Srkl::new(vars.clone(), params)?;
+    Ok((vars, opt))
+}
+
+fn step(vars: &[Var], opt: &mut Srkl, step: u64) -> Result<()> {
+    let mut store = grads([]);
+    for (i, var) in vars.iter().enumerate() {
+        let mut g = noise(9000, 0.1, 10 * step + i as u64);
+        if i as u64 == step {
+            g[17] = f64::NAN;
+        }
+        store.insert(var, tensor(&g, var.dtype())?.to_device(var.device())?);
+    }
+    opt.step(&store)
+}
+
+fn state(vars: &[Var], opt: &Srkl) -> Result<String> {
+    let mut lines = vec![format!("{} {}", opt.steps()?, opt.skipped_steps()?)];
+    for (i, (var, telemetry)) in vars.iter().zip(opt.telemetry()?).enumerate() {
+        let bits = bits(&var.to_device(&Device::Cpu)?)?;
+        let master = opt.master(&i.to_string())?;
+        lines.push(format!("{} {bits:x?} {master:?}", telemetry.skipped));
+    }
+    Ok(lines.join("\n"))
+}
+
+/// Two steps on one device, a checkpoint, and two on the other: as four on one.
+#[test]
+fn checkpoints_go_from_device_to_device() -> Result<()> {
+    let cuda = Device::new_cuda(0)?;
+    let (vars, mut opt) = model(&Device::Cpu)?;
+    for i in 0..4 {
+        step(&vars, &mut opt, i)?;
+    }
+    let expected = state(&vars, &opt)?;
+    for (from, to) in [(&Device::Cpu, &cuda), (&cuda, &Device::Cpu), (&cuda, &cuda)] {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("state");
+        let (vars, mut opt) = model(from)?;
+        for i in 0..2 {
+            step(&vars, &mut opt, i)?;
+        }
+        opt.save(&path)?;
+        let (resumed, mut resumed_opt) = model(to)?;
+        for (resumed, var) in resumed.iter().zip(&vars) {
+            resumed.set(&var.to_device(to)?)?;
+        }
+        resumed_opt.load(&path)?;
+        for i in 2..4 {
+            step(&resumed, &mut resumed_opt, i)?;
+        }
+        assert!(state(&resumed, &resumed_opt)? == expected, "from {from:?} to {to:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_devices_are_named_and_change_nothing() -> Result<()> {
+    let cuda = Device::new_cuda(0)?;
+    let message = |result: Result<()>| result.expect_err("an error").to_string();
+    let (vars, mut opt) = model(&cuda)?;
+    let before = state(&vars, &opt)?;
+    let mut store = grads([]);
+    for var in &vars {
+        store.insert(var, var.ones_like()?);
+    }
+    store.insert(&vars[3], vars[3].ones_like()?.to_device(&Device::Cpu)?);
+    let error = message(opt.step(&store));
+    assert!(error.contains("`3`") && error.contains("Cuda") && error.contains("Cpu"), "{error}");
+    store.insert(&vars[3], vars[2].as_detached_tensor());
+    let error = message(opt.step(&store));
+    assert!(error.contains("`3`") && error.contains("shares its memory"), "{error}");
+    assert_eq!(state(&vars, &opt)?, before);
+
+    let mixed = vec![vars[0].clone(), var(&[1.], DType::F32)?];
+    let error = message(Srkl::new(mixed, ParamsSrkl::reference()).map(|_| ()));
+    assert!(
+        error.contains("`0`") && error.contains("`1`") && error.contains("one device"),
+        "{error}"
+    );
+    Ok(())
+}
