@@ -42,8 +42,8 @@ pub(crate) enum Master {
 impl Block {
     /// # Errors
     ///
-    /// A variable that is not on the CPU, of a dtype that is not handled or loses bits in its
-    /// master, or not as candle makes variables.
+    /// A variable on a device or of a dtype that is not handled, one that loses bits in its master,
+    /// or one that is not as candle makes variables.
     pub fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
         let dtype = var.dtype();
         let on_device = match var.device() {

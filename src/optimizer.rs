@@ -141,6 +141,21 @@ impl Optimizer for Srkl {
     ///
     /// A negative or non-finite `lr` makes the next `step` fail.
     ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl { lr: 0.1, ..ParamsSrkl::reference() })?;
+    /// for step in 0..100 {
+    ///     let warm_up = (step as f64 / 10.).min(1.);
+    ///     opt.set_learning_rate(0.1 * warm_up);
+    ///     opt.backward_step(&w.sqr()?.sum_all()?)?;
+    /// }
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
     /// [`Beta::Tied`]: crate::Beta::Tied
     fn set_learning_rate(&mut self, lr: f64) {
         self.schedule = lr / self.groups[0].params.lr;
@@ -192,6 +207,21 @@ impl Srkl {
     ///
     /// The division is folded into the step's coefficients in f64, so the scale may be any; a power
     /// of two, as loss scalers use, changes no bit of a step in f32.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::reference())?;
+    /// opt.set_grad_scale(1024.)?;
+    /// opt.backward_step(&(w.sqr()?.sum_all()? * 1024.)?)?;
+    /// if opt.skipped_steps()? > 0 {
+    ///     opt.set_grad_scale(opt.grad_scale() / 2.)?;
+    /// }
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -505,8 +535,9 @@ impl<'a> SrklBuilder<'a> {
     /// # Errors
     ///
     /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
-    /// or the same variable twice, a variable that is not on the CPU, one of a float dtype other
-    /// than f32, f64, bf16 and f16, or one of f64 in a group of
+    /// or the same variable twice, variables on several devices or on one that is neither the CPU
+    /// nor (with feature `cuda`) a CUDA device, a variable of a float dtype other than f32, f64,
+    /// bf16 and f16, or one of f64 in a group of
     /// [`MasterWeights::F32`](crate::MasterWeights::F32).
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
         let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };

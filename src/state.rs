@@ -39,6 +39,28 @@ impl Srkl {
     /// A parameter that somebody else has written since the last step is saved with a master of its
     /// value, as by [`Srkl::sync_master`].
     ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{Optimizer, VarBuilder, VarMap, linear};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// # let folder = folder.path();
+    /// let mut varmap = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&varmap, DType::BF16, &Device::Cpu);
+    /// linear(4, 2, vb.pp("head"))?;
+    /// let mut opt = Srkl::from_varmap(&varmap, ParamsSrkl::reference())?;
+    ///
+    /// varmap.save(folder.join("model.safetensors"))?;
+    /// opt.save(folder.join("optimizer.safetensors"))?;
+    ///
+    /// // Later, in this order:
+    /// varmap.load(folder.join("model.safetensors"))?;
+    /// let mut opt = Srkl::from_varmap(&varmap, ParamsSrkl::reference())?;
+    /// opt.load(folder.join("optimizer.safetensors"))?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// Whatever the file system refuses; an older file of that name is then untouched.
