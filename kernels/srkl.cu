@@ -189,7 +189,9 @@ template <typename P> __device__ bool overwritten(const P *w, const float *maste
         u64 i = count > 1 ? threadIdx.x * (n - 1) / (count - 1) : 0;
         P rounded;
         narrow(master[i], rounded);
-        differs = !same_bits(rounded, w[i]);
+        float value = widen(w[i]);
+        bool both_nan = value != value && master[i] != master[i];
+        differs = !same_bits(rounded, w[i]) && !both_nan;
     }
     return __syncthreads_or(differs);
 }
@@ -239,8 +241,9 @@ __device__ void decide_all(const SrklTable &table, Lanes &lanes) {
             table.block_count,
             [=](u64 b) {
                 SrklSums sums = read_sums(&block_sums[b]);
+                bool finite = is_finite(curvature_of(sums, __ddiv_rn(1., scalars.grad_scale)));
                 bool skips = groups[blocks[b].group].nonfinite == SRKL_SKIP_BLOCK;
-                bool counts = gradients[b].address != 0 && (is_finite(sums.sum4) || !skips);
+                bool counts = gradients[b].address != 0 && (finite || !skips);
                 SrklSums zero = {0., 0., 0};
                 return counts ? sums : zero;
             },

@@ -71,6 +71,7 @@ pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
     fn neg(self) -> Self;
     /// The value itself, or the canonical NaN for any NaN.
     fn canonical(self) -> Self;
+    fn is_nan(self) -> bool;
 }
 
 macro_rules! impl_real {
@@ -100,6 +101,10 @@ macro_rules! impl_real {
             #[inline(always)]
             fn canonical(self) -> Self {
                 if self.is_nan() { <$t>::NAN } else { self }
+            }
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                <$t>::is_nan(self)
             }
         }
     };

@@ -3,12 +3,14 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::cpu::{self, Decision, StepScalars};
 #[cfg(feature = "cuda")]
@@ -17,7 +19,7 @@ use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::Block;
 use crate::numerics::Sums;
-use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check};
+use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
 /// The name of the group of every parameter that no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -27,7 +29,7 @@ pub const DEFAULT_GROUP: &str = "default";
 const RUN: usize = 1 << 20;
 
 /// Below this much work, in elements, a step is done sooner than another thread has woken up.
-const PARALLEL_WORK: usize = 1 << 18;
+const PARALLEL_WORK: usize = cpu::PIECE;
 
 /// The work of a block beside that of its elements, in elements.
 const BLOCK_WORK: usize = 256;
@@ -64,8 +66,9 @@ pub struct Srkl {
     pub(crate) skipped_steps: u64,
     grad_norm: Option<f64>,
     pub(crate) simd: Simd,
-    /// Whether there is enough work for threads.
-    parallel: bool,
+    /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
+    /// pool: candle computes there, holding locks of tensors that a step waits for.
+    pool: Option<Arc<ThreadPool>>,
     /// The device, if the parameters are on one.
     #[cfg(feature = "cuda")]
     cuda: Option<Box<Cuda>>,
@@ -121,11 +124,9 @@ impl Optimizer for Srkl {
         if let Some(cuda) = &mut self.cuda {
             return cuda.step(&self.blocks, &self.storages, &self.groups, grads, scalars);
         }
-        if self.parallel {
-            // Into the thread pool once, not once for every loop.
-            rayon::scope(|_| self.step_all(grads, scalars))
-        } else {
-            self.step_all(grads, scalars)
+        match self.pool.clone() {
+            Some(pool) => pool.install(|| self.step_all(grads, scalars)),
+            None => self.step_all(grads, scalars),
         }
     }
 
@@ -216,8 +217,9 @@ impl Srkl {
     /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
     /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::reference())?;
     /// opt.set_grad_scale(1024.)?;
-    /// opt.backward_step(&(w.sqr()?.sum_all()? * 1024.)?)?;
-    /// if opt.skipped_steps()? > 0 {
+    /// let skipped = opt.skipped_steps()?;
+    /// opt.backward_step(&(w.sqr()?.sum_all()? * opt.grad_scale())?)?;
+    /// if opt.skipped_steps()? > skipped {
     ///     opt.set_grad_scale(opt.grad_scale() / 2.)?;
     /// }
     /// # Ok::<(), candle_core::Error>(())
@@ -227,8 +229,7 @@ impl Srkl {
     ///
     /// A scale that is not finite and above 0, or whose reciprocal is not finite. The old one stays.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
-        check("grad_scale", grad_scale, Above::Zero)?;
-        check("1 / grad_scale", 1. / grad_scale, Above::Zero)?;
+        check_grad_scale(grad_scale)?;
         self.grad_scale = grad_scale;
         Ok(())
     }
@@ -391,7 +392,7 @@ impl Srkl {
                 return Ok(());
             };
             let stages =
-                Stages { simd: self.simd, parallel: self.parallel, storages: &self.storages };
+                Stages { simd: self.simd, parallel: self.pool.is_some(), storages: &self.storages };
             let params = |block: &Block| &self.groups[block.group].params;
             stages.update(&mut self.blocks[run], &gradients, &decisions, params, scalars)?;
         }
@@ -399,14 +400,16 @@ impl Srkl {
         Ok(())
     }
 
-    fn scalars(&self) -> Result<StepScalars> {
-        check("learning rate", self.learning_rate(), Above::OrZero)?;
-        check("learning rate multiplier", self.schedule, Above::OrZero)?;
+    pub(crate) fn scalars(&self) -> Result<StepScalars> {
+        for group in &self.groups {
+            let lr = self.schedule * group.params.lr;
+            check(&format!("learning rate of group `{}`", group.name), lr, Above::OrZero)?;
+        }
         Ok(StepScalars { schedule: self.schedule, grad_scale: self.grad_scale })
     }
 
     fn stages(&self) -> Stages<'_> {
-        Stages { simd: self.simd, parallel: self.parallel, storages: &self.storages }
+        Stages { simd: self.simd, parallel: self.pool.is_some(), storages: &self.storages }
     }
 
     /// Whether something holds for any group.
@@ -446,7 +449,7 @@ impl Srkl {
         let total = if self.uses(uses_total) {
             let counts = |block, found: &Found| {
                 let skips_block = self.params_of(block).nonfinite == NonFinite::SkipBlock;
-                found.sums.sum4.is_finite() || !skips_block
+                found.sums.curvature(1. / scalars.grad_scale).is_finite() || !skips_block
             };
             let in_total = blocks.iter().zip(gradients).map(|(block, found)| match found {
                 Some(found) if counts(block, found) => found.sums,
@@ -474,6 +477,15 @@ impl Srkl {
         }
         Some(decisions)
     }
+}
+
+/// As many threads as rayon's pool has that the optimizer is built in.
+fn new_pool() -> Result<Arc<ThreadPool>> {
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(rayon::current_num_threads())
+        .thread_name(|i| format!("srkl-{i}"))
+        .build();
+    Ok(Arc::new(pool.map_err(candle_core::Error::wrap)?))
 }
 
 fn uses_norm(params: &ParamsSrkl) -> bool {
@@ -571,7 +583,8 @@ impl<'a> SrklBuilder<'a> {
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
         let work: usize = blocks.iter().map(|block| block.n + BLOCK_WORK).sum();
-        let parallel = work >= PARALLEL_WORK;
+        let on_cpu = blocks.iter().all(|block| block.var.device().is_cpu());
+        let pool = (on_cpu && work >= PARALLEL_WORK).then(new_pool).transpose()?;
         #[cfg(feature = "cuda")]
         let cuda = cuda_of(&blocks, &groups)?;
         Ok(Srkl {
@@ -586,7 +599,7 @@ impl<'a> SrklBuilder<'a> {
             skipped_steps: 0,
             grad_norm: None,
             simd: Simd::detect(),
-            parallel,
+            pool,
         })
     }
 }

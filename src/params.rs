@@ -186,6 +186,11 @@ pub(crate) fn check(field: &str, value: f64, above: Above) -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn check_grad_scale(grad_scale: f64) -> Result<()> {
+    check("grad_scale", grad_scale, Above::Zero)?;
+    check("1 / grad_scale", 1. / grad_scale, Above::Zero)
+}
+
 #[cfg(all(test, feature = "serde"))]
 mod tests {
     use super::*;

@@ -22,7 +22,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use crate::backend::cpu;
 use crate::block::Block;
 use crate::optimizer::Srkl;
-use crate::params::{Above, check};
+use crate::params::{Above, check, check_grad_scale};
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 1;
@@ -63,9 +63,12 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Whatever the file system refuses; an older file of that name is then untouched.
+    /// Whatever the file system refuses, a path without a file name, or a learning rate that `step`
+    /// would refuse; an older file of that name is then untouched.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
+        // What `load` would refuse.
+        self.scalars()?;
         self.sync_master()?;
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -87,7 +90,8 @@ impl Srkl {
         let temporary = temporary_name(path)?;
         let write = || -> Result<()> {
             safetensors::serialize_to_file(masters, Some(metadata), &temporary)?;
-            File::open(&temporary)?.sync_all()?;
+            // Opened for writing, which Windows wants for this.
+            File::options().write(true).open(&temporary)?.sync_all()?;
             fs::rename(&temporary, path)?;
             Ok(())
         };
@@ -120,7 +124,7 @@ impl Srkl {
             if let Some(master) = master {
                 block.set_master(master)?;
             }
-            block.skipped = skipped;
+            (block.skipped, block.last) = (skipped, None);
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
@@ -160,7 +164,7 @@ impl Loaded {
         let schedule = number(metadata, "schedule")?;
         check("schedule", schedule, Above::OrZero)?;
         let grad_scale = number(metadata, "grad_scale")?;
-        check("grad_scale", grad_scale, Above::Zero)?;
+        check_grad_scale(grad_scale)?;
 
         let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
         let known: HashMap<&str, &Block> = blocks.iter().map(|b| (b.name.as_str(), b)).collect();

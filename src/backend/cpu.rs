@@ -22,7 +22,10 @@ use crate::params::{NonFinite, ParamsSrkl, Scope};
 
 /// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
 /// of this size: enough to outweigh the handing over, a whole number of chunks.
-const PIECE: usize = 16 * CHUNK;
+///
+/// Pieces go to the threads of the pool that the step runs in, while the block's lock is held: see
+/// [`Stages::spread`](super::stages::Stages) for why that must be the optimizer's own.
+pub(crate) const PIECE: usize = 8 * CHUNK;
 
 // ---------------------------------------------------------------------------------------------
 // Stage 1: statistics
@@ -396,7 +399,8 @@ fn probes(n: usize) -> impl Iterator<Item = usize> {
 /// Whether a parameter is what its master rounds to.
 #[inline(always)]
 fn agree<P: Parameter>(w: P, master: P::Compute) -> bool {
-    P::narrow(master).same_bits(w)
+    // Of NaN there are many, of which a master rounds to one.
+    P::narrow(master).same_bits(w) || master.is_nan() && w.widen().is_nan()
 }
 
 /// Gives masters that don't agree with their parameter its value.
@@ -421,7 +425,7 @@ pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<()> {
 
 /// The masters of a bf16 or f16 parameter: its values.
 pub(crate) fn new_master(var: &Tensor) -> Result<Vec<f32>> {
-    // A NaN agrees with no 16-bit pattern but the canonical one, so all elements are set.
+    // A NaN agrees with nothing but a NaN, so all elements are set.
     let mut master = vec![f32::NAN; var.elem_count()];
     sync_master(var, &mut master)?;
     Ok(master)

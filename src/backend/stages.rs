@@ -1,6 +1,7 @@
 //! The stages over a list of blocks, on the CPU: which thread does what, under which locks.
 //!
-//! A large block is split over the threads, small ones are handed to them in batches. With
+//! Large blocks are taken one after the other, each split over the threads; then small ones are
+//! handed to them in batches. With
 //! thousands of small tensors the time goes into cache misses: the way to one gradient leads over a
 //! hash table, a tensor, its layout and its storage. So a batch is taken step by step, one loop per
 //! pointer, whose misses overlap, and what an update needs is prefetched.
@@ -9,7 +10,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
-use super::cpu::{self, Decision, Scratch, StepScalars};
+use super::cpu::{self, Decision, PIECE, Scratch, StepScalars};
 use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Master, storage_address};
@@ -36,7 +37,7 @@ pub(crate) struct Found<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Stages<'a> {
     pub simd: Simd,
-    /// Whether threads are worth it.
+    /// Whether threads are worth it: then this runs in the optimizer's own pool.
     pub parallel: bool,
     /// Where the storages of all variables are, sorted: a gradient must not be one of them.
     pub storages: &'a [usize],
@@ -92,8 +93,8 @@ impl Stages<'_> {
         };
         let size = batch_size(blocks);
         let mut found = vec![None; blocks.len()];
-        let batches = blocks.chunks(size).zip(found.chunks_mut(size)).collect();
-        self.spread(batches, find)?;
+        let batches = blocks.chunks(size).zip(found.chunks_mut(size));
+        self.spread(batches.map(|item| (has_large(item.0), item)).collect(), find)?;
         Ok(found)
     }
 
@@ -109,7 +110,8 @@ impl Stages<'_> {
     ) -> Result<()> {
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
-        let batches = batches.zip(decisions.chunks(size)).collect();
+        let batches = batches.zip(decisions.chunks(size));
+        let batches = batches.map(|item| (has_large(item.0.0), item)).collect();
         self.spread(batches, |scratch, ((blocks, gradients), decisions)| {
             if size > 1 {
                 for (block, found) in blocks.iter().zip(gradients) {
@@ -133,20 +135,35 @@ impl Stages<'_> {
         })
     }
 
-    /// Runs `work` on every item, over the threads where they are worth it.
+    /// Runs `work` on every item: on those with a large block in turn, then on the others over the
+    /// threads where they are worth it.
+    ///
+    /// `work` holds a tensor's lock while it waits for the threads to split a large block. A thread
+    /// that waits takes up other work of its pool, so that must not wait for a lock in its turn:
+    /// hence the pool is the optimizer's own, and one large block is finished before the next one's
+    /// lock is taken. Whoever reads the parameters meanwhile, or steps them by another optimizer,
+    /// then waits for a lock that is always released.
     fn spread<T: Send>(
         self,
-        items: Vec<T>,
+        items: Vec<(bool, T)>,
         work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
     ) -> Result<()> {
-        if self.parallel {
-            let work = |scratch: &mut Box<Scratch>, item| work(scratch, item);
-            items.into_par_iter().try_for_each_init(Scratch::new, work)
-        } else {
-            let mut scratch = Scratch::new();
-            items.into_iter().try_for_each(|item| work(&mut scratch, item))
+        let mut scratch = Scratch::new();
+        let mut small = vec![];
+        for (large, item) in items {
+            if large || !self.parallel {
+                work(&mut scratch, item)?;
+            } else {
+                small.push(item);
+            }
         }
+        let work = |scratch: &mut Box<Scratch>, item| work(scratch, item);
+        small.into_par_iter().try_for_each_init(Scratch::new, work)
     }
+}
+
+fn has_large(batch: &[Block]) -> bool {
+    batch.iter().any(|block| block.n > PIECE)
 }
 
 /// How many blocks one thread takes at a time: one, unless they are small.
