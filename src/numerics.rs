@@ -10,7 +10,8 @@
 //!   the block. bf16 and f16 widen to it exactly; a gradient of another float dtype is rounded to
 //!   it once, to nearest, ties to even. (So an f64 gradient beyond f32's range is an infinity to an
 //!   f32 parameter.)
-//! * Every operation is rounded once, in the order written in `src/backend/cpu.rs`; a fused
+//! * Every operation is rounded once, in the order written in `src/backend/cpu.rs` (and here, for norm
+//!   and curvature of [`Sums`]); a fused
 //!   multiply-add is used exactly where that file says `mul_add`. No reassociation, no approximate
 //!   division, no flushing of subnormals.
 //! * A parameter is stored by rounding to nearest, ties to even; beyond the largest finite value it
@@ -36,10 +37,17 @@
 //!    gradient counts as +0 in its place.
 //!
 //! f64 holds `g^4` for every f32, from the smallest subnormal (4e-180) to the largest finite value
-//! (1e154), so a block of f32, bf16 or f16 needs no scaling. A chunk of an f64 block is scaled by
-//! the power of two `2^-exponent` that brings its largest finite magnitude into [1, 2); its sums
-//! carry that exponent along, and sums of different exponents are brought to the largest one before
-//! they are added. Powers of two are exact, so this too has one fixed result.
+//! (1e154), so a block of f32, bf16 or f16 needs no scaling: its exponent is 0. A chunk of an f64 block
+//! is scaled by `2^-exponent` with `exponent = floor(log2(m))`, `m` its largest finite magnitude, but not
+//! below -1022; its sums carry the exponent along. Before sums are added they are brought to the largest
+//! exponent among those with a `sum4` other than 0, by powers of two (0 below 2^-1074).
+//!
+//! # Range
+//!
+//! An element's step is `phi * c` times its gradient, `c` the unscaling and clipping: one number,
+//! rounded to the compute type. In f32 it loses bits below 1e-38 and is 0 below 1e-45. With the
+//! reference rule that takes gradients above 1e20 or so, whose steps are shorter than 1e-20; H and phi
+//! in telemetry, in f64, stay right.
 //!
 //! # How a GPU produces the same bits
 //!
@@ -47,7 +55,7 @@
 //! 128 threads owns a chunk and each thread keeps 8 lanes in registers, for all 8 rows of 1024: with
 //! f32 a thread loads two groups of four neighbours per row, with bf16 or f16 one group of eight,
 //! with f64 four groups of two. So a warp reads whole sectors in order, the loads of the eight rows
-//! are independent, and a block of 256 threads works on two chunks. At the end of a chunk the 1024
+//! are independent. At the end of a chunk the 1024
 //! lanes meet in shared memory (8 KiB a sum) and the tree runs over lane numbers, the same for all
 //! dtypes. A misaligned gradient is read as two neighbouring aligned vectors and shifted, which
 //! moves no element to another lane. Chunk sums go to memory by chunk number and are added by rule
@@ -342,12 +350,12 @@ mod tests {
         assert_eq!(Sums::fold(&[a, far]), a);
     }
 
-    /// The values pin the shape of the sum: a change of any of them is a change of bits for users.
+    /// The shape of the sum, written out naively.
     #[test]
-    fn value_stability_fold() {
+    fn fold_has_the_shape_of_the_contract() {
         let items: Vec<Sums> =
             (0..3000).map(|i| Sums { sum2: 0., sum4: 1. / (i as f64 + 1.), exponent: 0 }).collect();
-        // Lanes in order, then the tree, written out naively.
+        // Lanes in order, then the tree.
         let mut lanes = [0f64; LANES];
         for (i, item) in items.iter().enumerate() {
             lanes[i % LANES] += item.sum4;

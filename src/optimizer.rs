@@ -53,8 +53,9 @@ const BLOCK_WORK: usize = 256;
 ///
 /// Parameters are stepped in place, in f32, f64, bf16 and f16 and mixed; their gradients may be of
 /// any of these dtypes and of any layout. A parameter without a gradient is left alone, without
-/// decay. Work is spread over rayon's threads (`RAYON_NUM_THREADS`, or the pool that `step` is
-/// called in); the result does not depend on their number: see [`numerics`](crate::numerics).
+/// decay. Work is spread over threads of its own, as many as the rayon pool has that it is built in
+/// (`RAYON_NUM_THREADS`); the result does not depend on their number: see
+/// [`numerics`](crate::numerics).
 pub struct Srkl {
     pub(crate) groups: Vec<Group>,
     pub(crate) blocks: Vec<Block>,
@@ -86,7 +87,7 @@ pub struct BlockTelemetry {
     pub name: String,
     /// The name of its group.
     pub group: String,
-    /// The brake `phi`, in (0, s * lr]. `None` where the last step did not move this parameter, and
+    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass). `None` where the last step did not move this parameter, and
     /// for [`Scope::Element`], where every element has its own.
     pub phi: Option<f64>,
     /// The curvature `H` that `phi` was made from, of the gradient as the rule used it (unscaled
@@ -100,8 +101,8 @@ impl Optimizer for Srkl {
     type Config = ParamsSrkl;
 
     /// An optimizer of `vars` in one group. State is saved under their places in `vars`: "0", "1",
-    /// ... [`Srkl::from_varmap`] saves it by name, which [`VarMap::all_vars`] loses (its order
-    /// differs from run to run).
+    /// ... and sums over all of them ([`Scope::Global`], clipping) are added in that order. The order
+    /// of [`VarMap::all_vars`] differs from run to run: [`Srkl::from_varmap`] goes by name.
     ///
     /// # Errors
     ///
@@ -117,7 +118,8 @@ impl Optimizer for Srkl {
     ///
     /// A gradient that differs from its parameter in shape or device, that is not of f32, f64, bf16
     /// or f16, or that shares its memory with a parameter; a learning rate that was set to a
-    /// negative or non-finite number. Parameters and state are then as they were.
+    /// negative or non-finite number. Parameters and state are then as they were. (Of several bad
+    /// gradients any one is named. A CUDA device that fails in the middle of a step is the exception.)
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
         #[cfg(feature = "cuda")]
@@ -206,8 +208,9 @@ impl Srkl {
 
     /// Sets [`Srkl::grad_scale`], for the steps to come.
     ///
-    /// The division is folded into the step's coefficients in f64, so the scale may be any; a power
-    /// of two, as loss scalers use, changes no bit of a step in f32.
+    /// The division is folded into the step's coefficient, which is computed in f64 and rounded once.
+    /// A power of two, as loss scalers use, changes no bit as long as `phi / grad_scale` is a normal
+    /// number of the compute type: in f32 from about 1e-38 on.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -345,7 +348,7 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// None in a variable that is as it was when the optimizer was built.
+    /// None on the CPU. (A copy from or to a device can fail.)
     pub fn sync_master(&mut self) -> Result<()> {
         for block in &mut self.blocks {
             block.sync_master()?;

@@ -252,6 +252,7 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     check(&[("schedule", Some("-1.0"))], good, "`schedule`");
     check(&[("schedule", Some("NaN"))], good, "`schedule`");
     check(&[("grad_scale", Some("0.0"))], good, "`grad_scale`");
+    check(&[("grad_scale", Some("1e-320"))], good, "grad_scale`");
     check(&[("parameter.other", Some(BIAS))], good, "`other`");
     let wrong = [
         "dtype=f16 shape=[70] master=f32",
@@ -304,6 +305,38 @@ fn saving_is_atomic() -> Result<()> {
     assert!(opt.save(&blocked).is_err());
     assert!(blocked.join("full").exists());
     assert_eq!(names().len(), 2);
+    Ok(())
+}
+
+/// A file that `load` would refuse does not replace a good one.
+#[test]
+fn saving_a_bad_learning_rate() -> Result<()> {
+    let (_varmap, mut opt) = bias_only()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    opt.save(&path)?;
+    let good = std::fs::read(&path)?;
+    for lr in [f64::NAN, -1.] {
+        opt.set_learning_rate(lr);
+        assert!(opt.save(&path).is_err());
+        assert_eq!(std::fs::read(&path)?, good);
+    }
+    opt.load(&path)
+}
+
+/// NaN of any pattern in a parameter.
+#[test]
+fn saving_parameters_that_are_nan() -> Result<()> {
+    let (varmap, mut opt) = bias_only()?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    let var = varmap.all_vars()[0].clone();
+    for bits in [0xffc0u16, 0x7fff, 0x7f81, 0x7fc0] {
+        let nan = vec![half::bf16::from_bits(bits); 70];
+        var.set(&Tensor::from_vec(nan, 70, &Device::Cpu)?)?;
+        opt.save(&path)?;
+        opt.load(&path)?;
+    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 use half::{bf16, f16};
 
-/// The numbers of DESIGN, to the last digit given.
+/// The example of `ParamsSrkl::reference`, to the last digit of an f32.
 #[test]
 fn fixture() -> Result<()> {
     let w = var(&[1., -2., 3.], DType::F32)?;

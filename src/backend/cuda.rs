@@ -197,11 +197,11 @@ impl Cuda {
                 continue;
             };
             block.check_gradient(gradient)?;
-            let gradient = gradient.contiguous()?;
             {
                 let (storage, _) = gradient.storage_and_layout();
                 block.check_alias(storage_address(&storage), storages)?;
             }
+            let gradient = gradient.contiguous()?;
             let address = if block.n == 0 { 0 } else { address_of(&gradient, &self.device)? };
             gradients.push(abi::SrklGradient { address, dtype: dtype(gradient.dtype())? as u64 });
             alive.push(gradient);
