@@ -11,7 +11,7 @@
 //!   it once, to nearest, ties to even. (So an f64 gradient beyond f32's range is an infinity to an
 //!   f32 parameter.)
 //! * Every operation is rounded once, in the order written in `src/backend/cpu.rs` (and here, for norm
-//!   and curvature of [`Sums`]); a fused
+//!   and curvature); a fused
 //!   multiply-add is used exactly where that file says `mul_add`. No reassociation, no approximate
 //!   division, no flushing of subnormals.
 //! * A parameter is stored by rounding to nearest, ties to even; beyond the largest finite value it
