@@ -1,5 +1,7 @@
 //! [`Block`]: a parameter tensor with its state, the unit that the rule works on.
 
+use std::borrow::Cow;
+
 #[cfg(feature = "cuda")]
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
@@ -28,9 +30,11 @@ pub(crate) struct Block {
     pub master: Option<Master>,
     /// How often it was skipped alone.
     pub skipped: u64,
-    /// Curvature and brake of the last step, if it moved this block.
-    pub last: Option<(f64, f64)>,
+    pub last: Last,
 }
+
+/// Curvature and brake of the last step, if it moved the block.
+pub(crate) type Last = Option<(f64, f64)>;
 
 /// The f32 masters of a parameter, where the parameter is.
 pub(crate) enum Master {
@@ -120,16 +124,16 @@ impl Block {
         Ok(())
     }
 
-    /// The masters, copied to the host.
-    pub fn master_values(&self) -> Result<Option<Vec<f32>>> {
+    /// The masters, on the host.
+    pub fn master_values(&self) -> Result<Option<Cow<'_, [f32]>>> {
         Ok(match &self.master {
             None => None,
-            Some(Master::Cpu(values)) => Some(values.clone()),
+            Some(Master::Cpu(values)) => Some(Cow::Borrowed(values.as_slice())),
             #[cfg(feature = "cuda")]
             Some(Master::Cuda(values)) => {
                 let mut host = self.var.device().as_cuda_device()?.clone_dtoh(values)?;
                 host.truncate(self.n);
-                Some(host)
+                Some(Cow::Owned(host))
             }
         })
     }
@@ -158,7 +162,7 @@ impl Block {
             Some(Master::Cpu(values)) => cpu::sync_master(&self.var, values),
             #[cfg(feature = "cuda")]
             Some(Master::Cuda(_)) => {
-                let mut values = self.master_values()?.unwrap_or_default();
+                let mut values = self.master_values()?.unwrap_or_default().into_owned();
                 cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)?;
                 self.set_master(values)
             }

@@ -1,5 +1,6 @@
 //! [`Srkl`]: parameter groups, and the order of a step.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
@@ -17,7 +18,9 @@ use crate::backend::cpu::{self, Decision, StepScalars};
 use crate::backend::cuda::Cuda;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
-use crate::block::Block;
+use crate::block::{Block, Last};
+#[cfg(feature = "cuda")]
+use crate::cuda::abi::SrklDecision;
 use crate::numerics::Sums;
 use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -60,7 +63,7 @@ pub struct Srkl {
     pub(crate) groups: Vec<Group>,
     pub(crate) blocks: Vec<Block>,
     /// Where each variable's storage is, sorted: a gradient must not be one of them.
-    storages: Vec<usize>,
+    storages: Arc<[usize]>,
     pub(crate) schedule: f64,
     pub(crate) grad_scale: f64,
     pub(crate) steps: u64,
@@ -284,18 +287,8 @@ impl Srkl {
     ///
     /// None on the CPU. (The numbers may live on a device.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
-        #[cfg(feature = "cuda")]
-        let decisions = self.cuda.as_ref().map(|cuda| cuda.decisions()).transpose()?;
-        let entry = |(i, block): (usize, &Block)| {
+        let entry = |(block, (last, skipped)): (&Block, (Last, u64))| {
             let group = &self.groups[block.group];
-            let (last, skipped) = (block.last, block.skipped);
-            #[cfg(feature = "cuda")]
-            let (last, skipped) = decisions.as_ref().map_or((last, skipped), |decisions| {
-                let d = decisions[i];
-                ((d.step != 0).then_some((d.curvature, d.phi)), d.skipped)
-            });
-            #[cfg(not(feature = "cuda"))]
-            let _ = i;
             let last = last.filter(|_| group.params.scope != Scope::Element);
             BlockTelemetry {
                 name: block.name.clone(),
@@ -305,7 +298,18 @@ impl Srkl {
                 skipped,
             }
         };
-        Ok(self.blocks.iter().enumerate().map(entry).collect())
+        Ok(self.blocks.iter().zip(self.outcomes()?).map(entry).collect())
+    }
+
+    /// For each block what the last step did, and how often it was skipped.
+    fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let decisions = cuda.decisions()?.into_iter();
+            let moved = |d: &SrklDecision| (d.step != 0).then_some((d.curvature, d.phi));
+            return Ok(decisions.map(|d| (moved(&d), d.skipped)).collect());
+        }
+        Ok(self.blocks.iter().map(|block| (block.last, block.skipped)).collect())
     }
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
@@ -364,7 +368,8 @@ impl Srkl {
     /// None on the CPU. (The master may live on a device.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let block = self.blocks.iter().find(|block| block.name == name);
-        block.map_or(Ok(None), Block::master_values)
+        let values = block.map_or(Ok(None), Block::master_values)?;
+        Ok(values.map(Cow::into_owned))
     }
 
     pub(crate) fn set_counters(&mut self, steps: u64, skipped_steps: u64) -> Result<()> {
@@ -380,24 +385,27 @@ impl Srkl {
     // -- The order of a step, and its stages --
 
     fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
+        let stages = Stages {
+            simd: self.simd,
+            parallel: self.pool.is_some(),
+            storages: self.storages.clone(),
+        };
         let runs = self.runs();
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.
-            self.stages().check(&self.blocks, grads)?;
+            stages.check(&self.blocks, grads)?;
         }
         let norm = self.uses(uses_norm);
         for run in runs {
-            let gradients = self.stages().statistics(&self.blocks[run.clone()], grads, norm)?;
+            let gradients = stages.statistics(&self.blocks[run.clone()], grads, norm)?;
             let Some(decisions) = self.decide(run.clone(), &gradients, scalars) else {
                 // Only a run of all blocks has a group that skips steps, so nothing has moved.
                 self.blocks.iter_mut().for_each(|block| block.last = None);
                 self.skipped_steps += 1;
                 return Ok(());
             };
-            let stages =
-                Stages { simd: self.simd, parallel: self.pool.is_some(), storages: &self.storages };
-            let params = |block: &Block| &self.groups[block.group].params;
-            stages.update(&mut self.blocks[run], &gradients, &decisions, params, scalars)?;
+            let blocks = &mut self.blocks[run];
+            stages.update(blocks, &gradients, &decisions, &self.groups, scalars)?;
         }
         self.steps += 1;
         Ok(())
@@ -406,13 +414,10 @@ impl Srkl {
     pub(crate) fn scalars(&self) -> Result<StepScalars> {
         for group in &self.groups {
             let lr = self.schedule * group.params.lr;
-            check(&format!("learning rate of group `{}`", group.name), lr, Above::OrZero)?;
+            check("learning rate", lr, Above::OrZero)
+                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
         }
         Ok(StepScalars { schedule: self.schedule, grad_scale: self.grad_scale })
-    }
-
-    fn stages(&self) -> Stages<'_> {
-        Stages { simd: self.simd, parallel: self.pool.is_some(), storages: &self.storages }
     }
 
     /// Whether something holds for any group.
@@ -595,7 +600,7 @@ impl<'a> SrklBuilder<'a> {
             cuda,
             groups,
             blocks,
-            storages,
+            storages: storages.into(),
             schedule: 1.,
             grad_scale: 1.,
             steps: 0,

@@ -249,7 +249,7 @@ fn temporary_name(path: &Path) -> Result<PathBuf> {
 /// Master weights as a safetensors tensor.
 struct Master<'a> {
     shape: &'a [usize],
-    values: Vec<f32>,
+    values: Cow<'a, [f32]>,
 }
 
 impl View for Master<'_> {
@@ -263,6 +263,6 @@ impl View for Master<'_> {
         self.values.iter().flat_map(|x| x.to_le_bytes()).collect()
     }
     fn data_len(&self) -> usize {
-        size_of_val(self.values.as_slice())
+        size_of_val(&*self.values)
     }
 }

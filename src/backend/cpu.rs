@@ -388,7 +388,7 @@ impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits
 // Master weights
 
 /// How many elements of a block are compared with their masters before a step.
-const PROBES: usize = 32;
+pub(crate) const PROBES: usize = 32;
 
 /// The elements compared: evenly spaced, the first and the last among them.
 fn probes(n: usize) -> impl Iterator<Item = usize> {

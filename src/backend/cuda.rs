@@ -8,6 +8,7 @@
 use std::mem::size_of;
 
 use candle_core::backprop::GradStore;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, ValidAsZeroBits,
 };
@@ -16,10 +17,10 @@ use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
 use candle_core::{CudaDevice, DType, Result, Storage, Tensor, Var, bail};
 use half::{bf16, f16};
 
-use super::cpu::StepScalars;
+use super::cpu::{PROBES, StepScalars};
 use crate::block::{Block, Master, storage_address};
 use crate::cuda::abi;
-use crate::numerics::CHUNK;
+use crate::numerics::{CHUNK, LANES};
 use crate::optimizer::Group;
 use crate::params::{NonFinite, ParamsSrkl, Scope};
 
@@ -31,6 +32,11 @@ const THREADS: u32 = 128;
 
 /// Blocks of threads for each multiprocessor: enough to fill it.
 const BLOCKS_PER_SM: u32 = 16;
+
+// The kernels' copies of our constants.
+const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
+const _: () = assert!(abi::SRKL_LANES as usize == LANES);
+const _: () = assert!(abi::SRKL_PROBES as usize == PROBES);
 
 macro_rules! device_repr {
     ($($t:ty),*) => {$(
@@ -148,9 +154,7 @@ impl Cuda {
             chunk_count: chunk_block.len() as u64,
         };
         let multiprocessors = context
-            .attribute(
-                candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-            )
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .w()? as u32;
         let most = (multiprocessors * BLOCKS_PER_SM) as u64;
         Ok(Self {

@@ -1,10 +1,12 @@
 //! The stages over a list of blocks, on the CPU: which thread does what, under which locks.
 //!
 //! Large blocks are taken one after the other, each split over the threads; then small ones are
-//! handed to them in batches. With
-//! thousands of small tensors the time goes into cache misses: the way to one gradient leads over a
-//! hash table, a tensor, its layout and its storage. So a batch is taken step by step, one loop per
-//! pointer, whose misses overlap, and what an update needs is prefetched.
+//! handed to them in batches. With thousands of small tensors the time goes into cache misses: the
+//! way to one gradient leads over a hash table, a tensor, its layout and its storage. So a batch is
+//! taken step by step, one loop per pointer, whose misses overlap, and what an update needs is
+//! prefetched.
+
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
@@ -15,7 +17,7 @@ use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Master, storage_address};
 use crate::numerics::{LANES, Sums};
-use crate::params::ParamsSrkl;
+use crate::optimizer::Group;
 
 /// Small blocks are handed to threads in batches of about this many elements, ...
 const BATCH_ELEMENTS: usize = 1 << 15;
@@ -34,18 +36,18 @@ pub(crate) struct Found<'a> {
 }
 
 /// The CPU as a place for stages.
-#[derive(Clone, Copy)]
-pub(crate) struct Stages<'a> {
+#[derive(Clone)]
+pub(crate) struct Stages {
     pub simd: Simd,
     /// Whether threads are worth it: then this runs in the optimizer's own pool.
     pub parallel: bool,
     /// Where the storages of all variables are, sorted: a gradient must not be one of them.
-    pub storages: &'a [usize],
+    pub storages: Arc<[usize]>,
 }
 
-impl Stages<'_> {
+impl Stages {
     /// Finds and checks the gradient of every block, as a trial of `statistics`.
-    pub fn check(self, blocks: &[Block], grads: &GradStore) -> Result<()> {
+    pub fn check(&self, blocks: &[Block], grads: &GradStore) -> Result<()> {
         self.gradients(blocks, grads, |_, _, _| Sums::ZERO).map(|_| ())
     }
 
@@ -56,7 +58,7 @@ impl Stages<'_> {
     ///
     /// Whatever can be wrong with a gradient.
     pub fn statistics<'g>(
-        self,
+        &self,
         blocks: &[Block],
         grads: &'g GradStore,
         norm: bool,
@@ -67,7 +69,7 @@ impl Stages<'_> {
     }
 
     fn gradients<'g>(
-        self,
+        &self,
         blocks: &[Block],
         grads: &'g GradStore,
         read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
@@ -84,7 +86,7 @@ impl Stages<'_> {
                     continue;
                 };
                 let address = storage_address(storage);
-                block.check_alias(address, self.storages)?;
+                block.check_alias(address, &self.storages)?;
                 let g = Gradient::new(storage, layout)?;
                 let sums = read(block, &g, scratch);
                 found[i] = Some(Found { gradient, sums, storage: address, elements: g.address() });
@@ -100,12 +102,12 @@ impl Stages<'_> {
 
     /// Stage 3: moves every block that has a gradient and a decision. (Stage 2, `decide`, is a few
     /// operations per block.)
-    pub fn update<'p>(
-        self,
+    pub fn update(
+        &self,
         blocks: &mut [Block],
         gradients: &[Option<Found>],
         decisions: &[Option<Decision>],
-        params: impl Fn(&Block) -> &'p ParamsSrkl + Sync,
+        groups: &[Group],
         scalars: StepScalars,
     ) -> Result<()> {
         let size = batch_size(blocks);
@@ -122,7 +124,7 @@ impl Stages<'_> {
                 block.last = decision.map(|d| (d.curvature, d.phi));
                 match (found, decision) {
                     (Some(Found { gradient, .. }), Some(decision)) => {
-                        let params = params(block);
+                        let params = &groups[block.group].params;
                         cpu::update(
                             block, gradient, params, scalars, decision, self.simd, scratch,
                         )?;
@@ -144,20 +146,17 @@ impl Stages<'_> {
     /// lock is taken. Whoever reads the parameters meanwhile, or steps them by another optimizer,
     /// then waits for a lock that is always released.
     fn spread<T: Send>(
-        self,
+        &self,
         items: Vec<(bool, T)>,
         work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
     ) -> Result<()> {
         let mut scratch = Scratch::new();
-        let mut small = vec![];
-        for (large, item) in items {
-            if large || !self.parallel {
-                work(&mut scratch, item)?;
-            } else {
-                small.push(item);
-            }
+        if !self.parallel {
+            return items.into_iter().try_for_each(|(_, item)| work(&mut scratch, item));
         }
-        let work = |scratch: &mut Box<Scratch>, item| work(scratch, item);
+        let (large, small): (Vec<_>, Vec<_>) = items.into_iter().partition(|(large, _)| *large);
+        large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
+        let work = |scratch: &mut Box<Scratch>, (_, item)| work(scratch, item);
         small.into_par_iter().try_for_each_init(Scratch::new, work)
     }
 }
