@@ -13,7 +13,16 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 3] = ["abi.h", "numerics.cuh", "srkl.cu"];
+const KERNELS: [&str; 8] = [
+    "abi.h",
+    "numerics.cuh",
+    "access.cuh",
+    "sums.cuh",
+    "statistics.cuh",
+    "decide.cuh",
+    "update.cuh",
+    "srkl.cu",
+];
 
 /// The oldest CUDA that is known to compile the kernels as they are meant.
 const OLDEST_CUDA: u32 = 12;

@@ -1,7 +1,7 @@
 // The structs that the kernels share with Rust. bindgen makes src/cuda/abi.rs from this file.
 //
 // All addresses are device addresses. Sizes and offsets are the same on both sides: 8-byte members
-// first, no padding.
+// first, no padding. bindgen asserts them in Rust, the end of this file in C++.
 #pragma once
 
 // Elements in a chunk and lanes of a sum: src/numerics.rs explains them.
@@ -10,6 +10,10 @@
 
 // How many elements of a block are compared with their masters before a step.
 #define SRKL_PROBES 32
+
+// Threads in a block of threads, and how many such blocks a multiprocessor must have room for.
+#define SRKL_THREADS 128
+#define SRKL_BLOCKS_PER_SM 8
 
 // Dtypes of parameters and gradients.
 #define SRKL_F32 0
@@ -27,12 +31,17 @@
 #define SRKL_SKIP_BLOCK 1
 #define SRKL_PROPAGATE 2
 
+// What is done with a chunk.
+#define SRKL_STATISTICS 0
+#define SRKL_UPDATE 1
+
 // A parameter tensor. Written once.
 typedef struct {
     unsigned long long w;           // the parameter, 16-byte aligned
     unsigned long long master;      // its f32 masters, 16-byte aligned, or 0
     unsigned long long n;           // elements
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
+    unsigned long long chunk_count;
     unsigned int dtype;
     unsigned int group;
 } SrklBlock;
@@ -43,7 +52,7 @@ typedef struct {
     unsigned long long dtype;
 } SrklGradient;
 
-// The settings of a parameter group.
+// The settings of a parameter group. Written when one has changed.
 typedef struct {
     double lr;
     double beta; // the number, tied or not
@@ -53,13 +62,24 @@ typedef struct {
     unsigned int nonfinite;
 } SrklGroup;
 
-// What a step uses that is neither a setting of a group nor a gradient.
+// What a step uses that is neither a setting of one group nor a gradient. Written by srkl_set.
 typedef struct {
     double schedule;
     double grad_scale;
+    unsigned long long run_count;
     unsigned int norm;  // whether any group clips
     unsigned int total; // whether any group needs sums over all blocks
 } SrklScalars;
+
+// One piece of work: a stage of a chunk. Written once for each order of work.
+typedef struct {
+    unsigned long long start; // the chunk's first element in its block
+    unsigned long long chunk; // its number among those of all blocks
+    unsigned int block;
+    unsigned int run; // blocks of a run are updated after the statistics of all of them
+    unsigned int stage;
+    unsigned int run_blocks; // how many blocks with chunks the run has
+} SrklItem;
 
 // Sums over a chunk, a block or all blocks: `sum2 * 2^(2 exponent)`, `sum4 * 2^(4 exponent)`.
 typedef struct {
@@ -68,38 +88,63 @@ typedef struct {
     long long exponent;
 } SrklSums;
 
-// The numbers of one block's step, and its counter.
+// What stage 1 finds of a block.
+typedef struct {
+    SrklSums sums;
+    unsigned long long take_parameter; // whether its masters are to be taken from the parameter
+} SrklStatistics;
+
+// The numbers of a block's step.
 typedef struct {
     double c;
     double curvature;
     double phi;
-    unsigned long long skipped;  // how often this block was skipped alone
-    unsigned int step;           // whether the block moves
-    unsigned int take_parameter; // whether its masters are to be taken from the parameter
+    unsigned long long step; // whether the block moves, unless the whole step is skipped
 } SrklDecision;
 
-// Counters of the optimizer.
+// Counters and flags of the optimizer.
 typedef struct {
     unsigned long long steps;
     unsigned long long skipped_steps;
     double grad_norm;
-    unsigned int blocks_done; // blocks whose sums are ready, in this step
-    unsigned int pad;
+    unsigned long long ticket; // the next item; 0 between steps
+    unsigned int left;         // blocks of threads that have left this step; 0 between steps
+    unsigned int refused;      // whether a block wants the step skipped; 0 between steps
+    unsigned int skipped;      // whether the last step was skipped
+    unsigned int has_norm;     // whether it has computed grad_norm
 } SrklState;
 
-// All that a step's kernels work on.
+// All that a step works on.
 typedef struct {
     unsigned long long blocks;      // SrklBlock[block_count]
     unsigned long long gradients;   // SrklGradient[block_count]
     unsigned long long groups;      // SrklGroup[]
     unsigned long long scalars;     // SrklScalars
-    unsigned long long chunk_block; // unsigned int[chunk_count]: the block of each chunk
-    unsigned long long chunk_sums;  // SrklSums[chunk_count]
+    unsigned long long items;       // SrklItem[item_count]
+    unsigned long long chunk_sums;  // SrklSums[]: by chunk
     unsigned long long chunks_done; // unsigned int[block_count]: chunks whose sums are ready
-    unsigned long long block_sums;  // SrklSums[block_count]
+    unsigned long long blocks_done; // unsigned int[block_count]: by run: blocks whose statistics are ready
+    unsigned long long ready;       // unsigned int[block_count]: by run: whether it is decided
+    unsigned long long statistics;  // SrklStatistics[block_count]
     unsigned long long decisions;   // SrklDecision[block_count]
+    unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
-    unsigned long long live_count; // blocks that are not empty
-    unsigned long long chunk_count;
+    unsigned long long item_count;
+    unsigned long long decide; // whether the device decides: 0 where the host does, between two launches
 } SrklTable;
+
+#ifdef __cplusplus
+#include <cstddef>
+static_assert(sizeof(SrklBlock) == 48 && offsetof(SrklBlock, group) == 44, "SrklBlock");
+static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
+static_assert(sizeof(SrklGroup) == 40 && offsetof(SrklGroup, nonfinite) == 36, "SrklGroup");
+static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, total) == 28, "SrklScalars");
+static_assert(sizeof(SrklItem) == 32 && offsetof(SrklItem, run_blocks) == 28, "SrklItem");
+static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
+static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
+              "SrklStatistics");
+static_assert(sizeof(SrklDecision) == 32 && offsetof(SrklDecision, step) == 24, "SrklDecision");
+static_assert(sizeof(SrklState) == 48 && offsetof(SrklState, has_norm) == 44, "SrklState");
+static_assert(sizeof(SrklTable) == 128 && offsetof(SrklTable, decide) == 120, "SrklTable");
+#endif

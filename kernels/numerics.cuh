@@ -1,4 +1,4 @@
-// The numerics contract on the device: conversions, exact scaling, 16-byte access.
+// The numerics contract on the device: conversions and exact scaling.
 //
 // src/numerics.rs explains the contract; names and order here are those of src/numerics.rs and
 // src/backend/cpu.rs. Every operation that rounds is written as the intrinsic that rounds once.
@@ -101,57 +101,4 @@ __device__ inline double pow2(int e) {
 __device__ inline int scale_exponent(double max) {
     int biased = (int)(__double_as_longlong(max) >> 52) & 0x7ff;
     return (biased > 1 ? biased : 1) - 1023;
-}
-
-// -------------------------------------------------------------------------------------------------
-// 16-byte access
-
-// As many elements as 16 bytes hold.
-template <typename T> struct alignas(16) Vector {
-    static const int N = 16 / sizeof(T);
-    T at[N];
-};
-
-// Words `shift / 4`, ... of two vectors, from byte `shift` on; `shift` is below 16.
-__device__ inline uint4 shifted(uint4 low, uint4 high, u32 shift) {
-    u32 bits = 8 * (shift & 3);
-    // Selects instead of indices, which would put the words into local memory.
-    bool one = shift & 4, two = shift & 8;
-    u32 a = one ? low.y : low.x, b = one ? low.z : low.y, c = one ? low.w : low.z;
-    u32 d = one ? high.x : low.w, e = one ? high.y : high.x, f = one ? high.z : high.y;
-    u32 g = one ? high.w : high.z;
-    a = two ? c : a, b = two ? d : b, c = two ? e : c, d = two ? f : d, e = two ? g : e;
-    return make_uint4(__funnelshift_r(a, b, bits), __funnelshift_r(b, c, bits), __funnelshift_r(c, d, bits),
-                      __funnelshift_r(d, e, bits));
-}
-
-// Elements `i`, ... of the `n` elements at `p`, which may be misaligned; 0 beyond the end.
-template <typename T> __device__ inline Vector<T> load(const T *p, u64 i, u64 n) {
-    Vector<T> out;
-    u64 address = (u64)(p + i);
-    u32 shift = address & 15;
-    u64 low = address - shift;
-    bool inside = i + Vector<T>::N <= n;
-    if (inside && shift == 0) {
-        *(uint4 *)&out = *(const uint4 *)low;
-    } else if (inside && low >= (u64)p && low + 32 <= (u64)(p + n)) {
-        *(uint4 *)&out = shifted(*(const uint4 *)low, *(const uint4 *)(low + 16), shift);
-    } else {
-        for (int k = 0; k < Vector<T>::N; k++) {
-            T zero = {};
-            out.at[k] = i + k < n ? p[i + k] : zero;
-        }
-    }
-    return out;
-}
-
-// Stores elements `i`, ... of the `n` at `p`, which is 16-byte aligned; `i` is a multiple of their
-// number.
-template <typename T> __device__ inline void store(T *p, u64 i, u64 n, const Vector<T> &x) {
-    if (i + Vector<T>::N <= n) {
-        *(uint4 *)(p + i) = *(const uint4 *)&x;
-    } else {
-        for (int k = 0; k < Vector<T>::N; k++)
-            if (i + k < n) p[i + k] = x.at[k];
-    }
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 
 #[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
+#[cfg(feature = "cuda")]
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
@@ -22,6 +24,7 @@ pub(crate) struct Block {
     pub shape: Shape,
     /// Elements.
     pub n: usize,
+    pub on_cpu: bool,
     /// The addresses of the variable's storage, which it keeps for life, and of its first element.
     pub storage: usize,
     pub elements: usize,
@@ -50,10 +53,10 @@ impl Block {
     /// or one that is not as candle makes variables.
     pub fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
         let dtype = var.dtype();
-        let on_device = match var.device() {
-            Device::Cpu => false,
+        let on_cpu = match var.device() {
+            Device::Cpu => true,
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => true,
+            Device::Cuda(_) => false,
             device => {
                 let places =
                     if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" };
@@ -82,12 +85,32 @@ impl Block {
         };
         let (storage, elements) = {
             let (storage, layout) = var.storage_and_layout();
-            let elements = if on_device { 0 } else { Gradient::new(&storage, layout)?.address() };
+            let elements = if on_cpu { Gradient::new(&storage, layout)?.address() } else { 0 };
             (storage_address(&storage), elements)
         };
         let (id, shape, n) = (var.id(), var.shape().clone(), var.elem_count());
         let (skipped, last) = (0, None);
-        Ok(Self { name, var, id, dtype, shape, n, storage, elements, group, master, skipped, last })
+        Ok(Self {
+            name,
+            var,
+            id,
+            dtype,
+            shape,
+            n,
+            on_cpu,
+            storage,
+            elements,
+            group,
+            master,
+            skipped,
+            last,
+        })
+    }
+
+    /// Whether the parameter is on this device.
+    #[cfg(feature = "cuda")]
+    pub fn is_on(&self, device: &CudaDevice) -> bool {
+        matches!(self.var.device(), Device::Cuda(other) if other.id() == device.id())
     }
 
     /// What a gradient must have in common with its parameter.

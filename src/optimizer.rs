@@ -6,21 +6,16 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
-use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::cpu::{self, Decision, StepScalars};
-#[cfg(feature = "cuda")]
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::{Block, Last};
-#[cfg(feature = "cuda")]
-use crate::cuda::abi::SrklDecision;
 use crate::numerics::Sums;
 use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -73,9 +68,8 @@ pub struct Srkl {
     /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
     /// pool: candle computes there, holding locks of tensors that a step waits for.
     pool: Option<Arc<ThreadPool>>,
-    /// The device, if the parameters are on one.
-    #[cfg(feature = "cuda")]
-    cuda: Option<Box<Cuda>>,
+    /// The CUDA devices that parameters are on.
+    cuda: Vec<Cuda>,
 }
 
 pub(crate) struct Group {
@@ -125,9 +119,9 @@ impl Optimizer for Srkl {
     /// gradients any one is named. A CUDA device that fails in the middle of a step is the exception.)
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &mut self.cuda {
-            return cuda.step(&self.blocks, &self.storages, &self.groups, grads, scalars);
+        if self.decides_on_device() {
+            let Self { cuda, blocks, storages, groups, .. } = self;
+            return cuda[0].step(blocks, storages, groups, grads, scalars);
         }
         match self.pool.clone() {
             Some(pool) => pool.install(|| self.step_all(grads, scalars)),
@@ -165,6 +159,7 @@ impl Optimizer for Srkl {
     /// [`Beta::Tied`]: crate::Beta::Tied
     fn set_learning_rate(&mut self, lr: f64) {
         self.schedule = lr / self.groups[0].params.lr;
+        self.send_settings();
     }
 }
 
@@ -237,6 +232,7 @@ impl Srkl {
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
         check_grad_scale(grad_scale)?;
         self.grad_scale = grad_scale;
+        self.send_settings();
         Ok(())
     }
 
@@ -246,9 +242,8 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn steps(&self) -> Result<u64> {
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.cuda {
-            return Ok(cuda.state()?.steps);
+        if self.decides_on_device() {
+            return Ok(self.cuda[0].counters()?.steps);
         }
         Ok(self.steps)
     }
@@ -259,9 +254,8 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn skipped_steps(&self) -> Result<u64> {
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.cuda {
-            return Ok(cuda.state()?.skipped_steps);
+        if self.decides_on_device() {
+            return Ok(self.cuda[0].counters()?.skipped_steps);
         }
         Ok(self.skipped_steps)
     }
@@ -273,10 +267,8 @@ impl Srkl {
     ///
     /// None on the CPU. (The number may live on a device.)
     pub fn grad_norm(&self) -> Result<Option<f64>> {
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.cuda {
-            let norm = cuda.state()?.grad_norm;
-            return Ok(self.uses(uses_norm).then_some(norm));
+        if self.decides_on_device() {
+            return Ok(self.cuda[0].counters()?.grad_norm);
         }
         Ok(self.grad_norm)
     }
@@ -303,11 +295,8 @@ impl Srkl {
 
     /// For each block what the last step did, and how often it was skipped.
     fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.cuda {
-            let decisions = cuda.decisions()?.into_iter();
-            let moved = |d: &SrklDecision| (d.step != 0).then_some((d.curvature, d.phi));
-            return Ok(decisions.map(|d| (moved(&d), d.skipped)).collect());
+        if self.decides_on_device() {
+            return self.cuda[0].outcomes();
         }
         Ok(self.blocks.iter().map(|block| (block.last, block.skipped)).collect())
     }
@@ -337,6 +326,7 @@ impl Srkl {
             )
         }
         group.params = params;
+        self.send_settings();
         Ok(())
     }
 
@@ -372,14 +362,40 @@ impl Srkl {
         Ok(values.map(Cow::into_owned))
     }
 
-    pub(crate) fn set_counters(&mut self, steps: u64, skipped_steps: u64) -> Result<()> {
-        (self.steps, self.skipped_steps) = (steps, skipped_steps);
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &mut self.cuda {
-            let skipped: Vec<u64> = self.blocks.iter().map(|block| block.skipped).collect();
-            cuda.set_counters(steps, skipped_steps, &skipped)?;
+    /// Sets the counters, of the optimizer and (in the order of blocks) of each block; the last step is
+    /// forgotten.
+    pub(crate) fn set_counters(
+        &mut self,
+        steps: u64,
+        skipped_steps: u64,
+        skipped: &[u64],
+    ) -> Result<()> {
+        (self.steps, self.skipped_steps, self.grad_norm) = (steps, skipped_steps, None);
+        for (block, &skipped) in self.blocks.iter_mut().zip(skipped) {
+            (block.skipped, block.last) = (skipped, None);
+        }
+        if self.decides_on_device() {
+            self.cuda[0].set_counters(steps, skipped_steps, skipped)?;
         }
         Ok(())
+    }
+
+    /// Whether all parameters are on one CUDA device: then a step is decided there, without waiting, and
+    /// its counters are there too.
+    fn decides_on_device(&self) -> bool {
+        let mut blocks = self.blocks.iter();
+        self.cuda.len() == 1 && blocks.all(|block| !block.on_cpu)
+    }
+
+    /// Tells the devices of settings that have changed, for replays of captured steps: they find there what
+    /// was set last.
+    pub(crate) fn send_settings(&mut self) {
+        if let Ok(scalars) = self.scalars() {
+            for cuda in &mut self.cuda {
+                // What fails here fails again, and is reported, in the next step.
+                let _ = cuda.set(&self.groups, scalars);
+            }
+        }
     }
 
     // -- The order of a step, and its stages --
@@ -391,19 +407,33 @@ impl Srkl {
             storages: self.storages.clone(),
         };
         let runs = self.runs();
+        // Devices work while the CPU does. What they read must live until they are told to update.
+        let mut _alive = vec![];
+        for cuda in &mut self.cuda {
+            let (blocks, storages, groups) = (&self.blocks, &self.storages, &self.groups);
+            _alive.push(cuda.statistics(blocks, storages, groups, grads, scalars)?);
+        }
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.
             stages.check(&self.blocks, grads)?;
         }
         let norm = self.uses(uses_norm);
         for run in runs {
-            let gradients = stages.statistics(&self.blocks[run.clone()], grads, norm)?;
+            let mut gradients = stages.statistics(&self.blocks[run.clone()], grads, norm)?;
+            for cuda in &self.cuda {
+                for (place, sums) in cuda.found()? {
+                    gradients[place] = Found::on_device(&self.blocks[place], grads, sums);
+                }
+            }
             let Some(decisions) = self.decide(run.clone(), &gradients, scalars) else {
                 // Only a run of all blocks has a group that skips steps, so nothing has moved.
                 self.blocks.iter_mut().for_each(|block| block.last = None);
                 self.skipped_steps += 1;
                 return Ok(());
             };
+            for cuda in &mut self.cuda {
+                cuda.update(&decisions)?;
+            }
             let blocks = &mut self.blocks[run];
             stages.update(blocks, &gradients, &decisions, &self.groups, scalars)?;
         }
@@ -432,8 +462,7 @@ impl Srkl {
     /// The parts of the list that are stepped one after the other: everything at once where a
     /// decision needs the statistics of all blocks.
     fn runs(&self) -> Vec<Range<usize>> {
-        let skips_steps = |params: &ParamsSrkl| params.nonfinite == NonFinite::SkipStep;
-        let whole = self.uses(skips_steps) || self.uses(uses_total);
+        let whole = steps_whole(&self.groups) || !self.cuda.is_empty();
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
             elements += block.n;
@@ -485,6 +514,12 @@ impl Srkl {
         }
         Some(decisions)
     }
+}
+
+/// Whether no parameter may move before the statistics of all gradients are known.
+pub(crate) fn steps_whole(groups: &[Group]) -> bool {
+    let skips_steps = |params: &ParamsSrkl| params.nonfinite == NonFinite::SkipStep;
+    groups.iter().any(|group| skips_steps(&group.params) || uses_total(&group.params))
 }
 
 /// As many threads as rayon's pool has that the optimizer is built in.
@@ -590,13 +625,11 @@ impl<'a> SrklBuilder<'a> {
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
-        let work: usize = blocks.iter().map(|block| block.n + BLOCK_WORK).sum();
-        let on_cpu = blocks.iter().all(|block| block.var.device().is_cpu());
-        let pool = (on_cpu && work >= PARALLEL_WORK).then(new_pool).transpose()?;
-        #[cfg(feature = "cuda")]
-        let cuda = cuda_of(&blocks, &groups)?;
+        let on_cpu = blocks.iter().filter(|block| block.on_cpu);
+        let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
+        let pool = (work >= PARALLEL_WORK).then(new_pool).transpose()?;
+        let cuda = cuda::devices_of(&blocks, &groups)?;
         Ok(Srkl {
-            #[cfg(feature = "cuda")]
             cuda,
             groups,
             blocks,
@@ -612,25 +645,6 @@ impl<'a> SrklBuilder<'a> {
     }
 }
 
-/// The device that all blocks are on, if it is not the CPU.
-#[cfg(feature = "cuda")]
-fn cuda_of(blocks: &[Block], groups: &[Group]) -> Result<Option<Box<Cuda>>> {
-    let Some(first) = blocks.first() else { return Ok(None) };
-    if let Some(other) = blocks.iter().find(|b| !b.var.device().same_device(first.var.device())) {
-        bail!(
-            "`{}` is on {:?} and `{}` on {:?}: expected all parameters on one device",
-            first.name,
-            first.var.device().location(),
-            other.name,
-            other.var.device().location()
-        )
-    }
-    match first.var.device() {
-        Device::Cuda(device) => Ok(Some(Box::new(Cuda::new(device, blocks, groups)?))),
-        _ => Ok(None),
-    }
-}
-
 impl fmt::Debug for Srkl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Srkl")
@@ -638,8 +652,9 @@ impl fmt::Debug for Srkl {
             .field("parameters", &self.blocks.len())
             .field("learning_rate", &self.learning_rate())
             .field("grad_scale", &self.grad_scale)
-            .field("steps", &self.steps)
-            .field("skipped_steps", &self.skipped_steps)
+            // `None` where a device can't tell now.
+            .field("steps", &self.steps().ok())
+            .field("skipped_steps", &self.skipped_steps().ok())
             .finish()
     }
 }

@@ -120,15 +120,16 @@ impl Srkl {
             .and_then(|bytes| Loaded::new(&bytes, &self.blocks))
             .map_err(|e| e.with_path(path))?;
         // Nothing below can fail, but for a device that has failed already.
-        for (block, (master, skipped)) in self.blocks.iter_mut().zip(loaded.blocks) {
+        let (masters, skipped): (Vec<_>, Vec<_>) = loaded.blocks.into_iter().unzip();
+        for (block, master) in self.blocks.iter_mut().zip(masters) {
             if let Some(master) = master {
                 block.set_master(master)?;
             }
-            (block.skipped, block.last) = (skipped, None);
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
-        self.set_counters(loaded.steps, loaded.skipped_steps)
+        self.send_settings();
+        self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
     }
 }
 

@@ -1,37 +1,39 @@
 //! The stages on a CUDA device: packs tables, launches the kernels of `kernels/srkl.cu`, and owns
 //! every `unsafe` of this.
 //!
-//! The kernels' launch contract stands at the top of that file. Addresses of parameters and masters
-//! never change, so their table is written once; per step the addresses of gradients, the settings
-//! and the scalars are compared with what the device has and uploaded if they differ.
+//! The kernels' launch contract stands at the top of that file. What a step needs lives on the device:
+//! the table of blocks, the list of work, settings, counters. A step compares the addresses of gradients
+//! with those that the device has, copies them if they differ, and launches.
+//!
+//! # CUDA graphs
+//!
+//! In a capture nothing may be copied from memory that changes later. So the addresses of gradients go
+//! through a page-locked buffer that is written once and kept, into a table that only captured steps
+//! use, and the settings must be on the device already: those who set them launch a kernel that does it.
 
 use std::mem::size_of;
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, ValidAsZeroBits,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
+    PushKernelArg, ValidAsZeroBits, result,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaDType, CudaStorage, WrapErr};
-use candle_core::{CudaDevice, DType, Result, Storage, Tensor, Var, bail};
-use half::{bf16, f16};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
-use super::cpu::{PROBES, StepScalars};
-use crate::block::{Block, Master, storage_address};
-use crate::cuda::abi;
-use crate::numerics::{CHUNK, LANES};
-use crate::optimizer::Group;
+use super::Counters;
+use super::cpu::{Decision, PROBES, StepScalars};
+use crate::block::{Block, Last, Master, storage_address};
+use crate::cuda::{abi, work};
+use crate::numerics::{CHUNK, LANES, Sums};
+use crate::optimizer::{Group, steps_whole};
 use crate::params::{NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
-
-/// Threads in a block of both kernels: `THREADS` there.
-const THREADS: u32 = 128;
-
-/// Blocks of threads for each multiprocessor: enough to fill it.
-const BLOCKS_PER_SM: u32 = 16;
 
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
@@ -51,138 +53,180 @@ device_repr!(
     abi::SrklGradient,
     abi::SrklGroup,
     abi::SrklScalars,
+    abi::SrklItem,
     abi::SrklSums,
+    abi::SrklStatistics,
     abi::SrklDecision,
     abi::SrklState,
     abi::SrklTable
 );
 
-/// Memory on the device, with what the host last wrote to it.
-struct Uploaded<T> {
-    host: Vec<T>,
-    device: CudaSlice<T>,
-}
-
-impl<T: DeviceRepr + Clone + PartialEq + 'static> Uploaded<T> {
-    fn new(device: &CudaDevice, host: Vec<T>) -> Result<Self> {
-        Ok(Self { device: device.clone_htod(&host)?, host })
-    }
-
-    /// Copies `host` if it differs.
-    fn set(&mut self, device: &CudaDevice, host: Vec<T>) -> Result<()> {
-        if self.host != host {
-            device.memcpy_htod(&host, &mut self.device)?;
-            self.host = host;
-        }
-        Ok(())
-    }
-}
-
-/// All blocks of an optimizer, on one device.
+/// Those blocks of an optimizer that are on one device.
 pub(crate) struct Cuda {
     device: CudaDevice,
-    statistics: CudaFunction,
-    update: CudaFunction,
+    stream: Arc<CudaStream>,
+    /// Their places in the optimizer's list.
+    places: Vec<usize>,
+    step: CudaFunction,
+    set: CudaFunction,
+    /// Blocks of threads that fill the device.
     grid: u32,
-    gradients: Uploaded<abi::SrklGradient>,
-    groups: Uploaded<abi::SrklGroup>,
-    scalars: Uploaded<abi::SrklScalars>,
-    decisions: CudaSlice<abi::SrklDecision>,
-    state: CudaSlice<abi::SrklState>,
-    _memory: Memory,
+    /// Bytes of the L2 cache.
+    l2: u64,
+    /// What the device has: the blocks, the gradients and settings that were sent last.
+    blocks: Vec<abi::SrklBlock>,
+    gradients: Vec<abi::SrklGradient>,
+    settings: Settings,
+    run_count: u64,
+    memory: Memory,
     table: abi::SrklTable,
+    captures: Captures,
 }
 
-/// The rest of what the table points to, to keep it alive.
+/// What the settings of an optimizer come to for its kernels.
+#[derive(Clone, PartialEq)]
+struct Settings {
+    groups: Vec<abi::SrklGroup>,
+    scalars: abi::SrklScalars,
+    /// Whether no block may be updated before the statistics of all of them.
+    whole: bool,
+}
+
+/// What the table points to.
 struct Memory {
-    _blocks: CudaSlice<abi::SrklBlock>,
-    _chunk_block: CudaSlice<u32>,
-    _chunk_sums: CudaSlice<abi::SrklSums>,
-    _chunks_done: CudaSlice<u32>,
-    _block_sums: CudaSlice<abi::SrklSums>,
+    blocks: CudaSlice<abi::SrklBlock>,
+    gradients: CudaSlice<abi::SrklGradient>,
+    groups: CudaSlice<abi::SrklGroup>,
+    scalars: CudaSlice<abi::SrklScalars>,
+    items: CudaSlice<abi::SrklItem>,
+    chunk_sums: CudaSlice<abi::SrklSums>,
+    chunks_done: CudaSlice<u32>,
+    blocks_done: CudaSlice<u32>,
+    ready: CudaSlice<u32>,
+    statistics: CudaSlice<abi::SrklStatistics>,
+    decisions: CudaSlice<abi::SrklDecision>,
+    skipped: CudaSlice<u64>,
+    state: CudaSlice<abi::SrklState>,
+}
+
+/// What captured steps use.
+struct Captures {
+    /// Their table of gradients, which each replay fills anew.
+    gradients: CudaSlice<abi::SrklGradient>,
+    /// For the next capture; a step outside of one replaces it.
+    spare: Option<Pinned>,
+    /// What recorded copies read, for as long as somebody may replay them.
+    recorded: Vec<Pinned>,
+}
+
+/// Page-locked memory of the host, for one table of gradients.
+struct Pinned {
+    address: *mut abi::SrklGradient,
+    _memory: PinnedHostSlice<abi::SrklGradient>,
+}
+
+// SAFETY: `address` points to `_memory`, which is `Send`.
+unsafe impl Send for Pinned {}
+// SAFETY: nothing is written through a shared reference.
+unsafe impl Sync for Pinned {}
+
+const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
+
+/// The CUDA devices that blocks are on.
+pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>> {
+    let mut devices: Vec<&CudaDevice> = vec![];
+    for block in blocks {
+        if let Device::Cuda(device) = block.var.device()
+            && !devices.iter().any(|known| block.is_on(known))
+        {
+            devices.push(device);
+        }
+    }
+    devices.into_iter().map(|device| Cuda::new(device, blocks, groups)).collect()
 }
 
 impl Cuda {
-    /// Prepares the steps of `blocks`, all on `device`.
-    pub fn new(device: &CudaDevice, blocks: &[Block], groups: &[Group]) -> Result<Self> {
+    /// Prepares the steps of those of `blocks` that are on `device`.
+    fn new(device: &CudaDevice, blocks: &[Block], groups: &[Group]) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = stream.context();
         let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
-        let mut entries = vec![];
-        let mut chunk_block = vec![];
-        for (number, block) in blocks.iter().enumerate() {
+        let attribute = |attribute| context.attribute(attribute).w();
+        let multiprocessors =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let l2 = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u64;
+
+        let (mut places, mut entries, mut first_chunk) = (vec![], vec![], 0);
+        for (place, block) in blocks.iter().enumerate() {
+            if !block.is_on(device) {
+                continue;
+            }
+            let chunk_count = block.n.div_ceil(CHUNK) as u64;
+            let master = match &block.master {
+                Some(Master::Cuda(master)) => master.device_ptr(&stream).0,
+                _ => 0,
+            };
+            let (storage, layout) = block.var.storage_and_layout();
             entries.push(abi::SrklBlock {
-                w: address_of(&block.var, device)?,
-                master: match &block.master {
-                    Some(Master::Cuda(master)) => master.device_ptr(&stream).0,
-                    _ => 0,
-                },
+                w: address_of(&storage, layout, &stream)?,
+                master,
                 n: block.n as u64,
-                first_chunk: chunk_block.len() as u64,
+                first_chunk,
+                chunk_count,
                 dtype: dtype(block.dtype)?,
                 group: block.group as u32,
             });
-            chunk_block.resize(chunk_block.len() + block.n.div_ceil(CHUNK), number as u32);
+            places.push(place);
+            first_chunk += chunk_count;
         }
-        let (block_count, chunk_count) = (blocks.len().max(1), chunk_block.len().max(1));
-        let live_count = blocks.iter().filter(|block| block.n > 0).count() as u64;
-        let scalars = StepScalars { schedule: 1., grad_scale: 1. };
-        let gradients = Uploaded::new(device, vec![NO_GRADIENT; block_count])?;
-        let groups = Uploaded::new(device, groups.iter().map(group).collect())?;
-        let scalars = Uploaded::new(device, vec![scalars_of(&groups.host, scalars)])?;
-        let entries = device.clone_htod(&entries)?;
-        let chunk_blocks =
-            device.clone_htod(if chunk_block.is_empty() { &[0][..] } else { &chunk_block })?;
-        let chunk_sums = device.alloc_zeros::<abi::SrklSums>(chunk_count)?;
-        let chunks_done = device.alloc_zeros::<u32>(block_count)?;
-        let block_sums = device.alloc_zeros::<abi::SrklSums>(block_count)?;
-        let decisions = device.alloc_zeros::<abi::SrklDecision>(block_count)?;
-        let state = device.alloc_zeros::<abi::SrklState>(1)?;
-        let table = abi::SrklTable {
-            blocks: entries.device_ptr(&stream).0,
-            gradients: gradients.device.device_ptr(&stream).0,
-            groups: groups.device.device_ptr(&stream).0,
-            scalars: scalars.device.device_ptr(&stream).0,
-            chunk_block: chunk_blocks.device_ptr(&stream).0,
-            chunk_sums: chunk_sums.device_ptr(&stream).0,
-            chunks_done: chunks_done.device_ptr(&stream).0,
-            block_sums: block_sums.device_ptr(&stream).0,
-            decisions: decisions.device_ptr(&stream).0,
-            state: state.device_ptr(&stream).0,
-            block_count: blocks.len() as u64,
-            live_count,
-            chunk_count: chunk_block.len() as u64,
+        let count = entries.len();
+        let settings = Settings::new(groups, StepScalars { schedule: 1., grad_scale: 1. });
+        let (items, run_count) = work::order(&entries, settings.whole, l2);
+        let chunks = first_chunk as usize;
+        let memory = Memory {
+            blocks: device.clone_htod(&entries)?,
+            gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
+            groups: device.clone_htod(&settings.groups)?,
+            scalars: device.clone_htod(&[abi::SrklScalars { run_count, ..settings.scalars }])?,
+            items: device.clone_htod(&items)?,
+            chunk_sums: device.alloc_zeros(chunks)?,
+            chunks_done: device.alloc_zeros(count)?,
+            // There are at most as many runs as blocks.
+            blocks_done: device.alloc_zeros(count)?,
+            ready: device.alloc_zeros(count)?,
+            statistics: device.alloc_zeros(count)?,
+            decisions: device.alloc_zeros(count)?,
+            skipped: device.alloc_zeros(count)?,
+            state: device.alloc_zeros(1)?,
         };
-        let multiprocessors = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .w()? as u32;
-        let most = (multiprocessors * BLOCKS_PER_SM) as u64;
+        let captures = Captures {
+            gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
+            spare: Some(Pinned::new(&stream, count)?),
+            recorded: vec![],
+        };
         Ok(Self {
             device: device.clone(),
-            statistics: module.load_function("srkl_statistics").w()?,
-            update: module.load_function("srkl_update").w()?,
-            grid: table.chunk_count.min(most) as u32,
-            gradients,
-            groups,
-            scalars,
-            decisions,
-            state,
-            _memory: Memory {
-                _blocks: entries,
-                _chunk_block: chunk_blocks,
-                _chunk_sums: chunk_sums,
-                _chunks_done: chunks_done,
-                _block_sums: block_sums,
-            },
-            table,
+            places,
+            step: module.load_function("srkl_step").w()?,
+            set: module.load_function("srkl_set").w()?,
+            grid: multiprocessors * abi::SRKL_BLOCKS_PER_SM,
+            l2,
+            blocks: entries,
+            gradients: vec![NO_GRADIENT; count],
+            settings,
+            run_count,
+            table: memory.table(&stream, items.len()),
+            memory,
+            captures,
+            stream,
         })
     }
 
-    /// One step: two launches, no synchronisation, nothing copied to the host.
+    /// One step, decided on the device: one launch, no synchronisation, nothing copied to the host.
     ///
     /// # Errors
     ///
-    /// Whatever can be wrong with a gradient; nothing is launched then.
+    /// Whatever can be wrong with a gradient, or with a capture; nothing is launched then.
     pub fn step(
         &mut self,
         blocks: &[Block],
@@ -191,81 +235,334 @@ impl Cuda {
         grads: &GradStore,
         scalars: StepScalars,
     ) -> Result<()> {
-        let stream = self.device.cuda_stream();
-        // The tensors must live until the kernels are launched; then the stream's order protects them.
-        let mut alive = Vec::with_capacity(blocks.len());
-        let mut gradients = Vec::with_capacity(blocks.len());
-        for block in blocks {
+        let (gradients, alive) = self.find(blocks, storages, grads)?;
+        let settings = Settings::new(groups, scalars);
+        let mut table = self.table;
+        table.decide = 1;
+        if self.is_capturing()? {
+            if settings != self.settings {
+                bail!(
+                    "the optimizer's settings have changed inside a capture, where a replay would set \
+                     them back each time: set the learning rate, gradient scale and parameters of \
+                     groups before it begins, or after it has ended"
+                )
+            }
+            table.gradients = self.send_captured(&gradients)?;
+        } else {
+            self.send(settings)?;
+            self.send_gradients(gradients)?;
+        }
+        // The gradients must live until the kernel is launched; then the stream's order protects them.
+        let launched = self.launch(&table);
+        drop(alive);
+        launched
+    }
+
+    /// Stage 1 alone: launches the statistics, for a step that the host decides. Returns copies of
+    /// gradients, to be kept until [`Cuda::update`] has returned.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::step`]; and such a step cannot be captured.
+    pub fn statistics(
+        &mut self,
+        blocks: &[Block],
+        storages: &[usize],
+        groups: &[Group],
+        grads: &GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Tensor>> {
+        if self.is_capturing()? {
+            bail!(
+                "a step of parameters on several devices is decided on the host, which waits for them; \
+                 it can't be captured in a CUDA graph"
+            )
+        }
+        let (gradients, alive) = self.find(blocks, storages, grads)?;
+        // One run: all statistics, then all updates.
+        self.send(Settings { whole: true, ..Settings::new(groups, scalars) })?;
+        self.send_gradients(gradients)?;
+        self.launch(&self.half(0))?;
+        Ok(alive)
+    }
+
+    /// What [`Cuda::statistics`] found: the places of blocks that have a gradient, with their sums. Waits
+    /// for the device.
+    pub fn found(&self) -> Result<Vec<(usize, Sums)>> {
+        let found = self.device.clone_dtoh(&self.memory.statistics)?;
+        let with_place = self.places.iter().zip(&self.gradients).zip(found);
+        let present = with_place.filter(|((_, gradient), _)| gradient.address != 0);
+        let sums =
+            |s: abi::SrklSums| Sums { sum2: s.sum2, sum4: s.sum4, exponent: s.exponent as i32 };
+        Ok(present.map(|((&place, _), found)| (place, sums(found.sums))).collect())
+    }
+
+    /// Stage 3 alone, by decisions of the host about all blocks of the optimizer. The gradients are those
+    /// of the last [`Cuda::statistics`], and still alive.
+    pub fn update(&mut self, decisions: &[Option<Decision>]) -> Result<()> {
+        let decision = |&place: &usize| match &decisions[place] {
+            Some(Decision { c, curvature, phi, .. }) => {
+                abi::SrklDecision { c: *c, curvature: *curvature, phi: *phi, step: 1 }
+            }
+            None => abi::SrklDecision::default(),
+        };
+        let decisions: Vec<_> = self.places.iter().map(decision).collect();
+        self.device.memcpy_htod(&decisions, &mut self.memory.decisions)?;
+        self.launch(&self.half(1))
+    }
+
+    /// Sends settings ahead of the next step, so that a replay of a captured one finds them. In a capture it
+    /// does nothing.
+    pub fn set(&mut self, groups: &[Group], scalars: StepScalars) -> Result<()> {
+        match self.is_capturing()? {
+            true => Ok(()),
+            false => {
+                let whole = self.settings.whole;
+                let settings = Settings::new(groups, scalars);
+                // Where the host decides, all is one run.
+                self.send(Settings { whole: whole || settings.whole, ..settings })
+            }
+        }
+    }
+
+    /// What the device has counted. Waits for it, as all that reads from it.
+    pub fn counters(&self) -> Result<Counters> {
+        let state = self.state()?;
+        Ok(Counters {
+            steps: state.steps,
+            skipped_steps: state.skipped_steps,
+            grad_norm: (state.has_norm != 0).then_some(state.grad_norm),
+        })
+    }
+
+    /// For each block what the last step did, and how often it was skipped.
+    pub fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+        let skipped_step = self.state()?.skipped != 0;
+        let decisions = self.device.clone_dtoh(&self.memory.decisions)?;
+        let skipped = self.device.clone_dtoh(&self.memory.skipped)?;
+        let last =
+            |d: abi::SrklDecision| (d.step != 0 && !skipped_step).then_some((d.curvature, d.phi));
+        Ok(decisions.into_iter().map(last).zip(skipped).collect())
+    }
+
+    fn state(&self) -> Result<abi::SrklState> {
+        if self.is_capturing()? {
+            bail!(
+                "counters and telemetry can't be read while the device's stream is being captured"
+            )
+        }
+        Ok(self.device.clone_dtoh(&self.memory.state)?[0])
+    }
+
+    /// Sets the counters, as a checkpoint has them, and forgets the last step.
+    pub fn set_counters(&mut self, steps: u64, skipped_steps: u64, skipped: &[u64]) -> Result<()> {
+        let state = abi::SrklState { steps, skipped_steps, ..Default::default() };
+        let none = vec![abi::SrklDecision::default(); self.places.len()];
+        self.device.memcpy_htod(&none, &mut self.memory.decisions)?;
+        self.device.memcpy_htod(skipped, &mut self.memory.skipped)?;
+        self.device.memcpy_htod(&[state], &mut self.memory.state)
+    }
+
+    // -- What a step is made of --
+
+    /// Finds and checks the gradient of every block. The tensors that come along are copies, of gradients
+    /// that were not contiguous.
+    fn find(
+        &self,
+        blocks: &[Block],
+        storages: &[usize],
+        grads: &GradStore,
+    ) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
+        let mut alive = vec![];
+        let mut gradients = Vec::with_capacity(self.places.len());
+        for (&place, entry) in self.places.iter().zip(&self.blocks) {
+            let block = &blocks[place];
+            let (storage, layout) = block.var.storage_and_layout();
+            if address_of(&storage, layout, &self.stream)? != entry.w {
+                bail!(
+                    "`{}`: its memory is not where it was when the optimizer was built: something has \
+                     replaced it instead of writing to it; build a new optimizer",
+                    block.name
+                )
+            }
+            drop(storage);
             let Some(gradient) = grads.get_id(block.id) else {
                 gradients.push(NO_GRADIENT);
                 continue;
             };
             block.check_gradient(gradient)?;
-            {
-                let (storage, _) = gradient.storage_and_layout();
+            let address = if gradient.is_contiguous() {
+                let (storage, layout) = gradient.storage_and_layout();
                 block.check_alias(storage_address(&storage), storages)?;
-            }
-            let gradient = gradient.contiguous()?;
-            let address = if block.n == 0 { 0 } else { address_of(&gradient, &self.device)? };
+                address_of(&storage, layout, &self.stream)?
+            } else {
+                block.check_alias(storage_address(&gradient.storage_and_layout().0), storages)?;
+                let copy = gradient.contiguous()?;
+                let (storage, layout) = copy.storage_and_layout();
+                let address = address_of(&storage, layout, &self.stream)?;
+                drop(storage);
+                alive.push(copy);
+                address
+            };
+            let address = if block.n == 0 { 0 } else { address };
             gradients.push(abi::SrklGradient { address, dtype: dtype(gradient.dtype())? as u64 });
-            alive.push(gradient);
         }
-        if self.table.chunk_count == 0 {
-            return Ok(());
+        Ok((gradients, alive))
+    }
+
+    fn send_gradients(&mut self, gradients: Vec<abi::SrklGradient>) -> Result<()> {
+        if gradients != self.gradients {
+            self.device.memcpy_htod(&gradients, &mut self.memory.gradients)?;
+            self.gradients = gradients;
         }
-        self.gradients.set(&self.device, gradients)?;
-        self.groups.set(&self.device, groups.iter().map(group).collect())?;
-        let scalars = scalars_of(&self.groups.host, scalars);
-        self.scalars.set(&self.device, vec![scalars])?;
-        let config = LaunchConfig {
-            grid_dim: (self.grid, 1, 1),
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
-        for kernel in [&self.statistics, &self.update] {
-            // SAFETY: the contract at the top of kernels/srkl.cu:
-            // 1. grid and block are as it says, and the only argument is the table by value;
-            // 2. `new` has allocated what the table points to, in the sizes that abi.h gives, with
-            //    zeros where the contract asks for them, and `self` keeps it alive;
-            // 3. the addresses in `gradients` are of contiguous tensors on this device of the
-            //    parameter's size (`check_gradient`, `contiguous`), alive in `alive`, and none is of a
-            //    parameter (`check_alias`); those in `blocks` are of variables that `Block` keeps;
-            // 4. both launches go to the stream that candle's own work on these tensors went to.
-            unsafe { stream.launch_builder(kernel).arg(&self.table).launch(config) }.w()?;
+        if self.captures.spare.is_none() {
+            self.captures.spare = Some(Pinned::new(&self.stream, self.places.len())?);
         }
         Ok(())
     }
 
-    pub fn state(&self) -> Result<abi::SrklState> {
-        Ok(self.device.clone_dtoh(&self.state)?[0])
-    }
-
-    pub fn decisions(&self) -> Result<Vec<abi::SrklDecision>> {
-        self.device.clone_dtoh(&self.decisions)
-    }
-
-    /// Sets the counters, as a checkpoint has them.
-    pub fn set_counters(&mut self, steps: u64, skipped_steps: u64, skipped: &[u64]) -> Result<()> {
-        let state = abi::SrklState { steps, skipped_steps, grad_norm: 0., blocks_done: 0, pad: 0 };
-        let mut decisions = self.decisions()?;
-        for (decision, &skipped) in decisions.iter_mut().zip(skipped) {
-            decision.skipped = skipped;
+    /// Records a copy of `gradients`, and returns the address that they are copied to.
+    fn send_captured(&mut self, gradients: &[abi::SrklGradient]) -> Result<u64> {
+        let Some(pinned) = self.captures.spare.take() else {
+            bail!(
+                "two steps of one optimizer captured without one outside of a capture between them"
+            )
+        };
+        let (to, _guard) = self.captures.gradients.device_ptr(&self.stream);
+        // SAFETY:
+        // 1. `address` points to as many entries as there are blocks, as `gradients` has;
+        // 2. nobody else reads or writes them now: the memory was in `spare`, which no copy has read from;
+        // 3. it is initialised before it is read;
+        // 4. the recorded copy, of the same length, may read it at any later time, and it stays as it is
+        //    in `recorded` until this is dropped.
+        unsafe {
+            pinned.address.copy_from_nonoverlapping(gradients.as_ptr(), gradients.len());
+            let source = std::slice::from_raw_parts(pinned.address, gradients.len());
+            result::memcpy_htod_async(to, source, self.stream.cu_stream()).w()?;
         }
-        self.device.memcpy_htod(&decisions, &mut self.decisions)?;
-        self.device.memcpy_htod(&[state], &mut self.state)
+        self.captures.recorded.push(pinned);
+        Ok(to)
+    }
+
+    /// Sends what differs from the settings that the device has.
+    fn send(&mut self, settings: Settings) -> Result<()> {
+        let has = &mut self.settings;
+        if settings.groups != has.groups {
+            self.device.memcpy_htod(&settings.groups, &mut self.memory.groups)?;
+            has.groups = settings.groups;
+        }
+        let reorders = settings.whole != has.whole;
+        if reorders {
+            let (items, run_count) = work::order(&self.blocks, settings.whole, self.l2);
+            self.device.memcpy_htod(&items, &mut self.memory.items)?;
+            self.run_count = run_count;
+        }
+        if reorders || settings.scalars != has.scalars {
+            let scalars = abi::SrklScalars { run_count: self.run_count, ..settings.scalars };
+            let config =
+                LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
+            let mut launch = self.stream.launch_builder(&self.set);
+            launch.arg(&self.table).arg(&scalars);
+            // SAFETY: its two arguments are the table and the scalars by value, and it writes to the place
+            // for scalars, which `memory` keeps, in the order of the stream.
+            unsafe { launch.launch(config) }.w()?;
+            (has.scalars, has.whole) = (settings.scalars, settings.whole);
+        }
+        Ok(())
+    }
+
+    /// The table of one stage, of a list of one run: its first half are the statistics, its second the
+    /// updates.
+    fn half(&self, number: u64) -> abi::SrklTable {
+        let item_count = self.table.item_count / 2;
+        let offset = number * item_count * size_of::<abi::SrklItem>() as u64;
+        abi::SrklTable { items: self.table.items + offset, item_count, ..self.table }
+    }
+
+    fn launch(&self, table: &abi::SrklTable) -> Result<()> {
+        if table.item_count == 0 {
+            return Ok(());
+        }
+        let config = LaunchConfig {
+            grid_dim: (table.item_count.min(self.grid as u64) as u32, 1, 1),
+            block_dim: (abi::SRKL_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the contract at the top of kernels/srkl.cu:
+        // 1. grid and block are as it says, and the only argument is the table by value;
+        // 2. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
+        //    the contract asks for them, and `memory` keeps it; work.rs has made the items;
+        // 3. the addresses in `gradients` are of contiguous tensors on this device of the parameter's size
+        //    (`find`), which its callers keep, and none is of a parameter (`check_alias`);
+        // 4. those in `blocks` are what candle has for the variables, as `find` has seen in this step, and
+        //    of the masters that `Block` keeps; both are memory of their own, which CUDA aligns to 256
+        //    bytes, at offset 0 (`Block::new`);
+        // 5. all launches go to the stream that candle's own work on these tensors goes to.
+        unsafe { self.stream.launch_builder(&self.step).arg(table).launch(config) }.w()?;
+        Ok(())
+    }
+
+    fn is_capturing(&self) -> Result<bool> {
+        let status = self.stream.capture_status().w()?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 }
 
-const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if !self.captures.recorded.is_empty() {
+            // A replay may still be reading them. If this fails the device has failed.
+            let _ = self.stream.synchronize();
+        }
+    }
+}
 
-fn dtype(dtype: DType) -> Result<u32> {
-    Ok(match dtype {
-        DType::F32 => abi::SRKL_F32,
-        DType::F64 => abi::SRKL_F64,
-        DType::BF16 => abi::SRKL_BF16,
-        DType::F16 => abi::SRKL_F16,
-        dtype => bail!("expected f32, f64, bf16 or f16, got {dtype:?}"),
-    })
+impl Memory {
+    fn table(&self, stream: &CudaStream, item_count: usize) -> abi::SrklTable {
+        abi::SrklTable {
+            blocks: self.blocks.device_ptr(stream).0,
+            gradients: self.gradients.device_ptr(stream).0,
+            groups: self.groups.device_ptr(stream).0,
+            scalars: self.scalars.device_ptr(stream).0,
+            items: self.items.device_ptr(stream).0,
+            chunk_sums: self.chunk_sums.device_ptr(stream).0,
+            chunks_done: self.chunks_done.device_ptr(stream).0,
+            blocks_done: self.blocks_done.device_ptr(stream).0,
+            ready: self.ready.device_ptr(stream).0,
+            statistics: self.statistics.device_ptr(stream).0,
+            decisions: self.decisions.device_ptr(stream).0,
+            skipped: self.skipped.device_ptr(stream).0,
+            state: self.state.device_ptr(stream).0,
+            block_count: self.blocks.len() as u64,
+            item_count: item_count as u64,
+            decide: 0,
+        }
+    }
+}
+
+impl Pinned {
+    fn new(stream: &CudaStream, len: usize) -> Result<Self> {
+        // SAFETY: `Cuda::send_captured` writes all of it before it is read.
+        let mut memory = unsafe { stream.context().alloc_pinned(len) }.w()?;
+        Ok(Self { address: memory.as_mut_ptr().w()?, _memory: memory })
+    }
+}
+
+impl Settings {
+    fn new(groups: &[Group], scalars: StepScalars) -> Self {
+        let whole = steps_whole(groups);
+        let groups: Vec<_> = groups.iter().map(group).collect();
+        let norm = groups.iter().any(|group| group.max_grad_norm > 0.);
+        let total = norm || groups.iter().any(|group| group.scope == abi::SRKL_GLOBAL);
+        let scalars = abi::SrklScalars {
+            schedule: scalars.schedule,
+            grad_scale: scalars.grad_scale,
+            run_count: 0, // `send` fills it in.
+            norm: norm as u32,
+            total: total as u32,
+        };
+        Self { groups, scalars, whole }
+    }
 }
 
 fn group(group: &Group) -> abi::SrklGroup {
@@ -288,38 +585,27 @@ fn group(group: &Group) -> abi::SrklGroup {
     }
 }
 
-fn scalars_of(groups: &[abi::SrklGroup], scalars: StepScalars) -> abi::SrklScalars {
-    let norm = groups.iter().any(|group| group.max_grad_norm > 0.);
-    let total = norm || groups.iter().any(|group| group.scope == abi::SRKL_GLOBAL);
-    abi::SrklScalars {
-        schedule: scalars.schedule,
-        grad_scale: scalars.grad_scale,
-        norm: norm as u32,
-        total: total as u32,
-    }
+fn dtype(dtype: DType) -> Result<u32> {
+    Ok(match dtype {
+        DType::F32 => abi::SRKL_F32,
+        DType::F64 => abi::SRKL_F64,
+        DType::BF16 => abi::SRKL_BF16,
+        DType::F16 => abi::SRKL_F16,
+        dtype => bail!("expected f32, f64, bf16 or f16, got {dtype:?}"),
+    })
 }
 
 /// The device address of a tensor's first element.
-fn address_of(tensor: &Tensor, device: &CudaDevice) -> Result<u64> {
-    fn of<T: CudaDType + DeviceRepr>(
-        storage: &CudaStorage,
-        offset: usize,
-        device: &CudaDevice,
-    ) -> Result<u64> {
-        let stream = device.cuda_stream();
-        let (address, _guard) = storage.as_cuda_slice::<T>()?.device_ptr(&stream);
-        Ok(address + (offset * size_of::<T>()) as u64)
-    }
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else { bail!("expected a tensor on a CUDA device") };
-    let offset = layout.start_offset();
-    match tensor.dtype() {
-        DType::F32 => of::<f32>(storage, offset, device),
-        DType::F64 => of::<f64>(storage, offset, device),
-        DType::BF16 => of::<bf16>(storage, offset, device),
-        DType::F16 => of::<f16>(storage, offset, device),
-        dtype => bail!("expected f32, f64, bf16 or f16, got {dtype:?}"),
-    }
+fn address_of(storage: &Storage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
+    let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a CUDA device") };
+    let (address, size) = match &storage.slice {
+        CudaStorageSlice::F32(slice) => (slice.device_ptr(stream).0, 4),
+        CudaStorageSlice::F64(slice) => (slice.device_ptr(stream).0, 8),
+        CudaStorageSlice::BF16(slice) => (slice.device_ptr(stream).0, 2),
+        CudaStorageSlice::F16(slice) => (slice.device_ptr(stream).0, 2),
+        _ => bail!("expected f32, f64, bf16 or f16"),
+    };
+    Ok(address + (layout.start_offset() * size) as u64)
 }
 
 /// The values of a variable of 16 bits, as f32 on its device.

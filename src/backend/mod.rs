@@ -13,8 +13,15 @@
 //! kernels of `kernels/srkl.cu`.
 
 pub(crate) mod cpu;
-#[cfg(feature = "cuda")]
+#[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 pub(crate) mod cuda;
 pub(crate) mod gradient;
 pub(crate) mod simd;
 pub(crate) mod stages;
+
+/// What a device has counted, where steps are decided on it.
+pub(crate) struct Counters {
+    pub steps: u64,
+    pub skipped_steps: u64,
+    pub grad_norm: Option<f64>,
+}

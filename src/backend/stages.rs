@@ -35,7 +35,15 @@ pub(crate) struct Found<'a> {
     elements: usize,
 }
 
-/// The CPU as a place for stages.
+impl<'a> Found<'a> {
+    /// The gradient of a block that is on a device.
+    pub fn on_device(block: &Block, grads: &'a GradStore, sums: Sums) -> Option<Self> {
+        let gradient = grads.get_id(block.id)?;
+        Some(Self { gradient, sums, storage: 0, elements: 0 })
+    }
+}
+
+/// The CPU as a place for stages. Blocks on a CUDA device are passed over.
 #[derive(Clone)]
 pub(crate) struct Stages {
     pub simd: Simd,
@@ -75,7 +83,8 @@ impl Stages {
         read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
     ) -> Result<Vec<Option<Found<'g>>>> {
         let find = |scratch: &mut Scratch, (batch, found): (&[Block], &mut [Option<Found<'g>>])| {
-            let tensors: Vec<_> = batch.iter().map(|block| grads.get_id(block.id)).collect();
+            let tensor_of = |block: &Block| grads.get_id(block.id).filter(|_| block.on_cpu);
+            let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
                 tensor.map_or(Ok(()), |tensor| block.check_gradient(tensor))?;
             }
@@ -123,6 +132,7 @@ impl Stages {
             for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
                 block.last = decision.map(|d| (d.curvature, d.phi));
                 match (found, decision) {
+                    (Some(_), Some(_)) if !block.on_cpu => {}
                     (Some(Found { gradient, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
                         cpu::update(

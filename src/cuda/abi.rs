@@ -3,6 +3,8 @@
 pub const SRKL_CHUNK: u32 = 8192;
 pub const SRKL_LANES: u32 = 1024;
 pub const SRKL_PROBES: u32 = 32;
+pub const SRKL_THREADS: u32 = 128;
+pub const SRKL_BLOCKS_PER_SM: u32 = 8;
 pub const SRKL_F32: u32 = 0;
 pub const SRKL_F64: u32 = 1;
 pub const SRKL_BF16: u32 = 2;
@@ -13,6 +15,8 @@ pub const SRKL_ELEMENT: u32 = 2;
 pub const SRKL_SKIP_STEP: u32 = 0;
 pub const SRKL_SKIP_BLOCK: u32 = 1;
 pub const SRKL_PROPAGATE: u32 = 2;
+pub const SRKL_STATISTICS: u32 = 0;
+pub const SRKL_UPDATE: u32 = 1;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklBlock {
@@ -20,20 +24,23 @@ pub struct SrklBlock {
     pub master: ::std::os::raw::c_ulonglong,
     pub n: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
+    pub chunk_count: ::std::os::raw::c_ulonglong,
     pub dtype: ::std::os::raw::c_uint,
     pub group: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 40usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 48usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
     ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 16usize];
     ["Offset of field: SrklBlock::first_chunk"]
         [::std::mem::offset_of!(SrklBlock, first_chunk) - 24usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 32usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 36usize];
+    ["Offset of field: SrklBlock::chunk_count"]
+        [::std::mem::offset_of!(SrklBlock, chunk_count) - 32usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 40usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 44usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -78,19 +85,44 @@ const _: () = {
 pub struct SrklScalars {
     pub schedule: f64,
     pub grad_scale: f64,
+    pub run_count: ::std::os::raw::c_ulonglong,
     pub norm: ::std::os::raw::c_uint,
     pub total: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklScalars"][::std::mem::size_of::<SrklScalars>() - 24usize];
+    ["Size of SrklScalars"][::std::mem::size_of::<SrklScalars>() - 32usize];
     ["Alignment of SrklScalars"][::std::mem::align_of::<SrklScalars>() - 8usize];
     ["Offset of field: SrklScalars::schedule"]
         [::std::mem::offset_of!(SrklScalars, schedule) - 0usize];
     ["Offset of field: SrklScalars::grad_scale"]
         [::std::mem::offset_of!(SrklScalars, grad_scale) - 8usize];
-    ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 16usize];
-    ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 20usize];
+    ["Offset of field: SrklScalars::run_count"]
+        [::std::mem::offset_of!(SrklScalars, run_count) - 16usize];
+    ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 24usize];
+    ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklItem {
+    pub start: ::std::os::raw::c_ulonglong,
+    pub chunk: ::std::os::raw::c_ulonglong,
+    pub block: ::std::os::raw::c_uint,
+    pub run: ::std::os::raw::c_uint,
+    pub stage: ::std::os::raw::c_uint,
+    pub run_blocks: ::std::os::raw::c_uint,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklItem"][::std::mem::size_of::<SrklItem>() - 32usize];
+    ["Alignment of SrklItem"][::std::mem::align_of::<SrklItem>() - 8usize];
+    ["Offset of field: SrklItem::start"][::std::mem::offset_of!(SrklItem, start) - 0usize];
+    ["Offset of field: SrklItem::chunk"][::std::mem::offset_of!(SrklItem, chunk) - 8usize];
+    ["Offset of field: SrklItem::block"][::std::mem::offset_of!(SrklItem, block) - 16usize];
+    ["Offset of field: SrklItem::run"][::std::mem::offset_of!(SrklItem, run) - 20usize];
+    ["Offset of field: SrklItem::stage"][::std::mem::offset_of!(SrklItem, stage) - 24usize];
+    ["Offset of field: SrklItem::run_blocks"]
+        [::std::mem::offset_of!(SrklItem, run_blocks) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -109,27 +141,36 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklStatistics {
+    pub sums: SrklSums,
+    pub take_parameter: ::std::os::raw::c_ulonglong,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklStatistics"][::std::mem::size_of::<SrklStatistics>() - 32usize];
+    ["Alignment of SrklStatistics"][::std::mem::align_of::<SrklStatistics>() - 8usize];
+    ["Offset of field: SrklStatistics::sums"]
+        [::std::mem::offset_of!(SrklStatistics, sums) - 0usize];
+    ["Offset of field: SrklStatistics::take_parameter"]
+        [::std::mem::offset_of!(SrklStatistics, take_parameter) - 24usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklDecision {
     pub c: f64,
     pub curvature: f64,
     pub phi: f64,
-    pub skipped: ::std::os::raw::c_ulonglong,
-    pub step: ::std::os::raw::c_uint,
-    pub take_parameter: ::std::os::raw::c_uint,
+    pub step: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 40usize];
+    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 32usize];
     ["Alignment of SrklDecision"][::std::mem::align_of::<SrklDecision>() - 8usize];
     ["Offset of field: SrklDecision::c"][::std::mem::offset_of!(SrklDecision, c) - 0usize];
     ["Offset of field: SrklDecision::curvature"]
         [::std::mem::offset_of!(SrklDecision, curvature) - 8usize];
     ["Offset of field: SrklDecision::phi"][::std::mem::offset_of!(SrklDecision, phi) - 16usize];
-    ["Offset of field: SrklDecision::skipped"]
-        [::std::mem::offset_of!(SrklDecision, skipped) - 24usize];
-    ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 32usize];
-    ["Offset of field: SrklDecision::take_parameter"]
-        [::std::mem::offset_of!(SrklDecision, take_parameter) - 36usize];
+    ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -137,21 +178,26 @@ pub struct SrklState {
     pub steps: ::std::os::raw::c_ulonglong,
     pub skipped_steps: ::std::os::raw::c_ulonglong,
     pub grad_norm: f64,
-    pub blocks_done: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub ticket: ::std::os::raw::c_ulonglong,
+    pub left: ::std::os::raw::c_uint,
+    pub refused: ::std::os::raw::c_uint,
+    pub skipped: ::std::os::raw::c_uint,
+    pub has_norm: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 32usize];
+    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 48usize];
     ["Alignment of SrklState"][::std::mem::align_of::<SrklState>() - 8usize];
     ["Offset of field: SrklState::steps"][::std::mem::offset_of!(SrklState, steps) - 0usize];
     ["Offset of field: SrklState::skipped_steps"]
         [::std::mem::offset_of!(SrklState, skipped_steps) - 8usize];
     ["Offset of field: SrklState::grad_norm"]
         [::std::mem::offset_of!(SrklState, grad_norm) - 16usize];
-    ["Offset of field: SrklState::blocks_done"]
-        [::std::mem::offset_of!(SrklState, blocks_done) - 24usize];
-    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 28usize];
+    ["Offset of field: SrklState::ticket"][::std::mem::offset_of!(SrklState, ticket) - 24usize];
+    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 32usize];
+    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 36usize];
+    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 40usize];
+    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 44usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -160,40 +206,45 @@ pub struct SrklTable {
     pub gradients: ::std::os::raw::c_ulonglong,
     pub groups: ::std::os::raw::c_ulonglong,
     pub scalars: ::std::os::raw::c_ulonglong,
-    pub chunk_block: ::std::os::raw::c_ulonglong,
+    pub items: ::std::os::raw::c_ulonglong,
     pub chunk_sums: ::std::os::raw::c_ulonglong,
     pub chunks_done: ::std::os::raw::c_ulonglong,
-    pub block_sums: ::std::os::raw::c_ulonglong,
+    pub blocks_done: ::std::os::raw::c_ulonglong,
+    pub ready: ::std::os::raw::c_ulonglong,
+    pub statistics: ::std::os::raw::c_ulonglong,
     pub decisions: ::std::os::raw::c_ulonglong,
+    pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
     pub block_count: ::std::os::raw::c_ulonglong,
-    pub live_count: ::std::os::raw::c_ulonglong,
-    pub chunk_count: ::std::os::raw::c_ulonglong,
+    pub item_count: ::std::os::raw::c_ulonglong,
+    pub decide: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 104usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 128usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
         [::std::mem::offset_of!(SrklTable, gradients) - 8usize];
     ["Offset of field: SrklTable::groups"][::std::mem::offset_of!(SrklTable, groups) - 16usize];
     ["Offset of field: SrklTable::scalars"][::std::mem::offset_of!(SrklTable, scalars) - 24usize];
-    ["Offset of field: SrklTable::chunk_block"]
-        [::std::mem::offset_of!(SrklTable, chunk_block) - 32usize];
+    ["Offset of field: SrklTable::items"][::std::mem::offset_of!(SrklTable, items) - 32usize];
     ["Offset of field: SrklTable::chunk_sums"]
         [::std::mem::offset_of!(SrklTable, chunk_sums) - 40usize];
     ["Offset of field: SrklTable::chunks_done"]
         [::std::mem::offset_of!(SrklTable, chunks_done) - 48usize];
-    ["Offset of field: SrklTable::block_sums"]
-        [::std::mem::offset_of!(SrklTable, block_sums) - 56usize];
+    ["Offset of field: SrklTable::blocks_done"]
+        [::std::mem::offset_of!(SrklTable, blocks_done) - 56usize];
+    ["Offset of field: SrklTable::ready"][::std::mem::offset_of!(SrklTable, ready) - 64usize];
+    ["Offset of field: SrklTable::statistics"]
+        [::std::mem::offset_of!(SrklTable, statistics) - 72usize];
     ["Offset of field: SrklTable::decisions"]
-        [::std::mem::offset_of!(SrklTable, decisions) - 64usize];
-    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 72usize];
+        [::std::mem::offset_of!(SrklTable, decisions) - 80usize];
+    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 88usize];
+    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 96usize];
     ["Offset of field: SrklTable::block_count"]
-        [::std::mem::offset_of!(SrklTable, block_count) - 80usize];
-    ["Offset of field: SrklTable::live_count"]
-        [::std::mem::offset_of!(SrklTable, live_count) - 88usize];
-    ["Offset of field: SrklTable::chunk_count"]
-        [::std::mem::offset_of!(SrklTable, chunk_count) - 96usize];
+        [::std::mem::offset_of!(SrklTable, block_count) - 104usize];
+    ["Offset of field: SrklTable::item_count"]
+        [::std::mem::offset_of!(SrklTable, item_count) - 112usize];
+    ["Offset of field: SrklTable::decide"][::std::mem::offset_of!(SrklTable, decide) - 120usize];
 };

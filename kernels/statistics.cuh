@@ -1,0 +1,131 @@
+// Stage 1, statistics: the sums of a chunk, and of a block from those of its chunks.
+//
+// Reads a gradient once: 4 bytes a parameter for f32, 2 for bf16 and f16, 8 for f64 (twice where the
+// block is of f64, which needs a scale first). Writes 24 bytes a chunk.
+//
+// Contract: all SRKL_THREADS threads of a block call these together; `lanes` is shared memory.
+#pragma once
+
+#include "access.cuh"
+#include "sums.cuh"
+
+#define ROWS (SRKL_CHUNK / SRKL_LANES)
+
+// Adds the element `g`, computed in f64 and scaled, to its lane.
+__device__ inline void add(double g, bool norm, double &sum2, double &sum4) {
+    const double q = __dmul_rn(g, g);
+    if (norm) sum2 = __dadd_rn(sum2, q);
+    sum4 = __fma_rn(q, q, sum4);
+}
+
+// The lanes of the wide part of a chunk at `g`. A thread has 8 lanes, in groups of as many neighbours as
+// 16 bytes hold.
+template <typename T>
+__device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, double scale, Lanes &lanes) {
+    const int N = Vector<T>::N;
+    // Rows under way together: registers hold two sums of each lane beside them.
+    const int AT_ONCE = N == 8 ? 2 : 4;
+    for (int l = threadIdx.x * N; l < width; l += SRKL_THREADS * N) {
+        double sum2[N] = {}, sum4[N] = {};
+        for (int row = 0; row < ROWS && row * SRKL_LANES < wide; row += AT_ONCE) {
+            Vector<T> x[AT_ONCE];
+            load_rows<SRKL_LANES>(x, g, row * SRKL_LANES + l, wide);
+#pragma unroll
+            for (int r = 0; r < AT_ONCE; r++)
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    double g = (double)widen(x[r].at[k]);
+                    if (sizeof(T) == 8) g = __dmul_rn(g, scale);
+                    add(g, norm, sum2[k], sum4[k]);
+                }
+        }
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            lanes.sum2[l + k] = sum2[k];
+            lanes.sum4[l + k] = sum4[k];
+        }
+    }
+}
+
+// The exponent that brings the magnitudes of a chunk to about 1, of an f64 block.
+__device__ inline int chunk_exponent(const SrklGradient &g, u64 start, int len) {
+    int most = -1022;
+    for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
+        double magnitude = fabs(load_one(g, start + at));
+        int e = magnitude < __longlong_as_double(0x7ff0000000000000ll) ? scale_exponent(magnitude) : most;
+        most = e > most ? e : most;
+    }
+    return block_max(most);
+}
+
+// The sums over elements `start..start + len` of a gradient of `n`, one chunk of a block of `dtype`.
+__device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 start, int len, u64 n, bool norm,
+                                      Lanes &lanes) {
+    SrklSums sums = {0., 0., 0};
+    const int width = lane_count(len);
+    const bool f64 = dtype == SRKL_F64;
+    if (f64) sums.exponent = chunk_exponent(g, start, len);
+    const double scale = pow2(-(int)sums.exponent);
+
+    int wide = 0;
+    if (g.dtype == SRKL_F32 && !f64) {
+        const float *p = (const float *)g.address;
+        wide = wide_part(p, start, len, n);
+        wide_lanes(p + start, wide, width, norm, scale, lanes);
+    } else if (g.dtype == SRKL_BF16 && !f64) {
+        const bf16 *p = (const bf16 *)g.address;
+        wide = wide_part(p, start, len, n);
+        wide_lanes(p + start, wide, width, norm, scale, lanes);
+    } else if (g.dtype == SRKL_F16 && !f64) {
+        const f16 *p = (const f16 *)g.address;
+        wide = wide_part(p, start, len, n);
+        wide_lanes(p + start, wide, width, norm, scale, lanes);
+    } else {
+        const double *p = (const double *)g.address;
+        if (g.dtype == SRKL_F64 && f64) wide = wide_part(p, start, len, n);
+        wide_lanes(p + start, wide, width, norm, scale, lanes);
+    }
+
+    // The single elements, and all of a gradient whose dtype is neither the block's nor a smaller one:
+    // a lane's come last, in order, from one thread.
+    __syncthreads();
+    for (int at = wide + threadIdx.x; at < len; at += SRKL_THREADS) {
+        float rounded;
+        double g1 = load_one(g, start + at);
+        from_f64(g1, rounded);
+        add(f64 ? __dmul_rn(g1, scale) : (double)rounded, norm, lanes.sum2[at % SRKL_LANES],
+            lanes.sum4[at % SRKL_LANES]);
+    }
+    if (norm) sums.sum2 = tree(lanes.sum2, width);
+    sums.sum4 = tree(lanes.sum4, width);
+    return sums;
+}
+
+// Whether one of up to SRKL_PROBES evenly spaced elements is not what its master rounds to.
+template <typename P> __device__ bool overwritten(const P *w, const float *master, u64 n) {
+    u64 count = n < SRKL_PROBES ? n : SRKL_PROBES;
+    bool differs = false;
+    if (threadIdx.x < count) {
+        u64 i = count > 1 ? threadIdx.x * (n - 1) / (count - 1) : 0;
+        P rounded;
+        narrow(master[i], rounded);
+        float value = widen(w[i]);
+        bool both_nan = value != value && master[i] != master[i];
+        differs = !same_bits(rounded, w[i]) && !both_nan;
+    }
+    return __syncthreads_or(differs);
+}
+
+// The statistics of a block whose chunks' sums are all there, to all threads.
+__device__ SrklStatistics block_statistics(const SrklBlock &block, const SrklSums *of_chunks, Lanes &lanes) {
+    const SrklSums *first = of_chunks + block.first_chunk;
+    SrklStatistics found = {};
+    found.sums = fold(
+        block.chunk_count, [=](u64 i) { return read_sums(&first[i]); }, lanes);
+    if (block.master != 0) {
+        const float *master = (const float *)block.master;
+        found.take_parameter = block.dtype == SRKL_BF16 ? overwritten((const bf16 *)block.w, master, block.n)
+                                                        : overwritten((const f16 *)block.w, master, block.n);
+    }
+    return found;
+}

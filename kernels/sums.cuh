@@ -1,0 +1,93 @@
+// Sums of one fixed shape: "Sums" in src/numerics.rs, rules 2 to 4.
+//
+// All threads of a block call these together. `lanes` is shared memory of the caller, free to be
+// overwritten.
+#pragma once
+
+#include "numerics.cuh"
+
+struct Lanes {
+    double sum2[SRKL_LANES];
+    double sum4[SRKL_LANES];
+};
+
+// How many lanes `count` elements reach: a power of two.
+__device__ inline int lane_count(u64 count) {
+    int width = 1;
+    while (width < SRKL_LANES && width < count) width *= 2;
+    return width;
+}
+
+// The sum of `width` lanes, a power of two, to all threads.
+__device__ inline double tree(double *lanes, int width) {
+    for (width /= 2; width > 0; width /= 2) {
+        __syncthreads();
+        for (int l = threadIdx.x; l < width; l += SRKL_THREADS)
+            lanes[l] = __dadd_rn(lanes[l], lanes[l + width]);
+    }
+    __syncthreads();
+    return lanes[0];
+}
+
+// The largest of a number from each thread, to all threads.
+__device__ inline int block_max(int x) {
+    __shared__ int max;
+    __syncthreads();
+    if (threadIdx.x == 0) max = x;
+    __syncthreads();
+    atomicMax(&max, x);
+    __syncthreads();
+    return max;
+}
+
+// The sum of `count` items, by rule 4; `item(i)` reads one.
+template <typename Item> __device__ SrklSums fold(u64 count, Item item, Lanes &lanes) {
+    const int NONE = -10000;
+    if (count == 1) return item(0);
+    int exponent = NONE;
+    for (u64 i = threadIdx.x; i < count; i += SRKL_THREADS) {
+        SrklSums x = item(i);
+        if (x.sum4 != 0. && (int)x.exponent > exponent) exponent = (int)x.exponent;
+    }
+    exponent = block_max(exponent);
+    SrklSums sums = {0., 0., 0};
+    if (exponent == NONE) return sums;
+    const int width = lane_count(count);
+    for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
+        double sum2 = 0., sum4 = 0.;
+        for (u64 i = l; i < count; i += SRKL_LANES) {
+            SrklSums x = item(i);
+            // Positive for sums of zero alone, which no scale changes.
+            int down = (int)x.exponent - exponent;
+            if (down > 0) down = 0;
+            sum2 = __dadd_rn(sum2, __dmul_rn(x.sum2, pow2(2 * down)));
+            sum4 = __dadd_rn(sum4, __dmul_rn(x.sum4, pow2(4 * down)));
+        }
+        lanes.sum2[l] = sum2;
+        lanes.sum4[l] = sum4;
+    }
+    sums.sum2 = tree(lanes.sum2, width);
+    sums.sum4 = tree(lanes.sum4, width);
+    sums.exponent = exponent;
+    return sums;
+}
+
+// Sums that another block of threads may have written in this launch: past L1.
+__device__ inline SrklSums read_sums(const SrklSums *sums) {
+    SrklSums x;
+    x.sum2 = __ldcg(&sums->sum2);
+    x.sum4 = __ldcg(&sums->sum4);
+    x.exponent = __ldcg(&sums->exponent);
+    return x;
+}
+
+// `||c g||_2`
+__device__ inline double norm_of(const SrklSums &sums, double c) {
+    return __dmul_rn(__dmul_rn(c, pow2((int)sums.exponent)), __dsqrt_rn(sums.sum2));
+}
+
+// `||(c g) * (c g)||_2`
+__device__ inline double curvature_of(const SrklSums &sums, double c) {
+    double unit = __dmul_rn(c, pow2((int)sums.exponent));
+    return __dmul_rn(__dmul_rn(unit, unit), __dsqrt_rn(sums.sum4));
+}

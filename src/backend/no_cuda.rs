@@ -1,0 +1,65 @@
+//! What stands in for `cuda.rs` in a build without feature `cuda`: no device, and no way to make one.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
+
+use super::Counters;
+use super::cpu::{Decision, StepScalars};
+use crate::block::{Block, Last};
+use crate::numerics::Sums;
+use crate::optimizer::Group;
+
+/// There is none.
+pub(crate) enum Cuda {}
+
+pub(crate) fn devices_of(_: &[Block], _: &[Group]) -> Result<Vec<Cuda>> {
+    Ok(vec![])
+}
+
+impl Cuda {
+    pub fn step(
+        &mut self,
+        _: &[Block],
+        _: &[usize],
+        _: &[Group],
+        _: &GradStore,
+        _: StepScalars,
+    ) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn statistics(
+        &mut self,
+        _: &[Block],
+        _: &[usize],
+        _: &[Group],
+        _: &GradStore,
+        _: StepScalars,
+    ) -> Result<Vec<Tensor>> {
+        match *self {}
+    }
+
+    pub fn found(&self) -> Result<Vec<(usize, Sums)>> {
+        match *self {}
+    }
+
+    pub fn update(&mut self, _: &[Option<Decision>]) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn set(&mut self, _: &[Group], _: StepScalars) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn counters(&self) -> Result<Counters> {
+        match *self {}
+    }
+
+    pub fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+        match *self {}
+    }
+
+    pub fn set_counters(&mut self, _: u64, _: u64, _: &[u64]) -> Result<()> {
+        match *self {}
+    }
+}
