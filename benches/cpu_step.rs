@@ -17,68 +17,19 @@
 //!
 //! `benches/peers/torch_step.py` times PyTorch's fused optimizers on the same lists.
 
+mod lists;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::Device;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
 use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
 use criterion::{BenchmarkId, Criterion};
+use lists::List;
 use rayon::prelude::*;
-
-/// A list of parameter tensors.
-struct List {
-    name: &'static str,
-    dtype: DType,
-    shapes: Vec<Vec<usize>>,
-}
-
-impl List {
-    fn all() -> [Self; 4] {
-        let list = |name, dtype, shapes| Self { name, dtype, shapes };
-        [
-            list("16M f32", DType::F32, vec![vec![1 << 24]]),
-            list("GPT-2 small f32", DType::F32, gpt2_small()),
-            list("GPT-2 small bf16", DType::BF16, gpt2_small()),
-            list("10000 x 64 f32", DType::F32, vec![vec![64]; 10_000]),
-        ]
-    }
-
-    fn parameters(&self) -> usize {
-        self.shapes.iter().map(|shape| shape.iter().product::<usize>()).sum()
-    }
-
-    /// Variables and their gradients: small numbers, none alike. In memory the gradients lie behind
-    /// the variables, last one first, as after a backward pass.
-    fn tensors(&self) -> anyhow::Result<(Vec<Var>, GradStore)> {
-        let noise =
-            |shape: &[usize]| Tensor::randn(0f32, 0.02, shape, &Device::Cpu)?.to_dtype(self.dtype);
-        let mut vars = vec![];
-        for shape in &self.shapes {
-            vars.push(Var::from_tensor(&noise(shape)?)?);
-        }
-        let mut grads = GradStore::default();
-        for var in vars.iter().rev() {
-            grads.insert(var, noise(var.dims())?);
-        }
-        Ok((vars, grads))
-    }
-}
-
-/// The parameters of GPT-2 small: 124 million in 148 tensors.
-fn gpt2_small() -> Vec<Vec<usize>> {
-    let d = 768;
-    let mut shapes = vec![vec![50257, d], vec![1024, d]];
-    for _ in 0..12 {
-        shapes.extend([vec![d], vec![d], vec![d, 3 * d], vec![3 * d], vec![d, d], vec![d]]);
-        shapes.extend([vec![d], vec![d], vec![d, 4 * d], vec![4 * d], vec![4 * d, d], vec![d]]);
-    }
-    shapes.extend([vec![d], vec![d]]);
-    shapes
-}
 
 /// Seconds a step, by list and contender, one entry a sample.
 type Times = RefCell<BTreeMap<(&'static str, &'static str), Vec<f64>>>;
@@ -154,7 +105,7 @@ fn main() -> anyhow::Result<()> {
         .configure_from_args();
     let mut bench = Bench { criterion: &mut criterion, times: &times };
     for list in List::all() {
-        let (vars, grads) = list.tensors()?;
+        let (vars, grads) = list.tensors(&Device::Cpu)?;
         let mut srkl = Srkl::new(vars.clone(), ParamsSrkl::reference())?;
         bench.run(&list, SRKL, || srkl.step(&grads).unwrap());
         drop(srkl);

@@ -31,9 +31,11 @@
 #define SRKL_SKIP_BLOCK 1
 #define SRKL_PROPAGATE 2
 
-// What is done with a chunk.
-#define SRKL_STATISTICS 0
-#define SRKL_UPDATE 1
+// What a launch does. The device decides where it has all three, and the host between two launches where
+// they have one each.
+#define SRKL_STATISTICS 1
+#define SRKL_DECIDE 2
+#define SRKL_UPDATE 4
 
 // A parameter tensor. Written once.
 typedef struct {
@@ -66,20 +68,17 @@ typedef struct {
 typedef struct {
     double schedule;
     double grad_scale;
-    unsigned long long run_count;
     unsigned int norm;  // whether any group clips
     unsigned int total; // whether any group needs sums over all blocks
+    unsigned int whole; // whether no block may move before the statistics of all of them
+    unsigned int pad;
 } SrklScalars;
 
-// One piece of work: a stage of a chunk. Written once for each order of work.
+// A part of a block. Written once.
 typedef struct {
-    unsigned long long start; // the chunk's first element in its block
-    unsigned long long chunk; // its number among those of all blocks
-    unsigned int block;
-    unsigned int run; // blocks of a run are updated after the statistics of all of them
-    unsigned int stage;
-    unsigned int run_blocks; // how many blocks with chunks the run has
-} SrklItem;
+    unsigned long long start; // its first element in the block
+    unsigned long long block;
+} SrklChunk;
 
 // Sums over a chunk, a block or all blocks: `sum2 * 2^(2 exponent)`, `sum4 * 2^(4 exponent)`.
 typedef struct {
@@ -107,11 +106,14 @@ typedef struct {
     unsigned long long steps;
     unsigned long long skipped_steps;
     double grad_norm;
-    unsigned long long ticket; // the next item; 0 between steps
-    unsigned int left;         // blocks of threads that have left this step; 0 between steps
-    unsigned int refused;      // whether a block wants the step skipped; 0 between steps
-    unsigned int skipped;      // whether the last step was skipped
-    unsigned int has_norm;     // whether it has computed grad_norm
+    unsigned long long next_statistics; // the next chunk to take; 0 between steps
+    unsigned long long next_update;     // likewise
+    unsigned int left;                  // blocks of threads that have left this step; 0 between steps
+    unsigned int blocks_done;           // blocks whose statistics are there; 0 between steps
+    unsigned int refused;               // whether a block wants the step skipped; 0 between steps
+    unsigned int skipped;               // whether the last step was skipped
+    unsigned int has_norm;              // whether it has computed grad_norm
+    unsigned int pad;
 } SrklState;
 
 // All that a step works on.
@@ -120,18 +122,18 @@ typedef struct {
     unsigned long long gradients;   // SrklGradient[block_count]
     unsigned long long groups;      // SrklGroup[]
     unsigned long long scalars;     // SrklScalars
-    unsigned long long items;       // SrklItem[item_count]
+    unsigned long long chunks;      // SrklChunk[chunk_count]
     unsigned long long chunk_sums;  // SrklSums[]: by chunk
     unsigned long long chunks_done; // unsigned int[block_count]: chunks whose sums are ready
-    unsigned long long blocks_done; // unsigned int[block_count]: by run: blocks whose statistics are ready
-    unsigned long long ready;       // unsigned int[block_count]: by run: whether it is decided
+    unsigned long long ready;       // unsigned int[block_count]: whether it is decided; 0 between steps
     unsigned long long statistics;  // SrklStatistics[block_count]
     unsigned long long decisions;   // SrklDecision[block_count]
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
-    unsigned long long item_count;
-    unsigned long long decide; // whether the device decides: 0 where the host does, between two launches
+    unsigned long long live_count; // blocks that have chunks
+    unsigned long long chunk_count;
+    unsigned long long stages; // what this launch does
 } SrklTable;
 
 #ifdef __cplusplus
@@ -139,12 +141,12 @@ typedef struct {
 static_assert(sizeof(SrklBlock) == 48 && offsetof(SrklBlock, group) == 44, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 40 && offsetof(SrklGroup, nonfinite) == 36, "SrklGroup");
-static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, total) == 28, "SrklScalars");
-static_assert(sizeof(SrklItem) == 32 && offsetof(SrklItem, run_blocks) == 28, "SrklItem");
+static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
+static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 32 && offsetof(SrklDecision, step) == 24, "SrklDecision");
-static_assert(sizeof(SrklState) == 48 && offsetof(SrklState, has_norm) == 44, "SrklState");
-static_assert(sizeof(SrklTable) == 128 && offsetof(SrklTable, decide) == 120, "SrklTable");
+static_assert(sizeof(SrklState) == 64 && offsetof(SrklState, pad) == 60, "SrklState");
+static_assert(sizeof(SrklTable) == 128 && offsetof(SrklTable, stages) == 120, "SrklTable");
 #endif

@@ -1,25 +1,27 @@
 // One step of all parameters of a device: one launch, whatever their number.
 //
 // Launch contract of srkl_step:
-//   grid     any number of blocks of threads; enough to fill the device, one an item at most
+//   grid     any number of blocks of threads, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   static
 //   table    device addresses as abi.h describes them. Nothing overlaps; every `w` and `master` is
 //            16-byte aligned, gradients may be misaligned
-//   before   the first step all counters, `statistics`, `decisions` and `skipped` are zero. Each step
-//            leaves `chunks_done`, `blocks_done`, `ready` and the fields of SrklState that say so at
-//            zero again
-//   order    steps that share a table follow each other on one stream
-//   items    of a run: a STATISTICS item of each of its chunks, later in the list an UPDATE item of each
+//   before   the first step `chunks_done`, `ready`, `statistics`, `decisions`, `skipped` and the state are
+//            zero. Each step leaves at zero again what abi.h says
+//   order    launches that share a table follow each other on one stream
 //
-// Work is a list of items, claimed in order by an atomic ticket. An update waits for the decisions about
-// its run. That can't deadlock, without a cooperative launch: statistics wait for nothing; those of a run
-// stand in the list before its updates, so when an update waits they have all been claimed, by blocks of
-// threads that run and will finish them; whoever finishes the last one decides.
+// A chunk has two turns, statistics and update; blocks of threads take chunks by two counters. Each takes a
+// chunk to update first, and until that chunk's block (where anything needs all blocks: until everything) is
+// decided, it does the statistics of others. So updates follow the statistics of the same chunks as soon as
+// they can, while the gradient is still in L2: in between go about as many chunks as there are blocks of
+// threads. A block is updated from its end: of one larger than L2, that is what is still there.
 //
-// The order of the list is for L2: updates soon follow the statistics of the same chunks, whose gradients
-// are then still there. Bytes a parameter that memory moves: 12 for f32 where they are, 16 where not; for
-// bf16 with masters 12 and 14.
+// It can't deadlock, without a cooperative launch: a block of threads waits only when the statistics of all
+// chunks have been taken, by others that run; those wait for nothing before they have finished them, and
+// whoever finishes the last one decides.
+//
+// Bytes a parameter that memory moves: 12 for f32 where the gradient is still in L2, 16 where not; 12 and 14
+// for bf16 with masters.
 //
 // Deterministic: a sum's shape depends on element and chunk numbers alone. Which block of threads takes a
 // chunk, or comes last, decides only who adds, not what is added in which order.
@@ -30,21 +32,27 @@
 #include "statistics.cuh"
 #include "update.cuh"
 
-// What the threads of a block share of an item.
+#define NONE (~0ull)
+
+// What the threads of a block share.
 struct Work {
-    SrklItem item;
+    SrklScalars scalars;
+    u64 stage; // of the chunk that is worked on, or 0: all is done
+    u64 chunk; // its number
+    u64 start; // its first element
+    u64 b;     // the number of its block
     SrklBlock block;
     SrklGradient gradient;
     SrklDecision decision;
     SrklGroup group;
-    SrklScalars scalars;
-    u64 ticket;
+    u64 pending;   // the chunk to update next, or NONE
+    u64 pending_b; // its block
     bool take_parameter;
     bool last;
 };
 
-// Whether this thread's block is the last of `count` to arrive at a counter, which is then zero again.
-// What those before it wrote is seen by it.
+// Whether this thread's block is the last of `count` to arrive at a counter, which is then zero again. What
+// those before it wrote is seen by it.
 __device__ inline bool arrives_last(u32 *counter, u64 count) {
     __threadfence();
     bool last = atomicInc(counter, (u32)(count - 1)) == (u32)(count - 1);
@@ -52,86 +60,132 @@ __device__ inline bool arrives_last(u32 *counter, u64 count) {
     return last;
 }
 
-// Whether every decision of a run is there.
-__device__ inline void wait_for(const u32 *ready) {
-    while (*(volatile const u32 *)ready == 0) {
+// Where it is told that block `b` is decided.
+__device__ inline u32 *ready_flag(const SrklTable &table, const Work &work, u64 b) {
+    return &((u32 *)table.ready)[work.scalars.whole ? 0 : b];
+}
+
+__device__ inline bool is_ready(const SrklTable &table, const Work &work, u64 b) {
+    if (!(table.stages & SRKL_DECIDE)) return true;
+    return *(volatile const u32 *)ready_flag(table, work, b) != 0;
+}
+
+// Takes the next chunk to update, if there is one left.
+__device__ inline void take_pending(const SrklTable &table, Work &work) {
+    u64 chunk = atomicAdd(&((SrklState *)table.state)->next_update, 1ull);
+    if (chunk >= table.chunk_count) return;
+    const SrklChunk *chunks = (const SrklChunk *)table.chunks;
+    if (work.scalars.whole) {
+        chunk = table.chunk_count - 1 - chunk;
+    } else {
+        const SrklBlock &block = ((const SrklBlock *)table.blocks)[chunks[chunk].block];
+        chunk = 2 * block.first_chunk + block.chunk_count - 1 - chunk;
+    }
+    work.pending = chunk;
+    work.pending_b = chunks[chunk].block;
+}
+
+// Sets `work` to a chunk.
+__device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 chunk) {
+    const SrklChunk part = ((const SrklChunk *)table.chunks)[chunk];
+    work.stage = stage;
+    work.chunk = chunk;
+    work.start = part.start;
+    work.b = part.block;
+    work.block = ((const SrklBlock *)table.blocks)[part.block];
+    work.gradient = ((const SrklGradient *)table.gradients)[part.block];
+}
+
+// Takes what an update needs beside its chunk: written in this launch, so past L1.
+__device__ inline void take_decision(const SrklTable &table, Work &work) {
+    const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
+    work.decision.c = __ldcg(&decision->c);
+    work.decision.curvature = __ldcg(&decision->curvature);
+    work.decision.phi = __ldcg(&decision->phi);
+    work.decision.step = __ldcg(&decision->step);
+    work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
+    work.group = ((const SrklGroup *)table.groups)[work.block.group];
+    if (table.stages & SRKL_DECIDE) {
+        const bool refused = __ldcg(&((const SrklState *)table.state)->refused);
+        if (work.start == 0 && work.gradient.address != 0 && !work.decision.step && !refused)
+            ((u64 *)table.skipped)[work.b]++;
+        if (refused) work.decision.step = 0;
+    }
+}
+
+// Chooses what to do next, by one thread.
+__device__ inline void choose(const SrklTable &table, Work &work) {
+    const bool updates = table.stages & SRKL_UPDATE;
+    if (updates && work.pending == NONE) take_pending(table, work);
+    const bool has_pending = work.pending != NONE;
+    if (!has_pending || !is_ready(table, work, work.pending_b)) {
+        if (table.stages & SRKL_STATISTICS) {
+            const u64 chunk = atomicAdd(&((SrklState *)table.state)->next_statistics, 1ull);
+            if (chunk < table.chunk_count) return take(table, work, SRKL_STATISTICS, chunk);
+        }
+        work.stage = 0;
+        if (!has_pending) return;
+        while (!is_ready(table, work, work.pending_b)) {
 #if __CUDA_ARCH__ >= 700
-        __nanosleep(100);
+            __nanosleep(500);
 #endif
+        }
     }
     __threadfence();
+    take(table, work, SRKL_UPDATE, work.pending);
+    take_decision(table, work);
+    work.pending = NONE;
 }
 
-// Takes the next item, and loads what its stage needs of it, by one thread.
-__device__ inline void claim(const SrklTable &table, Work &work) {
-    work.ticket = atomicAdd(&((SrklState *)table.state)->ticket, 1ull);
-    if (work.ticket >= table.item_count) return;
-    const SrklItem item = ((const SrklItem *)table.items)[work.ticket];
-    work.item = item;
-    work.block = ((const SrklBlock *)table.blocks)[item.block];
-    work.gradient = ((const SrklGradient *)table.gradients)[item.block];
-    if (item.stage == SRKL_UPDATE) {
-        work.group = ((const SrklGroup *)table.groups)[work.block.group];
-        if (table.decide) wait_for(&((const u32 *)table.ready)[item.run]);
-        // Written in this launch: past L1.
-        const SrklDecision *decision = &((const SrklDecision *)table.decisions)[item.block];
-        work.decision.c = __ldcg(&decision->c);
-        work.decision.curvature = __ldcg(&decision->curvature);
-        work.decision.phi = __ldcg(&decision->phi);
-        work.decision.step = __ldcg(&decision->step);
-        const SrklStatistics *found = &((const SrklStatistics *)table.statistics)[item.block];
-        work.take_parameter = __ldcg(&found->take_parameter);
-        const bool skip_step = __ldcg(&((const SrklState *)table.state)->refused);
-        if (table.decide && item.start == 0 && work.gradient.address != 0 && !work.decision.step &&
-            !skip_step)
-            ((u64 *)table.skipped)[item.block]++;
-        if (skip_step) work.decision.step = 0;
-    }
-}
-
-// Stages 1 and 2 of a run whose blocks are all done: what needs all of them.
-__device__ inline void finish_run(const SrklTable &table, const SrklScalars &scalars, u32 run, Lanes &lanes) {
-    if (scalars.total) {
-        const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
-        const SrklSums total = total_sums(table, scalars, lanes);
-        for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS)
-            decide_block(table, scalars, b, read_sums(&statistics[b].sums), total);
-        if (threadIdx.x == 0)
-            ((SrklState *)table.state)->grad_norm = norm_of(total, __ddiv_rn(1., scalars.grad_scale));
-    }
+// Stage 2 where it needs all blocks: by the block of threads that has finished the last one.
+__device__ inline void decide_all(const SrklTable &table, const Work &work, Lanes &lanes) {
+    const SrklScalars &scalars = work.scalars;
+    const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
+    const SrklSums total = total_sums(table, scalars, lanes);
+    for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS)
+        decide_block(table, scalars, b, read_sums(&statistics[b].sums), total);
+    if (threadIdx.x == 0)
+        ((SrklState *)table.state)->grad_norm = norm_of(total, __ddiv_rn(1., scalars.grad_scale));
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) atomicExch(&((u32 *)table.ready)[run], 1);
 }
 
-// The statistics of a chunk. Who finishes the last chunk of a block adds up the block, and who finishes
-// the last block of a run decides.
+// Stage 1 of a chunk. Who finishes the last chunk of a block adds up the block, and decides.
 __device__ inline void run_statistics(const SrklTable &table, Work &work, int len, Lanes &lanes) {
-    const SrklItem item = work.item;
     const SrklBlock block = work.block;
     SrklSums *of_chunks = (SrklSums *)table.chunk_sums;
     SrklSums sums = {0., 0., 0};
     if (work.gradient.address != 0)
-        sums = chunk_sums(work.gradient, block.dtype, item.start, len, block.n, work.scalars.norm, lanes);
+        sums = chunk_sums(work.gradient, block.dtype, work.start, len, block.n, work.scalars.norm, lanes);
     if (threadIdx.x == 0) {
-        of_chunks[item.chunk] = sums;
-        work.last = arrives_last(&((u32 *)table.chunks_done)[item.block], block.chunk_count);
+        of_chunks[work.chunk] = sums;
+        work.last = arrives_last(&((u32 *)table.chunks_done)[work.b], block.chunk_count);
     }
     __syncthreads();
     if (!work.last) return;
 
     const SrklStatistics found = block_statistics(block, of_chunks, lanes);
+    const bool decides = table.stages & SRKL_DECIDE;
+    const SrklScalars &scalars = work.scalars;
     __syncthreads();
     if (threadIdx.x == 0) {
-        ((SrklStatistics *)table.statistics)[item.block] = found;
-        if (table.decide && !work.scalars.total) {
+        ((SrklStatistics *)table.statistics)[work.b] = found;
+        if (decides && !scalars.total) {
             const SrklSums none = {0., 0., 0};
-            decide_block(table, work.scalars, item.block, found.sums, none);
+            decide_block(table, scalars, work.b, found.sums, none);
         }
-        work.last = arrives_last(&((u32 *)table.blocks_done)[item.run], item.run_blocks);
+        // Where updates wait for all blocks, the last one opens the way.
+        work.last = true;
+        if (scalars.whole)
+            work.last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
     }
     __syncthreads();
-    if (work.last && table.decide) finish_run(table, work.scalars, item.run, lanes);
+    if (!work.last || !decides) return;
+    if (scalars.total) decide_all(table, work, lanes);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicExch(ready_flag(table, work, work.b), 1);
+    }
 }
 
 // The last block of threads to leave counts the step and makes the table ready for the next one.
@@ -140,11 +194,11 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     if (threadIdx.x == 0) work.last = arrives_last(&state->left, gridDim.x);
     __syncthreads();
     if (!work.last) return;
-    for (u64 run = threadIdx.x; run < work.scalars.run_count; run += SRKL_THREADS)
-        ((u32 *)table.ready)[run] = 0;
+    for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
     if (threadIdx.x == 0) {
-        state->ticket = 0;
-        if (table.decide) {
+        state->next_statistics = 0;
+        state->next_update = 0;
+        if (table.stages & SRKL_DECIDE) {
             const bool skipped = state->refused;
             *(skipped ? &state->skipped_steps : &state->steps) += 1;
             state->skipped = skipped;
@@ -158,17 +212,20 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
     srkl_step(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    if (threadIdx.x == 0) work.scalars = *(const SrklScalars *)table.scalars;
+    if (threadIdx.x == 0) {
+        work.scalars = *(const SrklScalars *)table.scalars;
+        work.pending = NONE;
+    }
     for (;;) {
-        if (threadIdx.x == 0) claim(table, work);
+        if (threadIdx.x == 0) choose(table, work);
         __syncthreads();
-        if (work.ticket >= table.item_count) break;
-        const u64 start = work.item.start, left = work.block.n - start;
+        if (work.stage == 0) break;
+        const u64 left = work.block.n - work.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
-        if (work.item.stage == SRKL_STATISTICS)
+        if (work.stage == SRKL_STATISTICS)
             run_statistics(table, work, len, lanes);
         else if (work.decision.step)
-            update(work.block, work.gradient, start, len, work.take_parameter, work.decision, work.group,
+            update(work.block, work.gradient, work.start, len, work.take_parameter, work.decision, work.group,
                    work.scalars.schedule);
         __syncthreads();
     }

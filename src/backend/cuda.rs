@@ -11,7 +11,6 @@
 //! through a page-locked buffer that is written once and kept, into a table that only captured steps
 //! use, and the settings must be on the device already: those who set them launch a kernel that does it.
 
-use std::mem::size_of;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -27,13 +26,21 @@ use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Va
 use super::Counters;
 use super::cpu::{Decision, PROBES, StepScalars};
 use crate::block::{Block, Last, Master, storage_address};
-use crate::cuda::{abi, work};
+use crate::cuda::abi;
 use crate::numerics::{CHUNK, LANES, Sums};
 use crate::optimizer::{Group, steps_whole};
 use crate::params::{NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
+
+/// Blocks of threads for each multiprocessor, where a step is decided as a whole: as many as there is room for.
+const BLOCKS_PER_SM: u32 = abi::SRKL_BLOCKS_PER_SM;
+
+/// The same where each block is updated soon after its statistics: what lies between them, a chunk of gradient
+/// and parameter for each block of threads, should fit in L2. On an H100 it is 34 MB of 50, and still 34 KB
+/// of loads under way on each multiprocessor.
+const BLOCKS_PER_SM_IN_L2: u32 = 4;
 
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
@@ -53,7 +60,7 @@ device_repr!(
     abi::SrklGradient,
     abi::SrklGroup,
     abi::SrklScalars,
-    abi::SrklItem,
+    abi::SrklChunk,
     abi::SrklSums,
     abi::SrklStatistics,
     abi::SrklDecision,
@@ -69,15 +76,11 @@ pub(crate) struct Cuda {
     places: Vec<usize>,
     step: CudaFunction,
     set: CudaFunction,
-    /// Blocks of threads that fill the device.
-    grid: u32,
-    /// Bytes of the L2 cache.
-    l2: u64,
+    multiprocessors: u32,
     /// What the device has: the blocks, the gradients and settings that were sent last.
     blocks: Vec<abi::SrklBlock>,
     gradients: Vec<abi::SrklGradient>,
     settings: Settings,
-    run_count: u64,
     memory: Memory,
     table: abi::SrklTable,
     captures: Captures,
@@ -88,8 +91,6 @@ pub(crate) struct Cuda {
 struct Settings {
     groups: Vec<abi::SrklGroup>,
     scalars: abi::SrklScalars,
-    /// Whether no block may be updated before the statistics of all of them.
-    whole: bool,
 }
 
 /// What the table points to.
@@ -98,10 +99,9 @@ struct Memory {
     gradients: CudaSlice<abi::SrklGradient>,
     groups: CudaSlice<abi::SrklGroup>,
     scalars: CudaSlice<abi::SrklScalars>,
-    items: CudaSlice<abi::SrklItem>,
+    chunks: CudaSlice<abi::SrklChunk>,
     chunk_sums: CudaSlice<abi::SrklSums>,
     chunks_done: CudaSlice<u32>,
-    blocks_done: CudaSlice<u32>,
     ready: CudaSlice<u32>,
     statistics: CudaSlice<abi::SrklStatistics>,
     decisions: CudaSlice<abi::SrklDecision>,
@@ -151,12 +151,11 @@ impl Cuda {
         let stream = device.cuda_stream();
         let context = stream.context();
         let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
-        let attribute = |attribute| context.attribute(attribute).w();
-        let multiprocessors =
-            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
-        let l2 = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u64;
+        let multiprocessors = context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .w()? as u32;
 
-        let (mut places, mut entries, mut first_chunk) = (vec![], vec![], 0);
+        let (mut places, mut entries, mut chunks) = (vec![], vec![], vec![]);
         for (place, block) in blocks.iter().enumerate() {
             if !block.is_on(device) {
                 continue;
@@ -171,28 +170,28 @@ impl Cuda {
                 w: address_of(&storage, layout, &stream)?,
                 master,
                 n: block.n as u64,
-                first_chunk,
+                first_chunk: chunks.len() as u64,
                 chunk_count,
                 dtype: dtype(block.dtype)?,
                 group: block.group as u32,
             });
+            let start = |chunk| chunk * CHUNK as u64;
+            let number = places.len() as u64;
+            chunks.extend(
+                (0..chunk_count).map(|chunk| abi::SrklChunk { start: start(chunk), block: number }),
+            );
             places.push(place);
-            first_chunk += chunk_count;
         }
         let count = entries.len();
         let settings = Settings::new(groups, StepScalars { schedule: 1., grad_scale: 1. });
-        let (items, run_count) = work::order(&entries, settings.whole, l2);
-        let chunks = first_chunk as usize;
         let memory = Memory {
             blocks: device.clone_htod(&entries)?,
             gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
             groups: device.clone_htod(&settings.groups)?,
-            scalars: device.clone_htod(&[abi::SrklScalars { run_count, ..settings.scalars }])?,
-            items: device.clone_htod(&items)?,
-            chunk_sums: device.alloc_zeros(chunks)?,
+            scalars: device.clone_htod(&[settings.scalars])?,
+            chunk_sums: device.alloc_zeros(chunks.len())?,
+            chunks: device.clone_htod(&chunks)?,
             chunks_done: device.alloc_zeros(count)?,
-            // There are at most as many runs as blocks.
-            blocks_done: device.alloc_zeros(count)?,
             ready: device.alloc_zeros(count)?,
             statistics: device.alloc_zeros(count)?,
             decisions: device.alloc_zeros(count)?,
@@ -209,13 +208,11 @@ impl Cuda {
             places,
             step: module.load_function("srkl_step").w()?,
             set: module.load_function("srkl_set").w()?,
-            grid: multiprocessors * abi::SRKL_BLOCKS_PER_SM,
-            l2,
+            multiprocessors,
             blocks: entries,
             gradients: vec![NO_GRADIENT; count],
             settings,
-            run_count,
-            table: memory.table(&stream, items.len()),
+            table: memory.table(&stream),
             memory,
             captures,
             stream,
@@ -237,8 +234,8 @@ impl Cuda {
     ) -> Result<()> {
         let (gradients, alive) = self.find(blocks, storages, grads)?;
         let settings = Settings::new(groups, scalars);
-        let mut table = self.table;
-        table.decide = 1;
+        let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
+        let mut table = self.for_stages(all);
         if self.is_capturing()? {
             if settings != self.settings {
                 bail!(
@@ -279,10 +276,9 @@ impl Cuda {
             )
         }
         let (gradients, alive) = self.find(blocks, storages, grads)?;
-        // One run: all statistics, then all updates.
-        self.send(Settings { whole: true, ..Settings::new(groups, scalars) })?;
+        self.send(Settings::new(groups, scalars))?;
         self.send_gradients(gradients)?;
-        self.launch(&self.half(0))?;
+        self.launch(&self.for_stages(abi::SRKL_STATISTICS))?;
         Ok(alive)
     }
 
@@ -308,7 +304,7 @@ impl Cuda {
         };
         let decisions: Vec<_> = self.places.iter().map(decision).collect();
         self.device.memcpy_htod(&decisions, &mut self.memory.decisions)?;
-        self.launch(&self.half(1))
+        self.launch(&self.for_stages(abi::SRKL_UPDATE))
     }
 
     /// Sends settings ahead of the next step, so that a replay of a captured one finds them. In a capture it
@@ -316,12 +312,7 @@ impl Cuda {
     pub fn set(&mut self, groups: &[Group], scalars: StepScalars) -> Result<()> {
         match self.is_capturing()? {
             true => Ok(()),
-            false => {
-                let whole = self.settings.whole;
-                let settings = Settings::new(groups, scalars);
-                // Where the host decides, all is one run.
-                self.send(Settings { whole: whole || settings.whole, ..settings })
-            }
+            false => self.send(Settings::new(groups, scalars)),
         }
     }
 
@@ -451,47 +442,35 @@ impl Cuda {
             self.device.memcpy_htod(&settings.groups, &mut self.memory.groups)?;
             has.groups = settings.groups;
         }
-        let reorders = settings.whole != has.whole;
-        if reorders {
-            let (items, run_count) = work::order(&self.blocks, settings.whole, self.l2);
-            self.device.memcpy_htod(&items, &mut self.memory.items)?;
-            self.run_count = run_count;
-        }
-        if reorders || settings.scalars != has.scalars {
-            let scalars = abi::SrklScalars { run_count: self.run_count, ..settings.scalars };
+        if settings.scalars != has.scalars {
             let config =
                 LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
             let mut launch = self.stream.launch_builder(&self.set);
-            launch.arg(&self.table).arg(&scalars);
+            launch.arg(&self.table).arg(&settings.scalars);
             // SAFETY: its two arguments are the table and the scalars by value, and it writes to the place
             // for scalars, which `memory` keeps, in the order of the stream.
             unsafe { launch.launch(config) }.w()?;
-            (has.scalars, has.whole) = (settings.scalars, settings.whole);
+            has.scalars = settings.scalars;
         }
         Ok(())
     }
 
-    /// The table of one stage, of a list of one run: its first half are the statistics, its second the
-    /// updates.
-    fn half(&self, number: u64) -> abi::SrklTable {
-        let item_count = self.table.item_count / 2;
-        let offset = number * item_count * size_of::<abi::SrklItem>() as u64;
-        abi::SrklTable { items: self.table.items + offset, item_count, ..self.table }
+    fn for_stages(&self, stages: u32) -> abi::SrklTable {
+        abi::SrklTable { stages: stages as u64, ..self.table }
     }
 
     fn launch(&self, table: &abi::SrklTable) -> Result<()> {
-        if table.item_count == 0 {
-            return Ok(());
-        }
+        let whole = self.settings.scalars.whole != 0;
+        let most = self.multiprocessors * if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 };
         let config = LaunchConfig {
-            grid_dim: (table.item_count.min(self.grid as u64) as u32, 1, 1),
+            grid_dim: (table.chunk_count.min(most as u64) as u32, 1, 1),
             block_dim: (abi::SRKL_THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
         // SAFETY: the contract at the top of kernels/srkl.cu:
         // 1. grid and block are as it says, and the only argument is the table by value;
         // 2. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
-        //    the contract asks for them, and `memory` keeps it; work.rs has made the items;
+        //    the contract asks for them, and `memory` keeps it;
         // 3. the addresses in `gradients` are of contiguous tensors on this device of the parameter's size
         //    (`find`), which its callers keep, and none is of a parameter (`check_alias`);
         // 4. those in `blocks` are what candle has for the variables, as `find` has seen in this step, and
@@ -518,24 +497,25 @@ impl Drop for Cuda {
 }
 
 impl Memory {
-    fn table(&self, stream: &CudaStream, item_count: usize) -> abi::SrklTable {
+    fn table(&self, stream: &CudaStream) -> abi::SrklTable {
         abi::SrklTable {
             blocks: self.blocks.device_ptr(stream).0,
             gradients: self.gradients.device_ptr(stream).0,
             groups: self.groups.device_ptr(stream).0,
             scalars: self.scalars.device_ptr(stream).0,
-            items: self.items.device_ptr(stream).0,
+            chunks: self.chunks.device_ptr(stream).0,
             chunk_sums: self.chunk_sums.device_ptr(stream).0,
             chunks_done: self.chunks_done.device_ptr(stream).0,
-            blocks_done: self.blocks_done.device_ptr(stream).0,
             ready: self.ready.device_ptr(stream).0,
             statistics: self.statistics.device_ptr(stream).0,
             decisions: self.decisions.device_ptr(stream).0,
             skipped: self.skipped.device_ptr(stream).0,
             state: self.state.device_ptr(stream).0,
             block_count: self.blocks.len() as u64,
-            item_count: item_count as u64,
-            decide: 0,
+            // candle makes no empty tensors on a device, so each block has chunks.
+            live_count: self.blocks.len() as u64,
+            chunk_count: self.chunks.len() as u64,
+            stages: 0,
         }
     }
 }
@@ -550,18 +530,19 @@ impl Pinned {
 
 impl Settings {
     fn new(groups: &[Group], scalars: StepScalars) -> Self {
-        let whole = steps_whole(groups);
+        let whole = steps_whole(groups) as u32;
         let groups: Vec<_> = groups.iter().map(group).collect();
         let norm = groups.iter().any(|group| group.max_grad_norm > 0.);
         let total = norm || groups.iter().any(|group| group.scope == abi::SRKL_GLOBAL);
         let scalars = abi::SrklScalars {
             schedule: scalars.schedule,
             grad_scale: scalars.grad_scale,
-            run_count: 0, // `send` fills it in.
             norm: norm as u32,
             total: total as u32,
+            whole,
+            pad: 0,
         };
-        Self { groups, scalars, whole }
+        Self { groups, scalars }
     }
 }
 

@@ -15,8 +15,9 @@ pub const SRKL_ELEMENT: u32 = 2;
 pub const SRKL_SKIP_STEP: u32 = 0;
 pub const SRKL_SKIP_BLOCK: u32 = 1;
 pub const SRKL_PROPAGATE: u32 = 2;
-pub const SRKL_STATISTICS: u32 = 0;
-pub const SRKL_UPDATE: u32 = 1;
+pub const SRKL_STATISTICS: u32 = 1;
+pub const SRKL_DECIDE: u32 = 2;
+pub const SRKL_UPDATE: u32 = 4;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklBlock {
@@ -85,9 +86,10 @@ const _: () = {
 pub struct SrklScalars {
     pub schedule: f64,
     pub grad_scale: f64,
-    pub run_count: ::std::os::raw::c_ulonglong,
     pub norm: ::std::os::raw::c_uint,
     pub total: ::std::os::raw::c_uint,
+    pub whole: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -97,32 +99,23 @@ const _: () = {
         [::std::mem::offset_of!(SrklScalars, schedule) - 0usize];
     ["Offset of field: SrklScalars::grad_scale"]
         [::std::mem::offset_of!(SrklScalars, grad_scale) - 8usize];
-    ["Offset of field: SrklScalars::run_count"]
-        [::std::mem::offset_of!(SrklScalars, run_count) - 16usize];
-    ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 24usize];
-    ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 28usize];
+    ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 16usize];
+    ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 20usize];
+    ["Offset of field: SrklScalars::whole"][::std::mem::offset_of!(SrklScalars, whole) - 24usize];
+    ["Offset of field: SrklScalars::pad"][::std::mem::offset_of!(SrklScalars, pad) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct SrklItem {
+pub struct SrklChunk {
     pub start: ::std::os::raw::c_ulonglong,
-    pub chunk: ::std::os::raw::c_ulonglong,
-    pub block: ::std::os::raw::c_uint,
-    pub run: ::std::os::raw::c_uint,
-    pub stage: ::std::os::raw::c_uint,
-    pub run_blocks: ::std::os::raw::c_uint,
+    pub block: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklItem"][::std::mem::size_of::<SrklItem>() - 32usize];
-    ["Alignment of SrklItem"][::std::mem::align_of::<SrklItem>() - 8usize];
-    ["Offset of field: SrklItem::start"][::std::mem::offset_of!(SrklItem, start) - 0usize];
-    ["Offset of field: SrklItem::chunk"][::std::mem::offset_of!(SrklItem, chunk) - 8usize];
-    ["Offset of field: SrklItem::block"][::std::mem::offset_of!(SrklItem, block) - 16usize];
-    ["Offset of field: SrklItem::run"][::std::mem::offset_of!(SrklItem, run) - 20usize];
-    ["Offset of field: SrklItem::stage"][::std::mem::offset_of!(SrklItem, stage) - 24usize];
-    ["Offset of field: SrklItem::run_blocks"]
-        [::std::mem::offset_of!(SrklItem, run_blocks) - 28usize];
+    ["Size of SrklChunk"][::std::mem::size_of::<SrklChunk>() - 16usize];
+    ["Alignment of SrklChunk"][::std::mem::align_of::<SrklChunk>() - 8usize];
+    ["Offset of field: SrklChunk::start"][::std::mem::offset_of!(SrklChunk, start) - 0usize];
+    ["Offset of field: SrklChunk::block"][::std::mem::offset_of!(SrklChunk, block) - 8usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -178,26 +171,35 @@ pub struct SrklState {
     pub steps: ::std::os::raw::c_ulonglong,
     pub skipped_steps: ::std::os::raw::c_ulonglong,
     pub grad_norm: f64,
-    pub ticket: ::std::os::raw::c_ulonglong,
+    pub next_statistics: ::std::os::raw::c_ulonglong,
+    pub next_update: ::std::os::raw::c_ulonglong,
     pub left: ::std::os::raw::c_uint,
+    pub blocks_done: ::std::os::raw::c_uint,
     pub refused: ::std::os::raw::c_uint,
     pub skipped: ::std::os::raw::c_uint,
     pub has_norm: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 48usize];
+    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 64usize];
     ["Alignment of SrklState"][::std::mem::align_of::<SrklState>() - 8usize];
     ["Offset of field: SrklState::steps"][::std::mem::offset_of!(SrklState, steps) - 0usize];
     ["Offset of field: SrklState::skipped_steps"]
         [::std::mem::offset_of!(SrklState, skipped_steps) - 8usize];
     ["Offset of field: SrklState::grad_norm"]
         [::std::mem::offset_of!(SrklState, grad_norm) - 16usize];
-    ["Offset of field: SrklState::ticket"][::std::mem::offset_of!(SrklState, ticket) - 24usize];
-    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 32usize];
-    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 36usize];
-    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 40usize];
-    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 44usize];
+    ["Offset of field: SrklState::next_statistics"]
+        [::std::mem::offset_of!(SrklState, next_statistics) - 24usize];
+    ["Offset of field: SrklState::next_update"]
+        [::std::mem::offset_of!(SrklState, next_update) - 32usize];
+    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 40usize];
+    ["Offset of field: SrklState::blocks_done"]
+        [::std::mem::offset_of!(SrklState, blocks_done) - 44usize];
+    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 48usize];
+    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 52usize];
+    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 56usize];
+    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -206,18 +208,18 @@ pub struct SrklTable {
     pub gradients: ::std::os::raw::c_ulonglong,
     pub groups: ::std::os::raw::c_ulonglong,
     pub scalars: ::std::os::raw::c_ulonglong,
-    pub items: ::std::os::raw::c_ulonglong,
+    pub chunks: ::std::os::raw::c_ulonglong,
     pub chunk_sums: ::std::os::raw::c_ulonglong,
     pub chunks_done: ::std::os::raw::c_ulonglong,
-    pub blocks_done: ::std::os::raw::c_ulonglong,
     pub ready: ::std::os::raw::c_ulonglong,
     pub statistics: ::std::os::raw::c_ulonglong,
     pub decisions: ::std::os::raw::c_ulonglong,
     pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
     pub block_count: ::std::os::raw::c_ulonglong,
-    pub item_count: ::std::os::raw::c_ulonglong,
-    pub decide: ::std::os::raw::c_ulonglong,
+    pub live_count: ::std::os::raw::c_ulonglong,
+    pub chunk_count: ::std::os::raw::c_ulonglong,
+    pub stages: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -228,23 +230,23 @@ const _: () = {
         [::std::mem::offset_of!(SrklTable, gradients) - 8usize];
     ["Offset of field: SrklTable::groups"][::std::mem::offset_of!(SrklTable, groups) - 16usize];
     ["Offset of field: SrklTable::scalars"][::std::mem::offset_of!(SrklTable, scalars) - 24usize];
-    ["Offset of field: SrklTable::items"][::std::mem::offset_of!(SrklTable, items) - 32usize];
+    ["Offset of field: SrklTable::chunks"][::std::mem::offset_of!(SrklTable, chunks) - 32usize];
     ["Offset of field: SrklTable::chunk_sums"]
         [::std::mem::offset_of!(SrklTable, chunk_sums) - 40usize];
     ["Offset of field: SrklTable::chunks_done"]
         [::std::mem::offset_of!(SrklTable, chunks_done) - 48usize];
-    ["Offset of field: SrklTable::blocks_done"]
-        [::std::mem::offset_of!(SrklTable, blocks_done) - 56usize];
-    ["Offset of field: SrklTable::ready"][::std::mem::offset_of!(SrklTable, ready) - 64usize];
+    ["Offset of field: SrklTable::ready"][::std::mem::offset_of!(SrklTable, ready) - 56usize];
     ["Offset of field: SrklTable::statistics"]
-        [::std::mem::offset_of!(SrklTable, statistics) - 72usize];
+        [::std::mem::offset_of!(SrklTable, statistics) - 64usize];
     ["Offset of field: SrklTable::decisions"]
-        [::std::mem::offset_of!(SrklTable, decisions) - 80usize];
-    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 88usize];
-    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 96usize];
+        [::std::mem::offset_of!(SrklTable, decisions) - 72usize];
+    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 80usize];
+    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 88usize];
     ["Offset of field: SrklTable::block_count"]
-        [::std::mem::offset_of!(SrklTable, block_count) - 104usize];
-    ["Offset of field: SrklTable::item_count"]
-        [::std::mem::offset_of!(SrklTable, item_count) - 112usize];
-    ["Offset of field: SrklTable::decide"][::std::mem::offset_of!(SrklTable, decide) - 120usize];
+        [::std::mem::offset_of!(SrklTable, block_count) - 96usize];
+    ["Offset of field: SrklTable::live_count"]
+        [::std::mem::offset_of!(SrklTable, live_count) - 104usize];
+    ["Offset of field: SrklTable::chunk_count"]
+        [::std::mem::offset_of!(SrklTable, chunk_count) - 112usize];
+    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 120usize];
 };

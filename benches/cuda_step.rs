@@ -1,0 +1,148 @@
+//! Times one optimizer step on a CUDA device, by events on its stream, against candle's optimizers and a
+//! device-to-device copy.
+//!
+//! ```sh
+//! cargo bench --features cuda --bench cuda_step                          # a table
+//! cargo bench --features cuda --bench cuda_step -- --json cuda_step.json # and the figures as JSON
+//! cargo bench --features cuda --bench cuda_step -- --list "GPT-2 small f32" --steps 3 # for a profiler
+//! ```
+//!
+//! Bandwidth counts the bytes that a step cannot avoid moving: 12 a parameter, for f32 (read w and g, write
+//! w) as for bf16 with f32 masters (read g, read and write the master, write w). The copy, of 512 MiB, reads
+//! and writes every byte.
+
+mod lists;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
+use candle_core::{Device, Tensor, Var};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
+use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
+use clap::Parser;
+use lists::List;
+use serde_json::{Value, json};
+
+/// Times one optimizer step on the first CUDA device.
+#[derive(Parser)]
+struct Options {
+    /// Only lists whose name has this in it
+    #[arg(long, default_value = "")]
+    list: String,
+    /// How often each step is timed
+    #[arg(long, default_value = "30")]
+    samples: usize,
+    /// Where to write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// No timing: only so many steps of SRKL on each list, for a profiler
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// With --steps: what is done about gradients that are not finite
+    #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block"])]
+    policy: String,
+    /// What cargo bench passes
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+const COPY_BYTES: usize = 512 << 20;
+const BYTES: f64 = 12.;
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let device = Device::new_cuda(0)?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let lists = List::all().into_iter().filter(|list| list.name.contains(&options.list));
+    if let Some(steps) = options.steps {
+        for list in lists {
+            let (vars, grads) = list.tensors(&device)?;
+            let mut srkl = Srkl::new(vars, reference(&options.policy))?;
+            (0..steps).try_for_each(|_| srkl.step(&grads))?;
+            let taken = srkl.steps()?;
+            ensure!(taken == steps as u64, "{}: {taken} of {steps} steps taken", list.name);
+            println!("{}: {steps} steps of {} parameters", list.name, list.parameters());
+        }
+        return Ok(());
+    }
+
+    let name = stream.context().name().w()?;
+    let from = Tensor::zeros(COPY_BYTES / 4, candle_core::DType::F32, &device)?;
+    let to = Var::from_tensor(&from)?;
+    let copy = time(&stream, options.samples, || Ok(to.set(&from)?))?;
+    ensure!(copy > 0., "{name} says that a copy took no time: its events keep none");
+    let copy_bandwidth = 2. * COPY_BYTES as f64 / copy;
+    drop((from, to));
+    println!("{name}: a device-to-device copy moves {:.0} GB/s\n", copy_bandwidth / 1e9);
+    println!("| list | step | ms | GB/s | of the copy | candle SGD / this | candle AdamW / this |");
+    println!("|---|---|---|---|---|---|---|");
+
+    let mut rows: Vec<Value> = vec![];
+    for list in lists {
+        let (vars, grads) = list.tensors(&device)?;
+        let mut seconds: Vec<(&str, f64)> = vec![];
+        for (contender, policy) in [("SRKL", "skip-step"), ("SRKL, SkipBlock", "skip-block")] {
+            let mut srkl = Srkl::new(vars.clone(), reference(policy))?;
+            let time = time(&stream, options.samples, || Ok(srkl.step(&grads)?))?;
+            seconds.push((contender, time));
+        }
+        let mut sgd = SGD::new(vars.clone(), 1e-3)?;
+        let sgd = time(&stream, options.samples, || Ok(sgd.step(&grads)?))?;
+        let mut adamw = AdamW::new(vars, ParamsAdamW::default())?;
+        let adamw = time(&stream, options.samples, || Ok(adamw.step(&grads)?))?;
+        seconds.extend([("candle SGD", sgd), ("candle AdamW", adamw)]);
+        for (contender, time) in seconds {
+            let bandwidth = BYTES * list.parameters() as f64 / time;
+            println!(
+                "| {} | {contender} | {:.3} | {:.0} | {:.0}% | {:.1} | {:.1} |",
+                list.name,
+                time * 1e3,
+                bandwidth / 1e9,
+                100. * bandwidth / copy_bandwidth,
+                sgd / time,
+                adamw / time,
+            );
+            rows.push(json!({
+                "list": list.name,
+                "parameters": list.parameters(),
+                "tensors": list.shapes.len(),
+                "step": contender,
+                "seconds": time,
+                "bytes_per_second": bandwidth,
+                "share_of_copy": bandwidth / copy_bandwidth,
+            }));
+        }
+    }
+    if let Some(path) = options.json {
+        let figures =
+            json!({ "device": name, "copy_bytes_per_second": copy_bandwidth, "steps": rows });
+        let text = serde_json::to_string_pretty(&figures)?;
+        std::fs::write(&path, text).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn reference(policy: &str) -> ParamsSrkl {
+    let nonfinite = match policy {
+        "skip-step" => NonFinite::SkipStep,
+        _ => NonFinite::SkipBlock,
+    };
+    ParamsSrkl { nonfinite, ..ParamsSrkl::reference() }
+}
+
+/// The median of the seconds that `step` takes on the device, after three to warm up.
+fn time(stream: &CudaStream, samples: usize, mut step: impl FnMut() -> Result<()>) -> Result<f64> {
+    (0..3).try_for_each(|_| step())?;
+    let mut seconds = vec![];
+    for _ in 0..samples.max(1) {
+        let start = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w()?;
+        step()?;
+        let end = stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w()?;
+        seconds.push(start.elapsed_ms(&end).w()? as f64 / 1e3);
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[seconds.len() / 2])
+}
