@@ -37,10 +37,9 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
 /// Blocks of threads for each multiprocessor, where a step is decided as a whole: as many as there is room for.
 const BLOCKS_PER_SM: u32 = abi::SRKL_BLOCKS_PER_SM;
 
-/// The same where each block is updated soon after its statistics: what lies between them, a chunk of gradient
-/// and parameter for each block of threads, should fit in L2. On an H100 it is 34 MB of 50, and still 34 KB
-/// of loads under way on each multiprocessor.
-const BLOCKS_PER_SM_IN_L2: u32 = 4;
+/// The same where each block is updated soon after its statistics. What lies between a chunk's two turns should
+/// fit in L2: gradient and parameter of a chunk for each block of threads, and of the rest of the chunk's block.
+const BLOCKS_PER_SM_IN_L2: u32 = 2;
 
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
