@@ -46,6 +46,8 @@ typedef struct {
     unsigned long long chunk_count;
     unsigned int dtype;
     unsigned int group;
+    unsigned int from_end; // whether its last chunk is updated first
+    unsigned int pad;
 } SrklBlock;
 
 // The gradient of a block. Written when an address has changed.
@@ -138,7 +140,7 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 48 && offsetof(SrklBlock, group) == 44, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 56 && offsetof(SrklBlock, pad) == 52, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 40 && offsetof(SrklGroup, nonfinite) == 36, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");

@@ -14,11 +14,11 @@
 // chunk to update first, and until that chunk's block (where anything needs all blocks: until everything) is
 // decided, it does the statistics of others. So updates follow the statistics of the same chunks as soon as
 // they can, while the gradient is still in L2: in between go about as many chunks as there are blocks of
-// threads. A block is updated from its end: of one larger than L2, that is what is still there.
+// threads. A block too large for L2 is updated from its end, which is what is still there.
 //
-// It can't deadlock, without a cooperative launch: a block of threads waits only when the statistics of all
-// chunks have been taken, by others that run; those wait for nothing before they have finished them, and
-// whoever finishes the last one decides.
+// It can't deadlock, without a cooperative launch: a block of threads waits for a decision only when the
+// statistics of all chunks that it needs have been taken, by others that run; those wait for nothing before
+// they have finished them, and whoever finishes the last one decides.
 //
 // Bytes a parameter that memory moves: 12 for f32 where the gradient is still in L2, 16 where not; 12 and 14
 // for bf16 with masters.
@@ -34,6 +34,10 @@
 
 #define NONE (~0ull)
 
+// How many chunks behind a block statistics may be done while it is not decided: the work of some dozen
+// microseconds, but little in L2. None behind one that will sweep L2 with its updates.
+#define AHEAD 128
+
 // What the threads of a block share.
 struct Work {
     SrklScalars scalars;
@@ -46,6 +50,7 @@ struct Work {
     SrklDecision decision;
     SrklGroup group;
     u64 pending;   // the chunk to update next, or NONE
+    u64 needs;     // statistics of chunks up to this number are worth doing meanwhile
     u64 pending_b; // its block
     bool take_parameter;
     bool last;
@@ -75,11 +80,13 @@ __device__ inline void take_pending(const SrklTable &table, Work &work) {
     u64 chunk = atomicAdd(&((SrklState *)table.state)->next_update, 1ull);
     if (chunk >= table.chunk_count) return;
     const SrklChunk *chunks = (const SrklChunk *)table.chunks;
+    work.needs = table.chunk_count;
     if (work.scalars.whole) {
         chunk = table.chunk_count - 1 - chunk;
     } else {
         const SrklBlock &block = ((const SrklBlock *)table.blocks)[chunks[chunk].block];
-        chunk = 2 * block.first_chunk + block.chunk_count - 1 - chunk;
+        work.needs = block.first_chunk + block.chunk_count + (block.from_end ? 0 : AHEAD);
+        if (block.from_end) chunk = 2 * block.first_chunk + block.chunk_count - 1 - chunk;
     }
     work.pending = chunk;
     work.pending_b = chunks[chunk].block;
@@ -119,7 +126,8 @@ __device__ inline void choose(const SrklTable &table, Work &work) {
     if (updates && work.pending == NONE) take_pending(table, work);
     const bool has_pending = work.pending != NONE;
     if (!has_pending || !is_ready(table, work, work.pending_b)) {
-        if (table.stages & SRKL_STATISTICS) {
+        const volatile u64 *next = &((const SrklState *)table.state)->next_statistics;
+        if ((table.stages & SRKL_STATISTICS) && (!has_pending || *next < work.needs)) {
             const u64 chunk = atomicAdd(&((SrklState *)table.state)->next_statistics, 1ull);
             if (chunk < table.chunk_count) return take(table, work, SRKL_STATISTICS, chunk);
         }

@@ -150,9 +150,10 @@ impl Cuda {
         let stream = device.cuda_stream();
         let context = stream.context();
         let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
-        let multiprocessors = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .w()? as u32;
+        let attribute = |attribute| context.attribute(attribute).w();
+        let multiprocessors =
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let l2 = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
 
         let (mut places, mut entries, mut chunks) = (vec![], vec![], vec![]);
         for (place, block) in blocks.iter().enumerate() {
@@ -160,6 +161,8 @@ impl Cuda {
                 continue;
             }
             let chunk_count = block.n.div_ceil(CHUNK) as u64;
+            // Of the gradient, which L2 must hold beside the parameter and what comes next.
+            let bytes = block.n * block.dtype.size_in_bytes();
             let master = match &block.master {
                 Some(Master::Cuda(master)) => master.device_ptr(&stream).0,
                 _ => 0,
@@ -173,6 +176,8 @@ impl Cuda {
                 chunk_count,
                 dtype: dtype(block.dtype)?,
                 group: block.group as u32,
+                from_end: (bytes > l2 / 4) as u32,
+                pad: 0,
             });
             let start = |chunk| chunk * CHUNK as u64;
             let number = places.len() as u64;

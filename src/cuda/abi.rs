@@ -28,10 +28,12 @@ pub struct SrklBlock {
     pub chunk_count: ::std::os::raw::c_ulonglong,
     pub dtype: ::std::os::raw::c_uint,
     pub group: ::std::os::raw::c_uint,
+    pub from_end: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 48usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 56usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
@@ -42,6 +44,8 @@ const _: () = {
         [::std::mem::offset_of!(SrklBlock, chunk_count) - 32usize];
     ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 40usize];
     ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 44usize];
+    ["Offset of field: SrklBlock::from_end"][::std::mem::offset_of!(SrklBlock, from_end) - 48usize];
+    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
