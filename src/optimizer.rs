@@ -69,7 +69,7 @@ pub struct Srkl {
     /// pool: candle computes there, holding locks of tensors that a step waits for.
     pool: Option<Arc<ThreadPool>>,
     /// The CUDA devices that parameters are on.
-    cuda: Vec<Cuda>,
+    pub(crate) cuda: Vec<Cuda>,
 }
 
 pub(crate) struct Group {

@@ -161,6 +161,31 @@ fn the_same_bits_on_several_devices() -> Result<()> {
     Ok(())
 }
 
+/// Odd sizes, and gradients that begin at every place in 16 bytes.
+#[test]
+fn the_same_bits_of_odd_sizes_misaligned() -> Result<()> {
+    let cuda = Device::new_cuda(0)?;
+    let train = |device: &Device| -> Result<Vec<Vec<u64>>> {
+        let mut vars = vec![];
+        let mut store = grads([]);
+        for (i, n) in [4097, 8193, 20_001, 30_007, 65_537, 99_999].into_iter().enumerate() {
+            for dtype in [DType::F32, DType::BF16] {
+                let value = tensor(&noise(n, 0.5, i as u64), dtype)?.to_device(device)?;
+                let var = Var::from_tensor(&value)?;
+                let g = tensor(&noise(n + 9, 0.3, 100 + i as u64), dtype)?.to_device(device)?;
+                store.insert(&var, g.narrow(0, i + 1, n)?);
+                vars.push(var);
+            }
+        }
+        let params = ParamsSrkl { lr: 0.1, ..ParamsSrkl::reference() };
+        let mut opt = Srkl::new(vars.clone(), params)?;
+        opt.step(&store)?;
+        vars.iter().map(|var| bits(&var.to_device(&Device::Cpu)?)).collect()
+    };
+    assert!(train(&Device::Cpu)? == train(&cuda)?);
+    Ok(())
+}
+
 /// A model on `device` and its optimizer.
 fn model(device: &Device) -> Result<(Vec<Var>, Srkl)> {
     let mut vars = vec![];
@@ -402,7 +427,7 @@ fn what_a_capture_cannot_have_is_named() -> Result<()> {
 #[test]
 fn a_step_is_one_launch() -> Result<()> {
     let device = capturable()?;
-    for count in [1, 10, 3000] {
+    for count in [1, 10, 3000, 100_000] {
         let mut vars = vec![];
         let mut store = grads([]);
         for _ in 0..count {

@@ -602,3 +602,74 @@ pub(crate) fn new_master(var: &Var) -> Result<CudaSlice<f32>> {
 pub(crate) fn upload_master(var: &Var, values: &[f32]) -> Result<CudaSlice<f32>> {
     var.device().as_cuda_device()?.clone_htod(if values.is_empty() { &[0.][..] } else { values })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+    use candle_nn::Optimizer;
+
+    use crate::{MasterWeights, ParamsSrkl, Srkl};
+
+    /// A chunk that starts past the 2^31st and the 2^32nd element, of a tensor of which no more than that chunk
+    /// exists: its table says that everything lies so much further ahead. Needs a CUDA device.
+    #[test]
+    fn elements_past_32_bits_are_stepped() -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        for dtype in [DType::F32, DType::BF16] {
+            for start in [1u64 << 31, 1 << 32, (1 << 32) + (1 << 31)] {
+                let values: Vec<f32> = (0..5001).map(|i| (i as f32 * 0.37).sin()).collect();
+                let tensor = |x: &[f32]| Tensor::new(x, &device)?.to_dtype(dtype);
+                let step = |start: u64| -> Result<Vec<f32>> {
+                    let var = Var::from_tensor(&tensor(&values)?)?;
+                    let g = tensor(&values)?.affine(0.5, 0.1)?;
+                    // No masters: a step looks at some of all elements of theirs.
+                    let master_weights = MasterWeights::None;
+                    let params = ParamsSrkl { lr: 0.1, master_weights, ..ParamsSrkl::reference() };
+                    let mut opt = Srkl::new(vec![var.clone()], params)?;
+                    let mut grads = GradStore::default();
+                    grads.insert(&var, g);
+                    opt.step(&grads)?;
+                    opt.cuda[0].shift(start)?;
+                    let (blocks, groups) = (&opt.blocks, &opt.groups);
+                    let scalars = StepScalars { schedule: 1., grad_scale: 1. };
+                    opt.cuda[0].launch_shifted(blocks, groups, &grads, scalars, start)?;
+                    var.to_dtype(DType::F32)?.to_vec1()
+                };
+                assert_eq!(step(0)?, step(start)?, "{dtype:?} {start}");
+            }
+        }
+        Ok(())
+    }
+
+    impl Cuda {
+        /// Moves the only block's beginning `by` elements back, and its only chunk as many ahead.
+        fn shift(&mut self, by: u64) -> Result<()> {
+            let block = &self.blocks[0];
+            let size = if block.dtype == abi::SRKL_F32 { 4 } else { 2 };
+            let w = block.w.wrapping_sub(size * by);
+            let moved = abi::SrklBlock { w, n: block.n + by, ..*block };
+            self.device.memcpy_htod(&[moved], &mut self.memory.blocks)?;
+            let chunk = abi::SrklChunk { start: by, block: 0 };
+            self.device.memcpy_htod(&[chunk], &mut self.memory.chunks)
+        }
+
+        /// A step whose gradient is shifted likewise.
+        fn launch_shifted(
+            &mut self,
+            blocks: &[Block],
+            groups: &[Group],
+            grads: &GradStore,
+            scalars: StepScalars,
+            by: u64,
+        ) -> Result<()> {
+            let (mut gradients, _alive) = self.find(blocks, &[], grads)?;
+            let size = blocks[0].dtype.size_in_bytes() as u64;
+            gradients[0].address = gradients[0].address.wrapping_sub(size * by);
+            self.send(Settings::new(groups, scalars))?;
+            self.send_gradients(gradients)?;
+            let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
+            self.launch(&self.for_stages(all))
+        }
+    }
+}
