@@ -54,8 +54,8 @@
 //! Lanes are element indices, not addresses, and 1024 lanes suit every 16-byte access. A team of
 //! 128 threads owns a chunk and each thread keeps 8 lanes in registers, for all 8 rows of 1024: with
 //! f32 a thread loads two groups of four neighbours per row, with bf16 or f16 one group of eight,
-//! with f64 four groups of two. So a warp reads whole sectors in order, the loads of the eight rows
-//! are independent. At the end of a chunk the 1024
+//! with f64 four groups of two. So a warp reads whole sectors in order, and the loads of several rows
+//! are under way together. At the end of a chunk the 1024
 //! lanes meet in shared memory (8 KiB a sum) and the tree runs over lane numbers, the same for all
 //! dtypes. A misaligned gradient is read as two neighbouring aligned vectors and shifted, which
 //! moves no element to another lane. Chunk sums go to memory by chunk number and are added by rule

@@ -116,7 +116,17 @@ impl Optimizer for Srkl {
     /// A gradient that differs from its parameter in shape or device, that is not of f32, f64, bf16
     /// or f16, or that shares its memory with a parameter; a learning rate that was set to a
     /// negative or non-finite number. Parameters and state are then as they were. (Of several bad
-    /// gradients any one is named. A CUDA device that fails in the middle of a step is the exception.)
+    /// gradients any one is named. A device that fails while it works is the exception.)
+    ///
+    /// On a CUDA device also: a variable whose memory was replaced since the optimizer was built, and
+    /// in a capture of its stream, settings that have changed inside it, a second step of the
+    /// optimizer, or parameters on several devices.
+    ///
+    /// # CUDA graphs
+    ///
+    /// A captured step can be replayed: it reads the learning rate and the gradient scale that were
+    /// set last, and counts. The optimizer must live as long as the graph. After a capture it takes a
+    /// step outside of one before the next.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
         if self.decides_on_device() {
@@ -590,10 +600,9 @@ impl<'a> SrklBuilder<'a> {
     /// # Errors
     ///
     /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
-    /// or the same variable twice, variables on several devices or on one that is neither the CPU
-    /// nor (with feature `cuda`) a CUDA device, a variable of a float dtype other than f32, f64,
-    /// bf16 and f16, or one of f64 in a group of
-    /// [`MasterWeights::F32`](crate::MasterWeights::F32).
+    /// or the same variable twice, a variable on a device that is neither the CPU nor (with feature
+    /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
+    /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
         let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
