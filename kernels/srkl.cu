@@ -135,7 +135,9 @@ __device__ inline void choose(const SrklTable &table, Work &work) {
         if (!has_pending) return;
         while (!is_ready(table, work, work.pending_b)) {
 #if __CUDA_ARCH__ >= 700
-            __nanosleep(500);
+            // Seldom looked at: half a microsecond, in short sleeps.
+#pragma unroll 1
+            for (int i = 0; i < 16; i++) __nanosleep(32);
 #endif
         }
     }
