@@ -75,6 +75,16 @@ __device__ inline bool is_ready(const SrklTable &table, const Work &work, u64 b)
     return *(volatile const u32 *)ready_flag(table, work, b) != 0;
 }
 
+__device__ inline void wait_until_ready(const SrklTable &table, const Work &work, u64 b) {
+    while (!is_ready(table, work, b)) {
+#if __CUDA_ARCH__ >= 700
+        // Seldom looked at: half a microsecond, in short sleeps.
+#pragma unroll 1
+        for (int i = 0; i < 16; i++) __nanosleep(32);
+#endif
+    }
+}
+
 // Takes the next chunk to update, if there is one left.
 __device__ inline void take_pending(const SrklTable &table, Work &work) {
     u64 chunk = atomicAdd(&((SrklState *)table.state)->next_update, 1ull);
@@ -133,13 +143,7 @@ __device__ inline void choose(const SrklTable &table, Work &work) {
         }
         work.stage = 0;
         if (!has_pending) return;
-        while (!is_ready(table, work, work.pending_b)) {
-#if __CUDA_ARCH__ >= 700
-            // Seldom looked at: half a microsecond, in short sleeps.
-#pragma unroll 1
-            for (int i = 0; i < 16; i++) __nanosleep(32);
-#endif
-        }
+        wait_until_ready(table, work, work.pending_b);
     }
     __threadfence();
     take(table, work, SRKL_UPDATE, work.pending);

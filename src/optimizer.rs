@@ -11,6 +11,7 @@ use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::backend::Inputs;
 use crate::backend::cpu::{self, Decision, StepScalars};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
@@ -131,7 +132,7 @@ impl Optimizer for Srkl {
         let scalars = self.scalars()?;
         if self.decides_on_device() {
             let Self { cuda, blocks, storages, groups, .. } = self;
-            return cuda[0].step(blocks, storages, groups, grads, scalars);
+            return cuda[0].step(&Inputs { blocks, storages, groups, grads, scalars });
         }
         match self.pool.clone() {
             Some(pool) => pool.install(|| self.step_all(grads, scalars)),
@@ -393,8 +394,7 @@ impl Srkl {
     /// Whether all parameters are on one CUDA device: then a step is decided there, without waiting, and
     /// its counters are there too.
     fn decides_on_device(&self) -> bool {
-        let mut blocks = self.blocks.iter();
-        self.cuda.len() == 1 && blocks.all(|block| !block.on_cpu)
+        matches!(&self.cuda[..], [cuda] if cuda.has_all(self.blocks.len()))
     }
 
     /// Tells the devices of settings that have changed, for replays of captured steps: they find there what
@@ -421,7 +421,8 @@ impl Srkl {
         let mut _alive = vec![];
         for cuda in &mut self.cuda {
             let (blocks, storages, groups) = (&self.blocks, &self.storages, &self.groups);
-            _alive.push(cuda.statistics(blocks, storages, groups, grads, scalars)?);
+            let inputs = Inputs { blocks, storages, groups, grads, scalars };
+            _alive.push(cuda.statistics(&inputs)?);
         }
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.

@@ -100,6 +100,18 @@ fn assert_same(cpu: &str, cuda: &str, seed: u64, params: &ParamsSrkl) {
     }
 }
 
+fn settings(scope: Scope, max_grad_norm: Option<f64>, nonfinite: NonFinite) -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 0.1,
+        beta: Beta::Fixed(0.3),
+        scope,
+        weight_decay: 0.1,
+        max_grad_norm,
+        nonfinite,
+        ..ParamsSrkl::reference()
+    }
+}
+
 /// Fresh random input every time; the seed is printed when it fails.
 #[test]
 fn the_same_bits_as_the_cpu() -> Result<()> {
@@ -111,15 +123,8 @@ fn the_same_bits_as_the_cpu() -> Result<()> {
         for max_grad_norm in [None, Some(5.)] {
             for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate] {
                 for master_weights in [MasterWeights::Auto, MasterWeights::None] {
-                    let params = ParamsSrkl {
-                        lr: 0.1,
-                        beta: Beta::Fixed(0.3),
-                        scope,
-                        weight_decay: 0.1,
-                        max_grad_norm,
-                        master_weights,
-                        nonfinite,
-                    };
+                    let params =
+                        ParamsSrkl { master_weights, ..settings(scope, max_grad_norm, nonfinite) };
                     case += 1;
                     let seed = seed + case;
                     let cpu = train(&params, seed, &[&Device::Cpu])?;
@@ -142,15 +147,7 @@ fn the_same_bits_on_several_devices() -> Result<()> {
             (Some(5.), NonFinite::SkipBlock),
             (None, NonFinite::Propagate),
         ] {
-            let params = ParamsSrkl {
-                lr: 0.1,
-                beta: Beta::Fixed(0.3),
-                scope,
-                weight_decay: 0.1,
-                max_grad_norm,
-                nonfinite,
-                ..ParamsSrkl::reference()
-            };
+            let params = settings(scope, max_grad_norm, nonfinite);
             let seed = seed + case as u64;
             let cpu = train(&params, seed, &[&Device::Cpu])?;
             assert_same(&cpu, &train(&params, seed, &[&Device::Cpu, &a])?, seed, &params);

@@ -13,7 +13,6 @@
 
 use std::sync::Arc;
 
-use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
@@ -23,8 +22,8 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
-use super::Counters;
 use super::cpu::{Decision, PROBES, StepScalars};
+use super::{Counters, Inputs};
 use crate::block::{Block, Last, Master, storage_address};
 use crate::cuda::abi;
 use crate::numerics::{CHUNK, LANES, Sums};
@@ -228,16 +227,9 @@ impl Cuda {
     /// # Errors
     ///
     /// Whatever can be wrong with a gradient, or with a capture; nothing is launched then.
-    pub fn step(
-        &mut self,
-        blocks: &[Block],
-        storages: &[usize],
-        groups: &[Group],
-        grads: &GradStore,
-        scalars: StepScalars,
-    ) -> Result<()> {
-        let (gradients, alive) = self.find(blocks, storages, grads)?;
-        let settings = Settings::new(groups, scalars);
+    pub fn step(&mut self, inputs: &Inputs) -> Result<()> {
+        let (gradients, alive) = self.find(inputs)?;
+        let settings = Settings::new(inputs.groups, inputs.scalars);
         let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
         let mut table = self.for_stages(all);
         if self.is_capturing()? {
@@ -259,28 +251,21 @@ impl Cuda {
         launched
     }
 
-    /// Stage 1 alone: launches the statistics, for a step that the host decides. Returns copies of
-    /// gradients, to be kept until [`Cuda::update`] has returned.
+    /// Stage 1 alone: launches the statistics, for a step that the host decides. Returns what it
+    /// reads, to be kept until [`Cuda::update`] has returned.
     ///
     /// # Errors
     ///
     /// As [`Cuda::step`]; and such a step cannot be captured.
-    pub fn statistics(
-        &mut self,
-        blocks: &[Block],
-        storages: &[usize],
-        groups: &[Group],
-        grads: &GradStore,
-        scalars: StepScalars,
-    ) -> Result<Vec<Tensor>> {
+    pub fn statistics(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
         if self.is_capturing()? {
             bail!(
                 "a step of parameters on several devices is decided on the host, which waits for them; \
                  it can't be captured in a CUDA graph"
             )
         }
-        let (gradients, alive) = self.find(blocks, storages, grads)?;
-        self.send(Settings::new(groups, scalars))?;
+        let (gradients, alive) = self.find(inputs)?;
+        self.send(Settings::new(inputs.groups, inputs.scalars))?;
         self.send_gradients(gradients)?;
         self.launch(&self.for_stages(abi::SRKL_STATISTICS))?;
         Ok(alive)
@@ -358,20 +343,20 @@ impl Cuda {
         self.device.memcpy_htod(&[state], &mut self.memory.state)
     }
 
+    /// Whether it has as many blocks as this.
+    pub fn has_all(&self, block_count: usize) -> bool {
+        self.places.len() == block_count
+    }
+
     // -- What a step is made of --
 
-    /// Finds and checks the gradient of every block. The tensors that come along are copies, of gradients
-    /// that were not contiguous.
-    fn find(
-        &self,
-        blocks: &[Block],
-        storages: &[usize],
-        grads: &GradStore,
-    ) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
-        let mut alive = vec![];
+    /// Finds and checks the gradient of every block. The tensors that come along are what is read: the
+    /// gradients, or contiguous copies of them.
+    fn find(&self, inputs: &Inputs) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
+        let mut alive = Vec::with_capacity(self.places.len());
         let mut gradients = Vec::with_capacity(self.places.len());
         for (&place, entry) in self.places.iter().zip(&self.blocks) {
-            let block = &blocks[place];
+            let block = &inputs.blocks[place];
             let (storage, layout) = block.var.storage_and_layout();
             if address_of(&storage, layout, &self.stream)? != entry.w {
                 bail!(
@@ -381,26 +366,19 @@ impl Cuda {
                 )
             }
             drop(storage);
-            let Some(gradient) = grads.get_id(block.id) else {
+            let Some(gradient) = inputs.grads.get_id(block.id) else {
                 gradients.push(NO_GRADIENT);
                 continue;
             };
             block.check_gradient(gradient)?;
-            let address = if gradient.is_contiguous() {
-                let (storage, layout) = gradient.storage_and_layout();
-                block.check_alias(storage_address(&storage), storages)?;
-                address_of(&storage, layout, &self.stream)?
-            } else {
-                block.check_alias(storage_address(&gradient.storage_and_layout().0), storages)?;
-                let copy = gradient.contiguous()?;
-                let (storage, layout) = copy.storage_and_layout();
-                let address = address_of(&storage, layout, &self.stream)?;
-                drop(storage);
-                alive.push(copy);
-                address
-            };
-            let address = if block.n == 0 { 0 } else { address };
+            block
+                .check_alias(storage_address(&gradient.storage_and_layout().0), inputs.storages)?;
+            let gradient = gradient.contiguous()?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let address = address_of(&storage, layout, &self.stream)?;
+            drop(storage);
             gradients.push(abi::SrklGradient { address, dtype: dtype(gradient.dtype())? as u64 });
+            alive.push(gradient);
         }
         Ok((gradients, alive))
     }
@@ -606,6 +584,7 @@ pub(crate) fn upload_master(var: &Var, values: &[f32]) -> Result<CudaSlice<f32>>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::backprop::GradStore;
     use candle_core::{Device, Var};
     use candle_nn::Optimizer;
 
@@ -631,9 +610,14 @@ mod tests {
                     grads.insert(&var, g);
                     opt.step(&grads)?;
                     opt.cuda[0].shift(start)?;
-                    let (blocks, groups) = (&opt.blocks, &opt.groups);
-                    let scalars = StepScalars { schedule: 1., grad_scale: 1. };
-                    opt.cuda[0].launch_shifted(blocks, groups, &grads, scalars, start)?;
+                    let inputs = Inputs {
+                        blocks: &opt.blocks,
+                        storages: &[],
+                        groups: &opt.groups,
+                        grads: &grads,
+                        scalars: StepScalars { schedule: 1., grad_scale: 1. },
+                    };
+                    opt.cuda[0].launch_shifted(&inputs, start)?;
                     var.to_dtype(DType::F32)?.to_vec1()
                 };
                 assert_eq!(step(0)?, step(start)?, "{dtype:?} {start}");
@@ -655,18 +639,11 @@ mod tests {
         }
 
         /// A step whose gradient is shifted likewise.
-        fn launch_shifted(
-            &mut self,
-            blocks: &[Block],
-            groups: &[Group],
-            grads: &GradStore,
-            scalars: StepScalars,
-            by: u64,
-        ) -> Result<()> {
-            let (mut gradients, _alive) = self.find(blocks, &[], grads)?;
-            let size = blocks[0].dtype.size_in_bytes() as u64;
+        fn launch_shifted(&mut self, inputs: &Inputs, by: u64) -> Result<()> {
+            let (mut gradients, _alive) = self.find(inputs)?;
+            let size = inputs.blocks[0].dtype.size_in_bytes() as u64;
             gradients[0].address = gradients[0].address.wrapping_sub(size * by);
-            self.send(Settings::new(groups, scalars))?;
+            self.send(Settings::new(inputs.groups, inputs.scalars))?;
             self.send_gradients(gradients)?;
             let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             self.launch(&self.for_stages(all))

@@ -12,12 +12,29 @@
 //! hands blocks to threads and `cpu.rs` has the mathematics; on a CUDA device `cuda.rs` launches the
 //! kernels of `kernels/srkl.cu`.
 
+use candle_core::backprop::GradStore;
+
+use crate::block::Block;
+use crate::optimizer::Group;
+use cpu::StepScalars;
+
 pub(crate) mod cpu;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 pub(crate) mod cuda;
 pub(crate) mod gradient;
 pub(crate) mod simd;
 pub(crate) mod stages;
+
+/// What a step on a device is given.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Inputs<'a> {
+    pub blocks: &'a [Block],
+    /// Where the storages of all variables are, sorted: a gradient must not be one of them.
+    pub storages: &'a [usize],
+    pub groups: &'a [Group],
+    pub grads: &'a GradStore,
+    pub scalars: StepScalars,
+}
 
 /// What a device has counted, where steps are decided on it.
 pub(crate) struct Counters {

@@ -1,10 +1,9 @@
 //! What stands in for `cuda.rs` in a build without feature `cuda`: no device, and no way to make one.
 
-use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
-use super::Counters;
 use super::cpu::{Decision, StepScalars};
+use super::{Counters, Inputs};
 use crate::block::{Block, Last};
 use crate::numerics::Sums;
 use crate::optimizer::Group;
@@ -17,25 +16,15 @@ pub(crate) fn devices_of(_: &[Block], _: &[Group]) -> Result<Vec<Cuda>> {
 }
 
 impl Cuda {
-    pub fn step(
-        &mut self,
-        _: &[Block],
-        _: &[usize],
-        _: &[Group],
-        _: &GradStore,
-        _: StepScalars,
-    ) -> Result<()> {
+    pub fn step(&mut self, _: &Inputs) -> Result<()> {
         match *self {}
     }
 
-    pub fn statistics(
-        &mut self,
-        _: &[Block],
-        _: &[usize],
-        _: &[Group],
-        _: &GradStore,
-        _: StepScalars,
-    ) -> Result<Vec<Tensor>> {
+    pub fn statistics(&mut self, _: &Inputs) -> Result<Vec<Tensor>> {
+        match *self {}
+    }
+
+    pub fn has_all(&self, _: usize) -> bool {
         match *self {}
     }
 
