@@ -25,7 +25,8 @@ template <typename T, int N> struct Elements {
 template <typename T> __device__ inline int wide_part(const T *p, u64 start, int len, u64 n) {
     const u64 first = (u64)(p + start), end = (u64)(p + n), shift = first & 15;
     if (shift == 0) return len / 16 * 16;
-    // A misaligned vector is made of two aligned ones, which must not reach beyond the tensor.
+    // A misaligned vector is made of two aligned ones, which must not reach beyond the tensor's end. (Up to
+    // 15 bytes before its beginning are in the same allocation, which is aligned.)
     const u64 reach = (end & ~15ull) - (first - shift);
     const u64 most = reach < 32 ? 0 : (reach - 16) / sizeof(T);
     return (int)(most < len ? most : len) / 16 * 16;

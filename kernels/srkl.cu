@@ -32,7 +32,7 @@
 #include "statistics.cuh"
 #include "update.cuh"
 
-#define NONE (~0ull)
+#define NO_CHUNK (~0ull)
 
 // How many chunks behind a block statistics may be done while it is not decided: the work of some dozen
 // microseconds, but little in L2. None behind one that will sweep L2 with its updates.
@@ -49,7 +49,7 @@ struct Work {
     SrklGradient gradient;
     SrklDecision decision;
     SrklGroup group;
-    u64 pending;   // the chunk to update next, or NONE
+    u64 pending;   // the chunk to update next, or NO_CHUNK
     u64 needs;     // statistics of chunks up to this number are worth doing meanwhile
     u64 pending_b; // its block
     bool take_parameter;
@@ -77,11 +77,9 @@ __device__ inline bool is_ready(const SrklTable &table, const Work &work, u64 b)
 
 __device__ inline void wait_until_ready(const SrklTable &table, const Work &work, u64 b) {
     while (!is_ready(table, work, b)) {
-#if __CUDA_ARCH__ >= 700
         // Seldom looked at: half a microsecond, in short sleeps.
 #pragma unroll 1
         for (int i = 0; i < 16; i++) __nanosleep(32);
-#endif
     }
 }
 
@@ -117,7 +115,6 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
 __device__ inline void take_decision(const SrklTable &table, Work &work) {
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
     work.decision.c = __ldcg(&decision->c);
-    work.decision.curvature = __ldcg(&decision->curvature);
     work.decision.phi = __ldcg(&decision->phi);
     work.decision.step = __ldcg(&decision->step);
     work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
@@ -133,8 +130,8 @@ __device__ inline void take_decision(const SrklTable &table, Work &work) {
 // Chooses what to do next, by one thread.
 __device__ inline void choose(const SrklTable &table, Work &work) {
     const bool updates = table.stages & SRKL_UPDATE;
-    if (updates && work.pending == NONE) take_pending(table, work);
-    const bool has_pending = work.pending != NONE;
+    if (updates && work.pending == NO_CHUNK) take_pending(table, work);
+    const bool has_pending = work.pending != NO_CHUNK;
     if (!has_pending || !is_ready(table, work, work.pending_b)) {
         const volatile u64 *next = &((const SrklState *)table.state)->next_statistics;
         if ((table.stages & SRKL_STATISTICS) && (!has_pending || *next < work.needs)) {
@@ -148,7 +145,7 @@ __device__ inline void choose(const SrklTable &table, Work &work) {
     __threadfence();
     take(table, work, SRKL_UPDATE, work.pending);
     take_decision(table, work);
-    work.pending = NONE;
+    work.pending = NO_CHUNK;
 }
 
 // Stage 2 where it needs all blocks: by the block of threads that has finished the last one.
@@ -208,7 +205,8 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     if (threadIdx.x == 0) work.last = arrives_last(&state->left, gridDim.x);
     __syncthreads();
     if (!work.last) return;
-    for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
+    const u64 flags = work.scalars.whole ? 1 : table.block_count;
+    for (u64 b = threadIdx.x; b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
     if (threadIdx.x == 0) {
         state->next_statistics = 0;
         state->next_update = 0;
@@ -228,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
     __shared__ Work work;
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
-        work.pending = NONE;
+        work.pending = NO_CHUNK;
     }
     for (;;) {
         if (threadIdx.x == 0) choose(table, work);

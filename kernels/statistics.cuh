@@ -9,7 +9,8 @@
 #include "access.cuh"
 #include "sums.cuh"
 
-#define ROWS (SRKL_CHUNK / SRKL_LANES)
+// Rows of lanes in a chunk.
+static const int CHUNK_ROWS = SRKL_CHUNK / SRKL_LANES;
 
 // Adds the element `g`, computed in f64 and scaled, to its lane.
 __device__ inline void add(double g, bool norm, double &sum2, double &sum4) {
@@ -27,7 +28,7 @@ __device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, do
     const int AT_ONCE = N == 8 ? 2 : 4;
     for (int l = threadIdx.x * N; l < width; l += SRKL_THREADS * N) {
         double sum2[N] = {}, sum4[N] = {};
-        for (int row = 0; row < ROWS && row * SRKL_LANES < wide; row += AT_ONCE) {
+        for (int row = 0; row < CHUNK_ROWS && row * SRKL_LANES < wide; row += AT_ONCE) {
             Vector<T> x[AT_ONCE];
             load_rows<SRKL_LANES>(x, g, row * SRKL_LANES + l, wide);
 #pragma unroll

@@ -182,12 +182,14 @@ impl Block {
     pub fn sync_master(&mut self) -> Result<()> {
         match &mut self.master {
             None => Ok(()),
-            Some(Master::Cpu(values)) => cpu::sync_master(&self.var, values),
+            Some(Master::Cpu(values)) => cpu::sync_master(&self.var, values).map(|_| ()),
             #[cfg(feature = "cuda")]
             Some(Master::Cuda(_)) => {
                 let mut values = self.master_values()?.unwrap_or_default().into_owned();
-                cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)?;
-                self.set_master(values)
+                match cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)? {
+                    true => self.set_master(values),
+                    false => Ok(()),
+                }
             }
         }
     }

@@ -55,6 +55,10 @@ const BLOCK_WORK: usize = 256;
 /// decay. Work is spread over threads of its own, as many as the rayon pool has that it is built in
 /// (`RAYON_NUM_THREADS`); the result does not depend on their number: see
 /// [`numerics`](crate::numerics).
+///
+/// On a CUDA device a step goes to the stream of candle's [`Device`](candle_core::Device), which for
+/// `Device::new_cuda` is one of each thread: step from the thread that computes the gradients, and
+/// always from the same one. Whoever reads parameters on another stream waits for this one first.
 pub struct Srkl {
     pub(crate) groups: Vec<Group>,
     pub(crate) blocks: Vec<Block>,
@@ -134,10 +138,7 @@ impl Optimizer for Srkl {
             let Self { cuda, blocks, storages, groups, .. } = self;
             return cuda[0].step(&Inputs { blocks, storages, groups, grads, scalars });
         }
-        match self.pool.clone() {
-            Some(pool) => pool.install(|| self.step_all(grads, scalars)),
-            None => self.step_all(grads, scalars),
-        }
+        self.step_all(grads, scalars)
     }
 
     /// The schedule's multiplier times the `lr` of the default group.
@@ -150,7 +151,8 @@ impl Optimizer for Srkl {
     /// The multiplier is applied to `phi`, not to [`ParamsSrkl::lr`]: with [`Beta::Tied`] a large
     /// `lr` has no effect on the step, so a schedule of it would have none either.
     ///
-    /// A negative or non-finite `lr` makes the next `step` fail.
+    /// A negative or non-finite `lr` makes the next `step` fail, and so does one that is set inside a
+    /// capture of a CUDA stream. Replays of captured steps go on with the last one that was neither.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -170,7 +172,8 @@ impl Optimizer for Srkl {
     /// [`Beta::Tied`]: crate::Beta::Tied
     fn set_learning_rate(&mut self, lr: f64) {
         self.schedule = lr / self.groups[0].params.lr;
-        self.send_settings();
+        // What fails here fails again, and is reported, in the next step.
+        let _ = self.send_settings();
     }
 }
 
@@ -242,9 +245,8 @@ impl Srkl {
     /// A scale that is not finite and above 0, or whose reciprocal is not finite. The old one stays.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
         check_grad_scale(grad_scale)?;
-        self.grad_scale = grad_scale;
-        self.send_settings();
-        Ok(())
+        let old = std::mem::replace(&mut self.grad_scale, grad_scale);
+        self.send_settings().inspect_err(|_| self.grad_scale = old)
     }
 
     /// Steps taken, those skipped not counted.
@@ -336,9 +338,12 @@ impl Srkl {
                 params.master_weights
             )
         }
-        group.params = params;
-        self.send_settings();
-        Ok(())
+        let old = std::mem::replace(&mut group.params, params);
+        let name = group.name.clone();
+        self.send_settings().inspect_err(|_| {
+            let group = self.groups.iter_mut().find(|g| g.name == name);
+            group.into_iter().for_each(|group| group.params = old.clone());
+        })
     }
 
     /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
@@ -399,23 +404,16 @@ impl Srkl {
 
     /// Tells the devices of settings that have changed, for replays of captured steps: they find there what
     /// was set last.
-    pub(crate) fn send_settings(&mut self) {
-        if let Ok(scalars) = self.scalars() {
-            for cuda in &mut self.cuda {
-                // What fails here fails again, and is reported, in the next step.
-                let _ = cuda.set(&self.groups, scalars);
-            }
-        }
+    pub(crate) fn send_settings(&mut self) -> Result<()> {
+        let scalars = self.scalars()?;
+        self.cuda.iter_mut().try_for_each(|cuda| cuda.set(&self.groups, scalars))
     }
 
     // -- The order of a step, and its stages --
 
     fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
-        let stages = Stages {
-            simd: self.simd,
-            parallel: self.pool.is_some(),
-            storages: self.storages.clone(),
-        };
+        let stages =
+            Stages { simd: self.simd, pool: self.pool.clone(), storages: self.storages.clone() };
         let runs = self.runs();
         // Devices work while the CPU does. What they read must live until they are told to update.
         let mut _alive = vec![];
@@ -443,7 +441,10 @@ impl Srkl {
                 return Ok(());
             };
             for cuda in &mut self.cuda {
-                cuda.update(&decisions)?;
+                cuda.send_decisions(&decisions)?;
+            }
+            for cuda in &mut self.cuda {
+                cuda.update()?;
             }
             let blocks = &mut self.blocks[run];
             stages.update(blocks, &gradients, &decisions, &self.groups, scalars)?;
@@ -473,7 +474,7 @@ impl Srkl {
     /// The parts of the list that are stepped one after the other: everything at once where a
     /// decision needs the statistics of all blocks.
     fn runs(&self) -> Vec<Range<usize>> {
-        let whole = steps_whole(&self.groups) || !self.cuda.is_empty();
+        let whole = self.uses(steps_whole) || !self.cuda.is_empty();
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
             elements += block.n;
@@ -528,9 +529,8 @@ impl Srkl {
 }
 
 /// Whether no parameter may move before the statistics of all gradients are known.
-pub(crate) fn steps_whole(groups: &[Group]) -> bool {
-    let skips_steps = |params: &ParamsSrkl| params.nonfinite == NonFinite::SkipStep;
-    groups.iter().any(|group| skips_steps(&group.params) || uses_total(&group.params))
+pub(crate) fn steps_whole(params: &ParamsSrkl) -> bool {
+    params.nonfinite == NonFinite::SkipStep || uses_total(params)
 }
 
 /// As many threads as rayon's pool has that the optimizer is built in.
@@ -542,12 +542,12 @@ fn new_pool() -> Result<Arc<ThreadPool>> {
     Ok(Arc::new(pool.map_err(candle_core::Error::wrap)?))
 }
 
-fn uses_norm(params: &ParamsSrkl) -> bool {
+pub(crate) fn uses_norm(params: &ParamsSrkl) -> bool {
     params.max_grad_norm.is_some()
 }
 
 /// Whether a step needs sums over all blocks.
-fn uses_total(params: &ParamsSrkl) -> bool {
+pub(crate) fn uses_total(params: &ParamsSrkl) -> bool {
     uses_norm(params) || params.scope == Scope::Global
 }
 

@@ -128,7 +128,7 @@ impl Srkl {
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
-        self.send_settings();
+        self.send_settings()?;
         self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
     }
 }

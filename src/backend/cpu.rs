@@ -403,24 +403,25 @@ fn agree<P: Parameter>(w: P, master: P::Compute) -> bool {
     P::narrow(master).same_bits(w) || master.is_nan() && w.widen().is_nan()
 }
 
-/// Gives masters that don't agree with their parameter its value.
-fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) {
+/// Gives masters that don't agree with their parameter its value. Returns whether there were any.
+fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
+    let mut any = false;
     for (w, master) in w.iter().zip(master) {
         if !agree(*w, *master) {
-            *master = w.widen();
+            (*master, any) = (w.widen(), true);
         }
     }
+    any
 }
 
-/// Brings `master` to a parameter that somebody else has written.
-pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<()> {
+/// Brings `master` to a parameter that somebody else has written. Returns whether anything changed.
+pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
     let (storage, _) = var.storage_and_layout();
-    match cpu_storage(&storage)? {
+    Ok(match cpu_storage(&storage)? {
         CpuStorage::BF16(w) => reconcile(w, master),
         CpuStorage::F16(w) => reconcile(w, master),
         _ => bail!("expected a parameter of bf16 or f16"),
-    }
-    Ok(())
+    })
 }
 
 /// The masters of a bf16 or f16 parameter: its values.

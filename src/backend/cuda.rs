@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
-    PushKernelArg, ValidAsZeroBits, result,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+    PinnedHostSlice, PushKernelArg, ValidAsZeroBits, result,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -27,7 +27,7 @@ use super::{Counters, Inputs};
 use crate::block::{Block, Last, Master, storage_address};
 use crate::cuda::abi;
 use crate::numerics::{CHUNK, LANES, Sums};
-use crate::optimizer::{Group, steps_whole};
+use crate::optimizer::{Group, steps_whole, uses_norm, uses_total};
 use crate::params::{NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
@@ -130,6 +130,10 @@ unsafe impl Sync for Pinned {}
 
 const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
 
+const SETTINGS_IN_CAPTURE: &str = "the optimizer's settings have changed inside a capture, where a \
+    replay would set them back each time: set the learning rate, gradient scale and parameters of groups \
+    before it begins, or after it has ended";
+
 /// The CUDA devices that blocks are on.
 pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>> {
     let mut devices: Vec<&CudaDevice> = vec![];
@@ -206,6 +210,9 @@ impl Cuda {
             spare: Some(Pinned::new(&stream, count)?),
             recorded: vec![],
         };
+        let live_count = entries.iter().filter(|entry| entry.chunk_count > 0).count();
+        // Whatever thread steps, and so whatever its stream is, finds all of this there.
+        stream.synchronize().w()?;
         Ok(Self {
             device: device.clone(),
             places,
@@ -215,7 +222,7 @@ impl Cuda {
             blocks: entries,
             gradients: vec![NO_GRADIENT; count],
             settings,
-            table: memory.table(&stream),
+            table: memory.table(&stream, live_count),
             memory,
             captures,
             stream,
@@ -234,11 +241,7 @@ impl Cuda {
         let mut table = self.for_stages(all);
         if self.is_capturing()? {
             if settings != self.settings {
-                bail!(
-                    "the optimizer's settings have changed inside a capture, where a replay would set \
-                     them back each time: set the learning rate, gradient scale and parameters of \
-                     groups before it begins, or after it has ended"
-                )
+                bail!("{SETTINGS_IN_CAPTURE}")
             }
             table.gradients = self.send_captured(&gradients)?;
         } else {
@@ -282,9 +285,8 @@ impl Cuda {
         Ok(present.map(|((&place, _), found)| (place, sums(found.sums))).collect())
     }
 
-    /// Stage 3 alone, by decisions of the host about all blocks of the optimizer. The gradients are those
-    /// of the last [`Cuda::statistics`], and still alive.
-    pub fn update(&mut self, decisions: &[Option<Decision>]) -> Result<()> {
+    /// Sends decisions of the host, about all blocks of the optimizer.
+    pub fn send_decisions(&mut self, decisions: &[Option<Decision>]) -> Result<()> {
         let decision = |&place: &usize| match &decisions[place] {
             Some(Decision { c, curvature, phi, .. }) => {
                 abi::SrklDecision { c: *c, curvature: *curvature, phi: *phi, step: 1 }
@@ -292,17 +294,26 @@ impl Cuda {
             None => abi::SrklDecision::default(),
         };
         let decisions: Vec<_> = self.places.iter().map(decision).collect();
-        self.device.memcpy_htod(&decisions, &mut self.memory.decisions)?;
+        self.upload(&decisions, |memory| &mut memory.decisions)
+    }
+
+    /// Stage 3 alone, by the decisions that were sent. The gradients are those of the last
+    /// [`Cuda::statistics`], and still alive.
+    pub fn update(&mut self) -> Result<()> {
         self.launch(&self.for_stages(abi::SRKL_UPDATE))
     }
 
-    /// Sends settings ahead of the next step, so that a replay of a captured one finds them. In a capture it
-    /// does nothing.
+    /// Sends settings ahead of the next step, so that a replay of a captured one finds them.
+    ///
+    /// # Errors
+    ///
+    /// In a capture, where a replay would set them back each time.
     pub fn set(&mut self, groups: &[Group], scalars: StepScalars) -> Result<()> {
-        match self.is_capturing()? {
-            true => Ok(()),
-            false => self.send(Settings::new(groups, scalars)),
+        let settings = Settings::new(groups, scalars);
+        if settings != self.settings && self.is_capturing()? {
+            bail!("{SETTINGS_IN_CAPTURE}")
         }
+        self.send(settings)
     }
 
     /// What the device has counted. Waits for it, as all that reads from it.
@@ -338,9 +349,9 @@ impl Cuda {
     pub fn set_counters(&mut self, steps: u64, skipped_steps: u64, skipped: &[u64]) -> Result<()> {
         let state = abi::SrklState { steps, skipped_steps, ..Default::default() };
         let none = vec![abi::SrklDecision::default(); self.places.len()];
-        self.device.memcpy_htod(&none, &mut self.memory.decisions)?;
-        self.device.memcpy_htod(skipped, &mut self.memory.skipped)?;
-        self.device.memcpy_htod(&[state], &mut self.memory.state)
+        self.upload(&none, |memory| &mut memory.decisions)?;
+        self.upload(skipped, |memory| &mut memory.skipped)?;
+        self.upload(&[state], |memory| &mut memory.state)
     }
 
     /// Whether it has as many blocks as this.
@@ -377,6 +388,7 @@ impl Cuda {
             let (storage, layout) = gradient.storage_and_layout();
             let address = address_of(&storage, layout, &self.stream)?;
             drop(storage);
+            let address = if block.n == 0 { 0 } else { address };
             gradients.push(abi::SrklGradient { address, dtype: dtype(gradient.dtype())? as u64 });
             alive.push(gradient);
         }
@@ -385,7 +397,7 @@ impl Cuda {
 
     fn send_gradients(&mut self, gradients: Vec<abi::SrklGradient>) -> Result<()> {
         if gradients != self.gradients {
-            self.device.memcpy_htod(&gradients, &mut self.memory.gradients)?;
+            self.upload(&gradients, |memory| &mut memory.gradients)?;
             self.gradients = gradients;
         }
         if self.captures.spare.is_none() {
@@ -401,7 +413,7 @@ impl Cuda {
                 "two steps of one optimizer captured without one outside of a capture between them"
             )
         };
-        let (to, _guard) = self.captures.gradients.device_ptr(&self.stream);
+        let (to, _guard) = self.captures.gradients.device_ptr_mut(&self.stream);
         // SAFETY:
         // 1. `address` points to as many entries as there are blocks, as `gradients` has;
         // 2. nobody else reads or writes them now: the memory was in `spare`, which no copy has read from;
@@ -419,12 +431,11 @@ impl Cuda {
 
     /// Sends what differs from the settings that the device has.
     fn send(&mut self, settings: Settings) -> Result<()> {
-        let has = &mut self.settings;
-        if settings.groups != has.groups {
-            self.device.memcpy_htod(&settings.groups, &mut self.memory.groups)?;
-            has.groups = settings.groups;
+        if settings.groups != self.settings.groups {
+            self.upload(&settings.groups, |memory| &mut memory.groups)?;
+            self.settings.groups = settings.groups;
         }
-        if settings.scalars != has.scalars {
+        if settings.scalars != self.settings.scalars {
             let config =
                 LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
             let mut launch = self.stream.launch_builder(&self.set);
@@ -432,9 +443,18 @@ impl Cuda {
             // SAFETY: its two arguments are the table and the scalars by value, and it writes to the place
             // for scalars, which `memory` keeps, in the order of the stream.
             unsafe { launch.launch(config) }.w()?;
-            has.scalars = settings.scalars;
+            self.settings.scalars = settings.scalars;
         }
         Ok(())
+    }
+
+    /// By cudarc alone: candle's own copy keeps what it has copied while its cache for graphs is on.
+    fn upload<T: DeviceRepr>(
+        &mut self,
+        values: &[T],
+        to: impl FnOnce(&mut Memory) -> &mut CudaSlice<T>,
+    ) -> Result<()> {
+        self.stream.memcpy_htod(values, to(&mut self.memory)).w()
     }
 
     fn for_stages(&self, stages: u32) -> abi::SrklTable {
@@ -445,7 +465,7 @@ impl Cuda {
         let whole = self.settings.scalars.whole != 0;
         let most = self.multiprocessors * if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 };
         let config = LaunchConfig {
-            grid_dim: (table.chunk_count.min(most as u64) as u32, 1, 1),
+            grid_dim: (table.chunk_count.clamp(1, most as u64) as u32, 1, 1),
             block_dim: (abi::SRKL_THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
@@ -458,7 +478,8 @@ impl Cuda {
         // 4. those in `blocks` are what candle has for the variables, as `find` has seen in this step, and
         //    of the masters that `Block` keeps; both are memory of their own, which CUDA aligns to 256
         //    bytes, at offset 0 (`Block::new`);
-        // 5. all launches go to the stream that candle's own work on these tensors goes to.
+        // 5. all launches go to the stream that candle's own work on these tensors goes to, and one follows
+        //    the other there, as long as one thread steps: `Srkl` says so.
         unsafe { self.stream.launch_builder(&self.step).arg(table).launch(config) }.w()?;
         Ok(())
     }
@@ -479,7 +500,7 @@ impl Drop for Cuda {
 }
 
 impl Memory {
-    fn table(&self, stream: &CudaStream) -> abi::SrklTable {
+    fn table(&self, stream: &CudaStream, live_count: usize) -> abi::SrklTable {
         abi::SrklTable {
             blocks: self.blocks.device_ptr(stream).0,
             gradients: self.gradients.device_ptr(stream).0,
@@ -494,8 +515,7 @@ impl Memory {
             skipped: self.skipped.device_ptr(stream).0,
             state: self.state.device_ptr(stream).0,
             block_count: self.blocks.len() as u64,
-            // candle makes no empty tensors on a device, so each block has chunks.
-            live_count: self.blocks.len() as u64,
+            live_count: live_count as u64,
             chunk_count: self.chunks.len() as u64,
             stages: 0,
         }
@@ -512,19 +532,17 @@ impl Pinned {
 
 impl Settings {
     fn new(groups: &[Group], scalars: StepScalars) -> Self {
-        let whole = steps_whole(groups) as u32;
-        let groups: Vec<_> = groups.iter().map(group).collect();
-        let norm = groups.iter().any(|group| group.max_grad_norm > 0.);
-        let total = norm || groups.iter().any(|group| group.scope == abi::SRKL_GLOBAL);
+        let any = |holds: fn(&ParamsSrkl) -> bool| groups.iter().any(|group| holds(&group.params));
+        let (norm, total, whole) = (any(uses_norm), any(uses_total), any(steps_whole));
         let scalars = abi::SrklScalars {
             schedule: scalars.schedule,
             grad_scale: scalars.grad_scale,
             norm: norm as u32,
             total: total as u32,
-            whole,
+            whole: whole as u32,
             pad: 0,
         };
-        Self { groups, scalars }
+        Self { groups: groups.iter().map(group).collect(), scalars }
     }
 }
 

@@ -32,7 +32,11 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn update(&mut self, _: &[Option<Decision>]) -> Result<()> {
+    pub fn send_decisions(&mut self, _: &[Option<Decision>]) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn update(&mut self) -> Result<()> {
         match *self {}
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
+use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::cpu::{self, Decision, PIECE, Scratch, StepScalars};
@@ -47,8 +48,8 @@ impl<'a> Found<'a> {
 #[derive(Clone)]
 pub(crate) struct Stages {
     pub simd: Simd,
-    /// Whether threads are worth it: then this runs in the optimizer's own pool.
-    pub parallel: bool,
+    /// The optimizer's own threads, if they are worth it.
+    pub pool: Option<Arc<ThreadPool>>,
     /// Where the storages of all variables are, sorted: a gradient must not be one of them.
     pub storages: Arc<[usize]>,
 }
@@ -161,13 +162,15 @@ impl Stages {
         work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
     ) -> Result<()> {
         let mut scratch = Scratch::new();
-        if !self.parallel {
+        let Some(pool) = &self.pool else {
             return items.into_iter().try_for_each(|(_, item)| work(&mut scratch, item));
-        }
+        };
         let (large, small): (Vec<_>, Vec<_>) = items.into_iter().partition(|(large, _)| *large);
-        large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
-        let work = |scratch: &mut Box<Scratch>, (_, item)| work(scratch, item);
-        small.into_par_iter().try_for_each_init(Scratch::new, work)
+        pool.install(|| {
+            large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
+            let work = |scratch: &mut Box<Scratch>, (_, item)| work(scratch, item);
+            small.into_par_iter().try_for_each_init(Scratch::new, work)
+        })
     }
 }
 
