@@ -1,16 +1,15 @@
 //! [`Block`]: a parameter tensor with its state, the unit that the rule works on.
 
-use std::borrow::Cow;
-
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
 #[cfg(feature = "cuda")]
-use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::cuda_backend::{WrapErr, cudarc::driver::CudaSlice};
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
 use crate::backend::cpu;
 use crate::backend::gradient::{Gradient, is_supported};
-use crate::params::MasterWeights;
+use crate::curvature::Estimate;
+use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
 
 /// A parameter tensor and its state.
 ///
@@ -30,7 +29,11 @@ pub(crate) struct Block {
     pub elements: usize,
     /// Its place in the optimizer's list of groups.
     pub group: usize,
-    pub master: Option<Master>,
+    pub state: State,
+    pub powers: Powers,
+    pub estimate: Estimate,
+    /// The parameter as it was, while it is perturbed or replaced, or until the step is measured.
+    pub old: Option<Tensor>,
     /// How often it was skipped alone.
     pub skipped: u64,
     pub last: Last,
@@ -39,11 +42,58 @@ pub(crate) struct Block {
 /// Curvature and brake of the last step, if it moved the block.
 pub(crate) type Last = Option<(f64, f64)>;
 
-/// The f32 masters of a parameter, where the parameter is.
-pub(crate) enum Master {
-    Cpu(Vec<f32>),
+/// What a block has beside its parameter: a number an element, where its settings ask for it.
+#[derive(Default)]
+pub(crate) struct State {
+    /// f32 masters of a parameter of 16 bits.
+    pub master: Option<Buffer>,
+    /// The first moment of [`Direction::Momentum`] and [`Direction::Adam`].
+    pub m: Option<Buffer>,
+    /// The second moment of [`Direction::Adam`].
+    pub v: Option<Buffer>,
+    /// The average of the parameter.
+    pub average: Option<Buffer>,
+    /// The squared row norms of [`Curvature::Hutchinson`].
+    pub q: Option<Buffer>,
+}
+
+/// Numbers of the compute type of a block, where the parameter is.
+pub(crate) enum Buffer {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
     #[cfg(feature = "cuda")]
-    Cuda(CudaSlice<f32>),
+    CudaF32(CudaSlice<f32>),
+    #[cfg(feature = "cuda")]
+    CudaF64(CudaSlice<f64>),
+}
+
+/// The products of the decays over the steps that have moved a block: `mu^t`, and so on. 1 before the first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Powers {
+    /// Of `mu`, or `beta1`.
+    pub first: f64,
+    /// Of `beta2`.
+    pub second: f64,
+    /// Of the average's decay.
+    pub average: f64,
+}
+
+impl Powers {
+    pub const NONE: Self = Self { first: 1., second: 1., average: 1. };
+
+    /// After one more step.
+    pub fn next(&self, params: &ParamsSrkl) -> Self {
+        let (first, second) = match params.direction {
+            Direction::Gradient => (1., 1.),
+            Direction::Momentum { mu } => (mu, 1.),
+            Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
+        };
+        Self {
+            first: self.first * first,
+            second: self.second * second,
+            average: self.average * params.average.unwrap_or(1.),
+        }
+    }
 }
 
 impl Block {
@@ -51,7 +101,8 @@ impl Block {
     ///
     /// A variable on a device or of a dtype that is not handled, one that loses bits in its master,
     /// or one that is not as candle makes variables.
-    pub fn new(name: String, var: Var, group: usize, masters: MasterWeights) -> Result<Self> {
+    pub fn new(name: String, var: Var, group: usize, params: &ParamsSrkl) -> Result<Self> {
+        let masters = params.master_weights;
         let dtype = var.dtype();
         let on_cpu = match var.device() {
             Device::Cpu => true,
@@ -80,8 +131,19 @@ impl Block {
         }
         let is_half = matches!(dtype, DType::BF16 | DType::F16);
         let master = match masters {
-            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(Master::new(&var)?),
+            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(Buffer::of_values(&var)?),
             _ => None,
+        };
+        let zeros = |name| match has_state(params, name) {
+            true => Buffer::zeros(&var).map(Some),
+            false => Ok(None),
+        };
+        let state = State {
+            master,
+            m: zeros("m")?,
+            v: zeros("v")?,
+            average: zeros("average")?,
+            q: zeros("q")?,
         };
         let (storage, elements) = {
             let (storage, layout) = var.storage_and_layout();
@@ -90,6 +152,7 @@ impl Block {
         };
         let (id, shape, n) = (var.id(), var.shape().clone(), var.elem_count());
         let (skipped, last) = (0, None);
+        let (powers, estimate) = (Powers::NONE, Estimate::NONE);
         Ok(Self {
             name,
             var,
@@ -101,7 +164,10 @@ impl Block {
             storage,
             elements,
             group,
-            master,
+            state,
+            powers,
+            estimate,
+            old: None,
             skipped,
             last,
         })
@@ -147,61 +213,141 @@ impl Block {
         Ok(())
     }
 
-    /// The masters, on the host.
-    pub fn master_values(&self) -> Result<Option<Cow<'_, [f32]>>> {
-        Ok(match &self.master {
-            None => None,
-            Some(Master::Cpu(values)) => Some(Cow::Borrowed(values.as_slice())),
-            #[cfg(feature = "cuda")]
-            Some(Master::Cuda(values)) => {
-                let mut host = self.var.device().as_cuda_device()?.clone_dtoh(values)?;
-                host.truncate(self.n);
-                Some(Cow::Owned(host))
-            }
-        })
+    /// Keeps a copy of the parameter as it is.
+    pub fn keep(&mut self) -> Result<()> {
+        self.old = Some(self.var.copy()?);
+        Ok(())
     }
 
-    /// Replaces the masters, if there are any, in place.
-    pub fn set_master(&mut self, new: Vec<f32>) -> Result<()> {
-        match &mut self.master {
-            None => Ok(()),
-            Some(Master::Cpu(values)) => {
-                *values = new;
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Some(Master::Cuda(_)) if new.is_empty() => Ok(()),
-            #[cfg(feature = "cuda")]
-            Some(Master::Cuda(values)) => {
-                self.var.device().as_cuda_device()?.memcpy_htod(&new, values)
-            }
+    /// Puts what was kept back, bit for bit.
+    pub fn restore(&mut self) -> Result<()> {
+        match self.old.take() {
+            Some(old) if self.n > 0 => self.var.set(&old),
+            _ => Ok(()),
         }
+    }
+
+    /// The masters, on the host.
+    pub fn master_values(&self) -> Result<Option<Vec<f32>>> {
+        let bytes = self.state.master.as_ref().map(|master| master.to_bytes(self.n)).transpose()?;
+        let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        Ok(bytes.map(|bytes| bytes.chunks_exact(4).map(value).collect()))
     }
 
     /// Brings the masters to a parameter that somebody else has written.
     pub fn sync_master(&mut self) -> Result<()> {
-        match &mut self.master {
+        match &mut self.state.master {
             None => Ok(()),
-            Some(Master::Cpu(values)) => cpu::sync_master(&self.var, values).map(|_| ()),
-            #[cfg(feature = "cuda")]
-            Some(Master::Cuda(_)) => {
-                let mut values = self.master_values()?.unwrap_or_default().into_owned();
-                match cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)? {
-                    true => self.set_master(values),
-                    false => Ok(()),
+            Some(Buffer::F32(values)) => cpu::sync_master(&self.var, values).map(|_| ()),
+            Some(_) => {
+                let mut values = self.master_values()?.unwrap_or_default();
+                if !cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)? {
+                    return Ok(());
                 }
+                let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+                self.state.master.as_mut().map_or(Ok(()), |master| master.set(&bytes))
             }
         }
     }
 }
 
-impl Master {
-    fn new(var: &Var) -> Result<Self> {
-        match var.device() {
+/// The names of a block's state, as [`State::named`] and checkpoints have them.
+pub(crate) const STATE: [&str; 5] = ["master", "m", "v", "average", "q"];
+
+/// Whether these settings ask for state of this name; masters depend on the parameter's dtype too.
+pub(crate) fn has_state(params: &ParamsSrkl, name: &str) -> bool {
+    match name {
+        "m" => params.direction != Direction::Gradient,
+        "v" => matches!(params.direction, Direction::Adam { .. }),
+        "average" => params.average.is_some(),
+        "q" => matches!(params.curvature, Curvature::Hutchinson { .. }),
+        _ => false,
+    }
+}
+
+impl State {
+    /// What there is, by name.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, &Buffer)> {
+        let Self { master, m, v, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        all.filter_map(|(name, buffer)| Some((name, buffer.as_ref()?)))
+    }
+
+    pub fn named_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Buffer)> {
+        let Self { master, m, v, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        all.filter_map(|(name, buffer)| Some((name, buffer.as_mut()?)))
+    }
+}
+
+impl Buffer {
+    fn zeros(var: &Var) -> Result<Self> {
+        let n = var.elem_count();
+        Ok(match (var.device(), var.dtype()) {
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Ok(Self::Cuda(crate::backend::cuda::new_master(var)?)),
-            _ => Ok(Self::Cpu(cpu::new_master(var)?)),
+            (Device::Cuda(device), DType::F64) => Self::CudaF64(device.alloc_zeros(n.max(1))?),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(device), _) => Self::CudaF32(device.alloc_zeros(n.max(1))?),
+            (_, DType::F64) => Self::F64(vec![0.; n]),
+            _ => Self::F32(vec![0.; n]),
+        })
+    }
+
+    /// The values of a parameter of 16 bits.
+    fn of_values(var: &Var) -> Result<Self> {
+        Ok(match var.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Self::CudaF32(crate::backend::cuda::new_master(var)?),
+            _ => Self::F32(cpu::new_master(var)?),
+        })
+    }
+
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::F64(_) => DType::F64,
+            #[cfg(feature = "cuda")]
+            Self::CudaF32(_) => DType::F32,
+            #[cfg(feature = "cuda")]
+            Self::CudaF64(_) => DType::F64,
         }
+    }
+
+    /// Its `n` numbers on the host, little-endian.
+    pub fn to_bytes(&self, n: usize) -> Result<Vec<u8>> {
+        let narrow = |values: &[f32]| values[..n].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let wide = |values: &[f64]| values[..n].iter().flat_map(|x| x.to_le_bytes()).collect();
+        Ok(match self {
+            Self::F32(values) => narrow(values),
+            Self::F64(values) => wide(values),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32(values) => narrow(&values.stream().clone_dtoh(values).w()?),
+            #[cfg(feature = "cuda")]
+            Self::CudaF64(values) => wide(&values.stream().clone_dtoh(values).w()?),
+        })
+    }
+
+    /// Replaces all of its numbers, little-endian.
+    pub fn set(&mut self, bytes: &[u8]) -> Result<()> {
+        let (narrow, _) = bytes.as_chunks::<4>();
+        let narrow = narrow.iter().map(|b| f32::from_le_bytes(*b));
+        let (wide, _) = bytes.as_chunks::<8>();
+        let wide = wide.iter().map(|b| f64::from_le_bytes(*b));
+        match self {
+            Self::F32(values) => values.iter_mut().zip(narrow).for_each(|(x, y)| *x = y),
+            Self::F64(values) => values.iter_mut().zip(wide).for_each(|(x, y)| *x = y),
+            #[cfg(feature = "cuda")]
+            Self::CudaF32(values) => {
+                let host: Vec<f32> = narrow.collect();
+                values.stream().clone().memcpy_htod(&host, values).w()?;
+            }
+            #[cfg(feature = "cuda")]
+            Self::CudaF64(values) => {
+                let host: Vec<f64> = wide.collect();
+                values.stream().clone().memcpy_htod(&host, values).w()?;
+            }
+        }
+        Ok(())
     }
 }
 

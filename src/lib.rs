@@ -7,10 +7,12 @@ mod backend;
 mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod curvature;
 pub mod numerics;
 mod optimizer;
 mod params;
 mod state;
 
+pub use curvature::{Averaged, Measurements, Perturbed};
 pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
-pub use params::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope};
+pub use params::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope};

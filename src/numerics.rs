@@ -42,6 +42,15 @@
 //! below -1022; its sums carry the exponent along. Before sums are added they are brought to the largest
 //! exponent among those with a `sum4` other than 0, by powers of two (0 below 2^-1074).
 //!
+//! Sums of products of parameters, directions and differences of gradients (for the trust clip and for
+//! measured curvature) go by the same rules, in f64 without a scale; what is beyond f64 counts as not
+//! finite.
+//!
+//! # Random numbers
+//!
+//! The signs of random vectors depend on the seed, the number of the measurement, the parameter's place and
+//! the element's number alone.
+//!
 //! # Range
 //!
 //! An element's step is `phi * c` times its gradient, `c` the unscaling and clipping: one number,
@@ -76,6 +85,10 @@ pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
     fn mul(self, a: Self) -> Self;
+    fn add(self, a: Self) -> Self;
+    fn sub(self, a: Self) -> Self;
+    fn div(self, a: Self) -> Self;
+    fn sqrt(self) -> Self;
     fn neg(self) -> Self;
     /// The value itself, or the canonical NaN for any NaN.
     fn canonical(self) -> Self;
@@ -101,6 +114,22 @@ macro_rules! impl_real {
             #[inline(always)]
             fn mul(self, a: Self) -> Self {
                 self * a
+            }
+            #[inline(always)]
+            fn add(self, a: Self) -> Self {
+                self + a
+            }
+            #[inline(always)]
+            fn sub(self, a: Self) -> Self {
+                self - a
+            }
+            #[inline(always)]
+            fn div(self, a: Self) -> Self {
+                self / a
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                <$t>::sqrt(self)
             }
             #[inline(always)]
             fn neg(self) -> Self {
@@ -167,6 +196,59 @@ impl Sums {
         }
         Self { sum2: tree(&mut sum2), sum4: tree(&mut sum4), exponent }
     }
+}
+
+/// Two sums over a chunk, a block or all blocks, where f64 suffices without a scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Pair {
+    pub a: f64,
+    pub b: f64,
+}
+
+impl Pair {
+    pub const ZERO: Self = Self { a: 0., b: 0. };
+
+    /// The sum of all `items`, by rule 4 of the contract.
+    pub fn fold(items: &[Pair]) -> Pair {
+        if let [only] = items {
+            return *only;
+        }
+        let width = items.len().clamp(MIN_LANES, LANES).next_power_of_two();
+        let (mut a, mut b) = (vec![0.; width], vec![0.; width]);
+        for row in items.chunks(LANES) {
+            for ((a, b), item) in a.iter_mut().zip(&mut b).zip(row) {
+                *a += item.a;
+                *b += item.b;
+            }
+        }
+        Self { a: tree(&mut a), b: tree(&mut b) }
+    }
+}
+
+/// The `word`-th 64 random bits of a block, for its elements `64 word..`; bit `i` of them is the sign of
+/// element `64 word + i`. Each of the numbers goes through the finalizer of SplitMix64 (Steele and others,
+/// 2014).
+pub(crate) fn random_bits(seed: u64, draw: u64, block: u64, word: u64) -> u64 {
+    fn mix(x: u64) -> u64 {
+        let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+    mix(mix(mix(mix(seed) ^ draw) ^ block) ^ word)
+}
+
+/// `x^(k / 8)` by square roots, for `k` from 0 to 8.
+#[inline(always)]
+pub(crate) fn eighths(x: f64, k: u32) -> f64 {
+    let half = x.sqrt();
+    let quarter = half.sqrt();
+    let eighth = quarter.sqrt();
+    let mut power = if k >= 8 { x } else { 1. };
+    for (bit, root) in [(4, half), (2, quarter), (1, eighth)] {
+        power = if k & bit != 0 { power * root } else { power };
+    }
+    power
 }
 
 /// The smallest number of lanes that [`tree`] takes: those of two AVX2 registers.

@@ -1,24 +1,24 @@
 //! [`Srkl`]: parameter groups, and the order of a step.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, TensorId, Var, bail};
+use candle_core::{Result, Tensor, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::Inputs;
-use crate::backend::cpu::{self, Decision, StepScalars};
+use crate::backend::cpu::{self, Decision, Directions, Measured, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
-use crate::block::{Block, Last};
-use crate::numerics::Sums;
-use crate::params::{Above, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
+use crate::block::{Block, Last, Powers, STATE, has_state};
+use crate::curvature::{Estimate, Pending, Plan, Progress};
+use crate::numerics::{Pair, Sums};
+use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
 /// The name of the group of every parameter that no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -68,6 +68,9 @@ pub struct Srkl {
     pub(crate) grad_scale: f64,
     pub(crate) steps: u64,
     pub(crate) skipped_steps: u64,
+    /// When curvature is measured, if it is.
+    pub(crate) plan: Option<Plan>,
+    pub(crate) progress: Progress,
     grad_norm: Option<f64>,
     pub(crate) simd: Simd,
     /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
@@ -89,11 +92,15 @@ pub struct BlockTelemetry {
     pub name: String,
     /// The name of its group.
     pub group: String,
-    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass). `None` where the last step did not move this parameter, and
-    /// for [`Scope::Element`], where every element has its own.
+    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass), as the
+    /// trust clip left it. `None` where the last step did not move this parameter, and for
+    /// [`Scope::Element`] and [`Scope::Mixed`], where every element has its own.
     pub phi: Option<f64>,
-    /// The curvature `H` that `phi` was made from, of the gradient as the rule used it (unscaled
-    /// and clipped). `None` as for `phi`.
+    /// The curvature `H` that `phi` was made from; of [`Curvature::GradSquare`] that of the gradient as the
+    /// rule used it (unscaled and clipped). An infinity after a measurement that was not finite. `None` as
+    /// for `phi`, and where nothing has been measured yet.
+    ///
+    /// [`Curvature::GradSquare`]: crate::Curvature::GradSquare
     pub curvature: Option<f64>,
     /// How often [`NonFinite::SkipBlock`] has skipped this parameter.
     pub skipped: u64,
@@ -134,11 +141,28 @@ impl Optimizer for Srkl {
     /// step outside of one before the next.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
+        self.refuse_unmeasured()?;
         if self.decides_on_device() {
             let Self { cuda, blocks, storages, groups, .. } = self;
             return cuda[0].step(&Inputs { blocks, storages, groups, grads, scalars });
         }
         self.step_all(grads, scalars)
+    }
+
+    /// One step by the gradient of `loss`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`step`](Self::step), and a step that measures the curvature, for which it takes
+    /// [`Srkl::backward_step_with`].
+    fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
+        if self.measuring() {
+            bail!(
+                "`backward_step`: this step measures the curvature, for which the loss must be computed \
+                 twice; use `backward_step_with(|| loss)`, or `step` and `observe`"
+            )
+        }
+        self.step(&loss.backward()?)
     }
 
     /// The schedule's multiplier times the `lr` of the default group.
@@ -294,11 +318,11 @@ impl Srkl {
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
         let entry = |(block, (last, skipped)): (&Block, (Last, u64))| {
             let group = &self.groups[block.group];
-            let last = last.filter(|_| group.params.scope != Scope::Element);
+            let last = last.filter(|_| !cpu::has_element_brakes(&group.params));
             BlockTelemetry {
                 name: block.name.clone(),
                 group: group.name.clone(),
-                curvature: last.map(|(curvature, _)| curvature),
+                curvature: last.map(|(curvature, _)| curvature).filter(|h| *h != UNKNOWN),
                 phi: last.map(|(_, phi)| phi),
                 skipped,
             }
@@ -323,13 +347,27 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// No group of that name, settings out of range, or another choice of `master_weights`, which
-    /// is made once. The old settings stay.
+    /// No group of that name, settings out of range, groups that measure the curvature but not alike, or
+    /// settings that need other state than it was built with: another choice of `master_weights`, another
+    /// kind of direction, with or without an average. The old settings stay.
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
-        let Some(group) = self.groups.iter_mut().find(|g| g.name == group) else {
+        let changed = |g: &Group| g.name == group;
+        let others = self.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);
+        let plan = Plan::of_all(others.chain([&params]))?;
+        let Some(group) = self.groups.iter_mut().find(|g| changed(g)) else {
             bail!("no parameter group `{group}`")
         };
+        for name in STATE {
+            let (had, has) = (has_state(&group.params, name), has_state(&params, name));
+            if had != has {
+                let expected = if had { "settings that keep" } else { "settings without" };
+                bail!(
+                    "group `{}`: expected {expected} the state `{name}`, as it was built, got {params:?}",
+                    group.name
+                )
+            }
+        }
         if group.params.master_weights != params.master_weights {
             bail!(
                 "`master_weights` of group `{}`: expected {:?} as it was built, got {:?}",
@@ -340,10 +378,13 @@ impl Srkl {
         }
         let old = std::mem::replace(&mut group.params, params);
         let name = group.name.clone();
-        self.send_settings().inspect_err(|_| {
+        if let Err(e) = self.send_settings() {
             let group = self.groups.iter_mut().find(|g| g.name == name);
             group.into_iter().for_each(|group| group.params = old.clone());
-        })
+            return Err(e);
+        }
+        self.plan = plan;
+        Ok(())
     }
 
     /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
@@ -374,8 +415,7 @@ impl Srkl {
     /// None on the CPU. (The master may live on a device.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let block = self.blocks.iter().find(|block| block.name == name);
-        let values = block.map_or(Ok(None), Block::master_values)?;
-        Ok(values.map(Cow::into_owned))
+        block.map_or(Ok(None), Block::master_values)
     }
 
     /// Sets the counters, of the optimizer and (in the order of blocks) of each block; the last step is
@@ -412,9 +452,9 @@ impl Srkl {
     // -- The order of a step, and its stages --
 
     fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
-        let stages =
-            Stages { simd: self.simd, pool: self.pool.clone(), storages: self.storages.clone() };
-        let runs = self.runs();
+        let stages = self.stages();
+        let measures = self.measuring() && !self.probes();
+        let runs = self.runs(measures);
         // Devices work while the CPU does. What they read must live until they are told to update.
         let mut _alive = vec![];
         for cuda in &mut self.cuda {
@@ -427,19 +467,27 @@ impl Srkl {
             stages.check(&self.blocks, grads)?;
         }
         let norm = self.uses(uses_norm);
+        let mut pending = measures.then(|| vec![None; self.blocks.len()]);
+        let mut skipped = false;
         for run in runs {
-            let mut gradients = stages.statistics(&self.blocks[run.clone()], grads, norm)?;
+            let mut gradients = match self.uses(uses_sums) {
+                true => stages.statistics(&self.blocks[run.clone()], grads, norm)?,
+                false => stages.check(&self.blocks[run.clone()], grads)?,
+            };
             for cuda in &self.cuda {
                 for (place, sums) in cuda.found()? {
                     gradients[place] = Found::on_device(&self.blocks[place], grads, sums);
                 }
             }
-            let Some(decisions) = self.decide(run.clone(), &gradients, scalars) else {
+            let Some(mut decisions) = self.decide(run.clone(), &gradients, scalars) else {
                 // Only a run of all blocks has a group that skips steps, so nothing has moved.
                 self.blocks.iter_mut().for_each(|block| block.last = None);
-                self.skipped_steps += 1;
-                return Ok(());
+                skipped = true;
+                break;
             };
+            if measures || self.uses(|params| params.trust.is_some()) {
+                self.adjust(&stages, run.clone(), &gradients, &mut decisions, scalars, measures)?;
+            }
             for cuda in &mut self.cuda {
                 cuda.send_decisions(&decisions)?;
             }
@@ -447,10 +495,29 @@ impl Srkl {
                 cuda.update()?;
             }
             let blocks = &mut self.blocks[run];
-            stages.update(blocks, &gradients, &decisions, &self.groups, scalars)?;
+            if let Some(pending) = &mut pending {
+                for (i, block) in blocks.iter_mut().enumerate() {
+                    if let (Some(found), Some(_)) = (gradients[i], decisions[i]) {
+                        block.keep()?;
+                        pending[i] = Some(found.gradient.clone());
+                    }
+                }
+            }
+            stages.update(blocks, &gradients, &decisions, &self.groups)?;
         }
-        self.steps += 1;
+        *(if skipped { &mut self.skipped_steps } else { &mut self.steps }) += 1;
+        self.count_attempt(pending);
         Ok(())
+    }
+
+    /// Ends a step, taken or skipped, with what its measurement needs, if it has one to come.
+    fn count_attempt(&mut self, pending: Option<Pending>) {
+        let Progress { attempts, draws, .. } = self.progress;
+        self.progress = Progress { attempts: attempts + 1, draws, pending, ..Default::default() };
+    }
+
+    fn stages(&self) -> Stages {
+        Stages { simd: self.simd, pool: self.pool.clone(), storages: self.storages.clone() }
     }
 
     pub(crate) fn scalars(&self) -> Result<StepScalars> {
@@ -473,8 +540,8 @@ impl Srkl {
 
     /// The parts of the list that are stepped one after the other: everything at once where a
     /// decision needs the statistics of all blocks.
-    fn runs(&self) -> Vec<Range<usize>> {
-        let whole = self.uses(steps_whole) || !self.cuda.is_empty();
+    fn runs(&self, measures: bool) -> Vec<Range<usize>> {
+        let whole = self.uses(steps_whole) || measures || !self.cuda.is_empty();
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
             elements += block.n;
@@ -513,7 +580,10 @@ impl Srkl {
         let mut decisions = Vec::with_capacity(blocks.len());
         for (block, found) in blocks.iter().zip(gradients) {
             let params = self.params_of(block);
-            let decision = found.map(|found| cpu::decide(params, scalars, &found.sums, &total));
+            let powers = block.powers.next(params);
+            let decision = found.map(|Found { sums, .. }| {
+                cpu::decide(params, scalars, &sums, &total, &block.estimate, &powers)
+            });
             match decision {
                 Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {
                     if params.nonfinite == NonFinite::SkipStep {
@@ -526,6 +596,205 @@ impl Srkl {
         }
         Some(decisions)
     }
+
+    /// Stage 2 where it needs the directions of all blocks of a run.
+    fn adjust(
+        &mut self,
+        stages: &Stages,
+        run: Range<usize>,
+        gradients: &[Option<Found>],
+        decisions: &mut [Option<Decision>],
+        scalars: StepScalars,
+        measures: bool,
+    ) -> Result<()> {
+        let Self { blocks, groups, .. } = self;
+        let blocks = &mut blocks[run];
+        let both = gradients.iter().zip(&*decisions);
+        let given: Vec<_> = both.map(|(found, decision)| Some(((*found)?, (*decision)?))).collect();
+        let pairs = stages.each(blocks, &given, |scratch, block, (found, decision)| {
+            let params = &groups[block.group].params;
+            cpu::directions(block, found.gradient, params, decision, stages.simd, scratch)
+        })?;
+        let by_step =
+            |block: &Block| matches!(groups[block.group].params.curvature, Curvature::Step { .. });
+        let counted = |(block, pair): (&Block, &Option<Pair>)| pair.filter(|_| by_step(block));
+        let moving: Vec<Option<Pair>> = blocks.iter().zip(&pairs).map(counted).collect();
+        let sizes = blocks.iter().zip(&moving).filter(|(_, pair)| pair.is_some());
+        let total_n = sizes.map(|(block, _)| block.n as u64).sum::<u64>() as f64;
+        let total = Pair::fold(&moving.iter().map(|p| p.unwrap_or(Pair::ZERO)).collect::<Vec<_>>());
+        for ((block, decision), own) in blocks.iter().zip(decisions).zip(pairs) {
+            if let (Some(decision), Some(own)) = (decision, own) {
+                let directions = Directions { own, n: block.n as f64, total, total_n };
+                let params = &groups[block.group].params;
+                cpu::adjust(decision, params, scalars, &directions, measures);
+            }
+        }
+        Ok(())
+    }
+
+    // -- Measured curvature, and what stands in for parameters --
+
+    /// Takes the measurement of the last step.
+    pub(crate) fn observe_pending(&mut self, pending: Pending, again: &GradStore) -> Result<()> {
+        let stages = self.stages();
+        let measured = self.measured(&stages, |i, _| pending[i].as_ref(), again)?;
+        let Self { blocks, groups, .. } = self;
+        let pairs = stages.each(blocks, &measured, |scratch, block, measured| {
+            let params = &groups[block.group].params;
+            match &block.old {
+                Some(old) => {
+                    cpu::step_curvature(block, old, measured, params, stages.simd, scratch)
+                }
+                None => Ok(Pair::ZERO),
+            }
+        })?;
+        let decay = |block: &Block| match groups[block.group].params.curvature {
+            Curvature::Step { decay, .. } => Some(decay),
+            _ => None,
+        };
+        let counted =
+            |(block, pair): (&Block, &Option<Pair>)| decay(block).and(*pair).unwrap_or(Pair::ZERO);
+        let total = Pair::fold(&blocks.iter().zip(&pairs).map(counted).collect::<Vec<_>>());
+        for (block, own) in blocks.iter_mut().zip(pairs) {
+            let global = groups[block.group].params.scope == Scope::Global;
+            let pair = if global { Some(total) } else { own };
+            if let (Some(decay), Some(pair)) = (decay(block), pair) {
+                block.estimate.observe_step(pair, decay);
+            }
+            block.old = None;
+        }
+        Ok(())
+    }
+
+    /// For every block with a first gradient, that and the second one.
+    fn measured<'a>(
+        &self,
+        stages: &Stages,
+        first: impl Fn(usize, &Block) -> Option<&'a Tensor>,
+        again: &'a GradStore,
+    ) -> Result<Vec<Option<Measured<'a>>>> {
+        stages.check(&self.blocks, again)?;
+        let c = 1. / self.grad_scale;
+        let both = |(i, block): (usize, &Block)| {
+            let Some(first) = first(i, block) else { return Ok(None) };
+            let Some(again) = again.get_id(block.id) else {
+                bail!("`{}` had a gradient in the step, and has none now", block.name)
+            };
+            Ok(Some(Measured { first, again, c }))
+        };
+        self.blocks.iter().enumerate().map(both).collect()
+    }
+
+    /// Keeps the parameters and perturbs them. Returns by how much.
+    pub(crate) fn perturb_all(&mut self) -> Result<f64> {
+        let Some(Plan { probe: Some((delta, seed)), .. }) = self.plan else {
+            bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
+        };
+        let stages = self.stages();
+        let all = vec![Some(()); self.blocks.len()];
+        let squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
+            Ok(Pair { a: cpu::squares(block, stages.simd, scratch)?, b: 0. })
+        })?;
+        let squares = Pair::fold(&squares.into_iter().flatten().collect::<Vec<_>>()).a;
+        let n: usize = self.blocks.iter().map(|block| block.n).sum();
+        let size = cpu::probe_size(delta, squares, n as f64);
+        let draw = self.progress.draws;
+        let places: Vec<_> = (0..self.blocks.len() as u64).map(Some).collect();
+        let perturbed = stages.each(&mut self.blocks, &places, |_, block, place| {
+            block.keep()?;
+            cpu::perturb(block, *place, size, seed, draw)
+        });
+        if let Err(e) = perturbed {
+            self.restore_all()?;
+            return Err(e);
+        }
+        self.progress.draws += 1;
+        Ok(size)
+    }
+
+    /// Takes a measurement by a perturbation of `size`.
+    pub(crate) fn observe_probe(
+        &mut self,
+        grads: &GradStore,
+        again: &GradStore,
+        size: f64,
+    ) -> Result<()> {
+        let stages = self.stages();
+        stages.check(&self.blocks, grads)?;
+        let measured = self.measured(&stages, |_, block| grads.get_id(block.id), again)?;
+        let Self { blocks, groups, .. } = self;
+        let decay = |block: &Block| match groups[block.group].params.curvature {
+            Curvature::Hutchinson { decay, .. } => Some(decay),
+            _ => None,
+        };
+        let given: Vec<_> = blocks
+            .iter()
+            .zip(measured)
+            .map(|(block, measured)| Some((measured?, decay(block)?)))
+            .collect();
+        let squares = stages.each(blocks, &given, |scratch, block, (measured, _)| {
+            cpu::probe_sums(block, measured, size, stages.simd, scratch)
+        })?;
+        let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
+        let finite = Pair::fold(&squares).a.is_finite();
+        let sums = match finite {
+            false => given.iter().map(|_| None).collect(),
+            true => stages.each(blocks, &given, |scratch, block, (measured, decay)| {
+                cpu::average_probe(block, measured, size, *decay, scratch)
+            })?,
+        };
+        for (block, sum) in blocks.iter_mut().zip(sums) {
+            if let (Some(sum), Some(decay)) = (sum, decay(block)) {
+                block.estimate.power *= decay;
+                block.estimate.own = sum / (1. - block.estimate.power);
+            }
+        }
+        let own = |block: &Block| Pair { a: block.estimate.own, b: 0. };
+        let total = Pair::fold(&blocks.iter().map(own).collect::<Vec<_>>()).a;
+        for block in blocks.iter_mut().filter(|block| decay(block).is_some()) {
+            let global = groups[block.group].params.scope == Scope::Global;
+            block.estimate.observe_rows(finite, if global { total } else { block.estimate.own });
+        }
+        Ok(())
+    }
+
+    /// Puts the averages in the place of the parameters.
+    pub(crate) fn swap_all(&mut self) -> Result<()> {
+        let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
+        let given: Vec<_> = self.blocks.iter().map(averaged).collect();
+        let swapped = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
+            block.keep()?;
+            cpu::swap_average(block)
+        });
+        match swapped {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                self.restore_all()?;
+                Err(e)
+            }
+        }
+    }
+
+    /// Puts back the parameters that were kept.
+    pub(crate) fn restore_all(&mut self) -> Result<()> {
+        self.blocks.iter_mut().try_for_each(Block::restore)
+    }
+
+    /// The products of decays of each block.
+    pub(crate) fn powers(&self) -> Result<Vec<Powers>> {
+        Ok(self.blocks.iter().map(|block| block.powers).collect())
+    }
+
+    /// What is known of the curvature of each block.
+    pub(crate) fn estimates(&self) -> Result<Vec<Estimate>> {
+        Ok(self.blocks.iter().map(|block| block.estimate).collect())
+    }
+}
+
+/// Whether a step needs sums over its gradients.
+fn uses_sums(params: &ParamsSrkl) -> bool {
+    let policy = params.nonfinite != NonFinite::Propagate;
+    policy || uses_norm(params) || params.curvature == Curvature::GradSquare
 }
 
 /// Whether no parameter may move before the statistics of all gradients are known.
@@ -548,7 +817,8 @@ pub(crate) fn uses_norm(params: &ParamsSrkl) -> bool {
 
 /// Whether a step needs sums over all blocks.
 pub(crate) fn uses_total(params: &ParamsSrkl) -> bool {
-    uses_norm(params) || params.scope == Scope::Global
+    let global = params.curvature == Curvature::GradSquare && params.scope == Scope::Global;
+    uses_norm(params) || global
 }
 
 /// Whether a name and a variable belong to a group.
@@ -616,6 +886,7 @@ impl<'a> SrklBuilder<'a> {
             }
         }
 
+        let plan = Plan::of_all(groups.iter().map(|group| &group.params))?;
         let mut blocks: Vec<Block> = vec![];
         let mut names: HashSet<String> = HashSet::new();
         let mut ids: HashMap<TensorId, String> = HashMap::new();
@@ -631,7 +902,7 @@ impl<'a> SrklBuilder<'a> {
             }
             let taken = predicates.iter().position(|belongs| belongs(&name, &var));
             let group = taken.map_or(0, |place| place + 1);
-            blocks.push(Block::new(name, var, group, groups[group].params.master_weights)?);
+            blocks.push(Block::new(name, var, group, &groups[group].params)?);
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
@@ -648,6 +919,8 @@ impl<'a> SrklBuilder<'a> {
             grad_scale: 1.,
             steps: 0,
             skipped_steps: 0,
+            plan,
+            progress: Progress::default(),
             grad_norm: None,
             simd: Simd::detect(),
             pool,

@@ -17,35 +17,135 @@ use candle_core::{Result, bail};
 ///
 /// ```text
 /// g   <- clip * g / grad_scale
+/// d    = the direction, of g and the state       [`Direction`]
+/// H    = the curvature                           [`Curvature`], [`Scope`]
 /// phi  = s * lr / (1 + beta * H)                 s: the schedule, 1 unless set
-/// w   <- (1 - phi * weight_decay) * w - phi * g
+/// w   <- (1 - phi * weight_decay) * w - phi * d
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ParamsSrkl {
     /// Learning rate, the rule's alpha ("baseline velocity"): the brake `phi` on flat ground, where
-    /// `H = 0`. Finite and above 0; default 1e-3.
+    /// `H = 0`. Finite and above 0; the reference's is 1e-3.
     ///
     /// A schedule does not change it: see [`Srkl::set_learning_rate`].
     ///
     /// [`Srkl::set_learning_rate`]: candle_nn::Optimizer::set_learning_rate
     pub lr: f64,
-    /// How strongly curvature brakes. Default `Beta::Fixed(0.1)`.
+    /// What a step follows. The reference's is [`Direction::Gradient`].
+    pub direction: Direction,
+    /// What `H` is. The reference's is [`Curvature::GradSquare`].
+    pub curvature: Curvature,
+    /// How strongly curvature brakes. The reference's is `Beta::Fixed(0.1)`.
     pub beta: Beta,
-    /// Over which elements the curvature `H` is one number. Default [`Scope::Tensor`].
+    /// Over which elements the curvature `H` is one number. The reference's is [`Scope::Tensor`].
     pub scope: Scope,
+    /// The trust clip `tau`: a block's step is shortened to
+    /// `||phi d||_2 = tau * max(||w||_2, 0.01 sqrt(n))`, of its `n` elements, where it is longer.
+    /// Finite and above 0; the reference's is `None`, no clip.
+    ///
+    /// It needs the norm of every block's step before the first element moves, so a step reads
+    /// parameters, gradient and state twice.
+    pub trust: Option<f64>,
     /// Decoupled weight decay: a step multiplies the parameter by `1 - phi * weight_decay`, with
-    /// the `phi` really used, before it subtracts `phi * g`. Finite, 0 or above; default 0.
+    /// the `phi` really used, before it subtracts `phi * d`. Finite, 0 or above; default 0.
     pub weight_decay: f64,
     /// Scales the gradients of this group by `max_grad_norm / norm` when `norm`, the 2-norm over
     /// the (unscaled) gradients of **all** parameters of the optimizer, is above it. Finite and
     /// above 0; default `None`, no clipping.
     pub max_grad_norm: Option<f64>,
+    /// Keeps an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after
+    /// step `t` of the block, for [`Srkl::swap_averaged`]. The decay `c`, 0 or above and below 1;
+    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64).
+    ///
+    /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
+    pub average: Option<f64>,
     /// Whether parameters of 16 bits keep an f32 copy that the steps accumulate in. Default
     /// [`MasterWeights::Auto`].
     pub master_weights: MasterWeights,
     /// What to do about a NaN or an infinity in a gradient. Default [`NonFinite::SkipStep`].
     pub nonfinite: NonFinite,
+}
+
+/// The direction `d` of a step, with `g` the gradient as the rule uses it (unscaled and clipped) and
+/// `t` the number of steps that moved the block, this one included.
+///
+/// Its state is f32 (f64 for f64 parameters) and starts at 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Direction {
+    /// `d = g`. No state.
+    Gradient,
+    /// `m <- mu m + (1 - mu) g`, `d = m / (1 - mu^t)`. State: m, 4 bytes a parameter.
+    Momentum {
+        /// 0 or above and below 1.
+        mu: f64,
+    },
+    /// `m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2`,
+    /// `d = m / (1 - beta1^t) / P` with `P = sqrt(v / (1 - beta2^t)) + eps` (Kingma and Ba, 2015).
+    /// State: m and v, 8 bytes a parameter.
+    ///
+    /// In f32 `g^2` is an infinity from |g| = 1.8e19 on, and such an element moves no more.
+    Adam {
+        /// 0 or above and below 1.
+        beta1: f64,
+        /// 0 or above and below 1.
+        beta2: f64,
+        /// Finite and above 0.
+        eps: f64,
+    },
+}
+
+/// What the curvature `H` is, and how it comes to be known.
+///
+/// [`Step`](Self::Step) and [`Hutchinson`](Self::Hutchinson) measure it by a second gradient of the
+/// same batch, on each of the `first` steps and on every `every`-th after them:
+/// [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups of one optimizer
+/// may differ in `decay`, but those that measure must agree in the kind, `every`, `first`, `delta` and
+/// `seed`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Curvature {
+    /// The reference rule's: `H = sqrt(sum g^4)`. Costs nothing, and is **not** a curvature.
+    GradSquare,
+    /// The mean curvature along the step just taken: with `D` the change of the parameters, and `G` that
+    /// of the gradient, `H = ||G||_2 / ||D||_2`; with [`Direction::Adam`] in its metric,
+    /// `H = sqrt(sum G^2 / P / sum D^2 P)`. The brake uses a bias-corrected exponential average.
+    ///
+    /// A step that measures without any estimate so far is a small one:
+    /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move.
+    /// A second gradient that is not finite counts as infinite curvature up to the next step that
+    /// measures, which is again a small one.
+    ///
+    /// Costs a second gradient on a step that measures; then also a copy of the parameters.
+    Step {
+        /// Every how many steps it is measured. 1 or above.
+        every: u64,
+        /// How many steps from the first on measure. 1 or above.
+        first: u64,
+        /// Of the average. 0 or above and below 1.
+        decay: f64,
+    },
+    /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
+    /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
+    /// says what `H` is made of it. `H z` is the difference `(g(w + e z) - g(w)) / e` with
+    /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
+    ///
+    /// Costs a second gradient and a copy of the parameters on a step that measures. State: q, 4 bytes a
+    /// parameter.
+    Hutchinson {
+        /// Every how many steps it is measured. 1 or above.
+        every: u64,
+        /// How many steps from the first on measure. 1 or above.
+        first: u64,
+        /// Of the average. 0 or above and below 1.
+        decay: f64,
+        /// The size of the perturbation beside that of the parameters. Finite and above 0. 3e-3 suits
+        /// smooth networks, 1e-2 those of ReLU, and 1e-2 or more those that compute in bf16.
+        delta: f64,
+        /// Of the random vectors.
+        seed: u64,
+    },
 }
 
 /// The rule's kinetic sensitivity `beta`, in `phi = s * lr / (1 + beta * H)`.
@@ -59,16 +159,20 @@ pub enum Beta {
     Tied(f64),
 }
 
-/// The elements that share one curvature `H`, the 2-norm of their squared gradients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The elements that share one curvature `H`.
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Scope {
-    /// `H = sqrt(sum g^4)` over each parameter tensor: the original rule.
+    /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule),
+    /// `||G_b||_2 / ||D_b||_2`, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
     Tensor,
-    /// `H = sqrt(sum g^4)` over all parameters of the optimizer, whatever their group.
+    /// All parameters of the optimizer, whatever their group, whose curvature is of this kind.
     Global,
-    /// `H = g^2` of each element.
+    /// Each element: `g^2`, or `r_i = sqrt(q_i)`, the norm of its row. Not for [`Curvature::Step`].
     Element,
+    /// `r_i^(1 - p) * R_b^p` with `p` from 0 to 1, a multiple of 1/8. For [`Curvature::Hutchinson`]
+    /// alone.
+    Mixed(f64),
 }
 
 /// Master weights: f32 copies of parameters of 16 bits.
@@ -122,12 +226,60 @@ impl ParamsSrkl {
     pub fn reference() -> Self {
         Self {
             lr: 1e-3,
+            direction: Direction::Gradient,
+            curvature: Curvature::GradSquare,
             beta: Beta::Fixed(0.1),
             scope: Scope::Tensor,
+            trust: None,
             weight_decay: 0.,
             max_grad_norm: None,
+            average: None,
             master_weights: MasterWeights::Auto,
             nonfinite: NonFinite::SkipStep,
+        }
+    }
+
+    /// Adam braked by the curvature along its steps: the one to recommend. `lr = 0.03`,
+    /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 10th,
+    /// decay 0.95, over all parameters, `beta = lr / 2`.
+    pub fn braked_adam() -> Self {
+        Self {
+            lr: 0.03,
+            direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+            curvature: Curvature::Step { every: 10, first: 10, decay: 0.95 },
+            beta: Beta::Tied(0.5),
+            scope: Scope::Global,
+            ..Self::reference()
+        }
+    }
+
+    /// Momentum braked by the curvature along its steps. `lr = 10`, `Momentum { 0.9 }`,
+    /// [`Curvature::Step`] as [`braked_adam`](Self::braked_adam), `beta = lr / 2`, trust clip 0.1.
+    pub fn kinetic() -> Self {
+        Self {
+            lr: 10.,
+            direction: Direction::Momentum { mu: 0.9 },
+            trust: Some(0.1),
+            ..Self::braked_adam()
+        }
+    }
+
+    /// Momentum braked by the row norms of the Hessian. `lr = 1`, `Momentum { 0.9 }`,
+    /// [`Curvature::Hutchinson`] on each of the first 10 steps and every 10th, decay 0.95, delta 3e-3,
+    /// [`Scope::Mixed`] of 1/2, `beta = lr`, trust clip 0.1.
+    pub fn hessian() -> Self {
+        Self {
+            lr: 1.,
+            curvature: Curvature::Hutchinson {
+                every: 10,
+                first: 10,
+                decay: 0.95,
+                delta: 3e-3,
+                seed: 0,
+            },
+            beta: Beta::Tied(1.),
+            scope: Scope::Mixed(0.5),
+            ..Self::kinetic()
         }
     }
 
@@ -153,11 +305,42 @@ impl ParamsSrkl {
                 check("beta (Beta::Tied) times `lr`", self.beta_value(), Above::OrZero)?;
             }
         }
-        check("weight_decay", self.weight_decay, Above::OrZero)?;
-        match self.max_grad_norm {
-            Some(norm) => check("max_grad_norm", norm, Above::Zero),
-            None => Ok(()),
+        match self.direction {
+            Direction::Gradient => {}
+            Direction::Momentum { mu } => check_decay("mu", mu)?,
+            Direction::Adam { beta1, beta2, eps } => {
+                check_decay("beta1", beta1)?;
+                check_decay("beta2", beta2)?;
+                check("eps", eps, Above::Zero)?;
+            }
         }
+        match self.curvature {
+            Curvature::GradSquare => {}
+            Curvature::Step { every, first, decay } => check_measured(every, first, decay)?,
+            Curvature::Hutchinson { every, first, decay, delta, .. } => {
+                check_measured(every, first, decay)?;
+                check("delta", delta, Above::Zero)?;
+            }
+        }
+        match (self.scope, self.curvature) {
+            (Scope::Element, Curvature::Step { .. }) => {
+                bail!("`scope`: `Curvature::Step` has `Scope::Tensor` or `Global`, got `Element`")
+            }
+            (Scope::Mixed(p), Curvature::Hutchinson { .. })
+                if !(0. ..=1.).contains(&p) || (8. * p).fract() != 0. =>
+            {
+                bail!("`scope` (Scope::Mixed): expected a multiple of 1/8 from 0 to 1, got {p}")
+            }
+            (Scope::Mixed(_), Curvature::Hutchinson { .. }) => {}
+            (Scope::Mixed(_), curvature) => {
+                bail!("`scope`: `Scope::Mixed` is for `Curvature::Hutchinson`, got {curvature:?}")
+            }
+            _ => {}
+        }
+        check("weight_decay", self.weight_decay, Above::OrZero)?;
+        self.trust.map_or(Ok(()), |tau| check("trust", tau, Above::Zero))?;
+        self.average.map_or(Ok(()), |c| check_decay("average", c))?;
+        self.max_grad_norm.map_or(Ok(()), |norm| check("max_grad_norm", norm, Above::Zero))
     }
 }
 
@@ -166,6 +349,22 @@ impl Default for ParamsSrkl {
     fn default() -> Self {
         Self::reference()
     }
+}
+
+fn check_decay(field: &str, value: f64) -> Result<()> {
+    if !(0. ..1.).contains(&value) {
+        bail!("`{field}`: expected a number from 0 to below 1, got {value}")
+    }
+    Ok(())
+}
+
+fn check_measured(every: u64, first: u64, decay: f64) -> Result<()> {
+    for (field, value) in [("every", every), ("first", first)] {
+        if value == 0 {
+            bail!("`{field}`: expected 1 or above, got 0")
+        }
+    }
+    check_decay("decay", decay)
 }
 
 /// The lower end of a setting's range.

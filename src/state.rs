@@ -6,9 +6,12 @@
 //! | metadata | `version` | `1`, the version of this layout |
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
-//! | metadata | `parameter.NAME` | dtype, shape and kind of master, for every parameter |
+//! | metadata | `attempts`, `draws` | steps asked for and random vectors drawn, decimal |
+//! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
-//! | tensor | `NAME.master` | f32, the parameter's shape; where it has a master |
+//! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
+//! | metadata | `estimate.NAME` | of its curvature: mean, own, power (f64), infinite (0, 1), and how many measurements were taken, not finite, without a step |
+//! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -16,11 +19,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use candle_core::{Device, Error, Result, bail};
+use candle_core::{DType, Device, Error, Result, bail};
 use safetensors::{Dtype, SafeTensors, View};
 
 use crate::backend::cpu;
-use crate::block::Block;
+use crate::block::{Block, Buffer, Powers};
+use crate::curvature::{Estimate, Progress};
 use crate::optimizer::Srkl;
 use crate::params::{Above, check, check_grad_scale};
 
@@ -28,8 +32,8 @@ const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 1;
 
 impl Srkl {
-    /// Writes the state to a safetensors file: master weights, counters, the schedule's multiplier
-    /// and the gradient scale. Save the parameters beside it, for instance by
+    /// Writes the state to a safetensors file: master weights, moments, averages and estimates of
+    /// curvature, counters, the schedule's multiplier and the gradient scale. Save the parameters beside it, for instance by
     /// [`VarMap::save`](candle_nn::VarMap::save); settings ([`ParamsSrkl`](crate::ParamsSrkl)) are
     /// not part of it.
     ///
@@ -63,12 +67,13 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Whatever the file system refuses, a path without a file name, or a learning rate that `step`
-    /// would refuse; an older file of that name is then untouched.
+    /// Whatever the file system refuses, a path without a file name, a step that waits for its measurement,
+    /// or a learning rate that `step` would refuse; an older file of that name is then untouched.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         // What `load` would refuse.
         self.scalars()?;
+        self.refuse_pending()?;
         self.sync_master()?;
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -77,19 +82,27 @@ impl Srkl {
             ("skipped_steps".to_string(), self.skipped_steps()?.to_string()),
             ("schedule".to_string(), format!("{:?}", self.schedule)),
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
+            ("attempts".to_string(), self.progress.attempts.to_string()),
+            ("draws".to_string(), self.progress.draws.to_string()),
         ]);
-        let mut masters = vec![];
-        for (block, telemetry) in self.blocks.iter().zip(self.telemetry()?) {
-            metadata.insert(format!("parameter.{}", block.name), description(block));
-            metadata.insert(format!("skipped.{}", block.name), telemetry.skipped.to_string());
-            if let Some(values) = block.master_values()? {
-                masters.push((master_key(block), Master { shape: block.var.dims(), values }));
+        let mut tensors = vec![];
+        let numbers = self.telemetry()?.into_iter().zip(self.powers()?).zip(self.estimates()?);
+        for (block, ((telemetry, powers), estimate)) in self.blocks.iter().zip(numbers) {
+            let name = &block.name;
+            let Powers { first, second, average } = powers;
+            metadata.insert(format!("parameter.{name}"), description(block));
+            metadata.insert(format!("skipped.{name}"), telemetry.skipped.to_string());
+            metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
+            metadata.insert(format!("estimate.{name}"), estimate.to_text());
+            for (kind, buffer) in block.state.named() {
+                let (shape, bytes) = (block.var.dims(), buffer.to_bytes(block.n)?);
+                tensors.push((format!("{name}.{kind}"), StateTensor { buffer, shape, bytes }));
             }
         }
 
         let temporary = temporary_name(path)?;
         let write = || -> Result<()> {
-            safetensors::serialize_to_file(masters, Some(metadata), &temporary)?;
+            safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
             // Opened for writing, which Windows wants for this.
             File::options().write(true).open(&temporary)?.sync_all()?;
             fs::rename(&temporary, path)?;
@@ -111,7 +124,7 @@ impl Srkl {
     /// # Errors
     ///
     /// A file that cannot be read, is truncated or not of this format, or of a newer version; one
-    /// whose parameters differ in name, dtype, shape or kind of master, or whose masters do not
+    /// whose parameters differ in name, dtype, shape or kind of state, or whose masters do not
     /// round to the parameters. Nothing has changed then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
@@ -120,15 +133,18 @@ impl Srkl {
             .and_then(|bytes| Loaded::new(&bytes, &self.blocks))
             .map_err(|e| e.with_path(path))?;
         // Nothing below can fail, but for a device that has failed already.
-        let (masters, skipped): (Vec<_>, Vec<_>) = loaded.blocks.into_iter().unzip();
-        for (block, master) in self.blocks.iter_mut().zip(masters) {
-            if let Some(master) = master {
-                block.set_master(master)?;
+        for (block, loaded) in self.blocks.iter_mut().zip(&loaded.blocks) {
+            for ((_, buffer), bytes) in block.state.named_mut().zip(&loaded.state) {
+                buffer.set(bytes)?;
             }
+            (block.powers, block.estimate) = (loaded.powers, loaded.estimate);
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
+        let Loaded { attempts, draws, .. } = loaded;
+        self.progress = Progress { attempts, draws, ..Default::default() };
         self.send_settings()?;
+        let skipped: Vec<u64> = loaded.blocks.iter().map(|block| block.skipped).collect();
         self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
     }
 }
@@ -139,8 +155,17 @@ struct Loaded {
     skipped_steps: u64,
     schedule: f64,
     grad_scale: f64,
-    /// Master and `skipped` of each block.
-    blocks: Vec<(Option<Vec<f32>>, u64)>,
+    attempts: u64,
+    draws: u64,
+    blocks: Vec<LoadedBlock>,
+}
+
+struct LoadedBlock {
+    skipped: u64,
+    powers: Powers,
+    estimate: Estimate,
+    /// The bytes of its state, in order.
+    state: Vec<Vec<u8>>,
 }
 
 impl Loaded {
@@ -178,6 +203,8 @@ impl Loaded {
             skipped_steps: number(metadata, "skipped_steps")?,
             schedule,
             grad_scale,
+            attempts: number(metadata, "attempts")?,
+            draws: number(metadata, "draws")?,
             blocks: loaded.collect::<Result<_>>()?,
         })
     }
@@ -187,7 +214,7 @@ fn load_block(
     block: &Block,
     metadata: &HashMap<String, String>,
     tensors: &SafeTensors,
-) -> Result<(Option<Vec<f32>>, u64)> {
+) -> Result<LoadedBlock> {
     let name = &block.name;
     let expected = description(block);
     match metadata.get(&format!("parameter.{name}")) {
@@ -196,45 +223,76 @@ fn load_block(
         None => bail!("parameter `{name}`: the checkpoint has none of this name"),
     }
     let skipped = number(metadata, &format!("skipped.{name}"))?;
-    if block.master.is_none() {
-        return Ok((None, skipped));
+    let [first, second, average] = numbers(metadata, &format!("powers.{name}"))?;
+    let powers = Powers { first, second, average };
+    if ![first, second, average].iter().all(|power| (0. ..=1.).contains(power)) {
+        bail!("`powers.{name}`: expected numbers from 0 to 1, got {powers:?}")
     }
-    let tensor = tensors.tensor(&master_key(block))?;
-    if tensor.dtype() != Dtype::F32 || tensor.shape() != block.var.dims() {
-        bail!(
-            "master of `{name}`: expected F32 {:?}, got {:?} {:?}",
-            block.var.dims(),
-            tensor.dtype(),
-            tensor.shape()
-        )
+    let estimate = Estimate::from_numbers(numbers(metadata, &format!("estimate.{name}"))?);
+    let mut state = vec![];
+    for (kind, buffer) in block.state.named() {
+        let tensor = tensors.tensor(&format!("{name}.{kind}"))?;
+        if tensor.dtype() != dtype(buffer) || tensor.shape() != block.var.dims() {
+            bail!(
+                "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
+                dtype(buffer),
+                block.var.dims(),
+                tensor.dtype(),
+                tensor.shape()
+            )
+        }
+        if kind == "master" {
+            check_master(block, tensor.data())?;
+        }
+        state.push(tensor.data().to_vec());
     }
-    let words = tensor.data().chunks_exact(4);
-    let master: Vec<f32> = words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    Ok(LoadedBlock { skipped, powers, estimate, state })
+}
+
+/// Masters must be those of the parameter.
+fn check_master(block: &Block, bytes: &[u8]) -> Result<()> {
+    let (words, _) = bytes.as_chunks();
+    let master: Vec<f32> = words.iter().map(|b| f32::from_le_bytes(*b)).collect();
     let parameter = block.var.to_device(&Device::Cpu)?;
     if let Some(i) = cpu::first_disagreement(&parameter, &master)? {
         bail!(
-            "master of `{name}`: element {i} ({}) does not round to the parameter's; load the \
-             model's parameters of the same checkpoint first",
+            "master of `{}`: element {i} ({}) does not round to the parameter's; load the model's \
+             parameters of the same checkpoint first",
+            block.name,
             master[i]
         )
     }
-    Ok((Some(master), skipped))
+    Ok(())
 }
 
 /// What must be equal for a checkpoint to fit a parameter.
 fn description(block: &Block) -> String {
-    let master = if block.master.is_some() { "f32" } else { "none" };
-    format!("dtype={} shape={:?} master={master}", block.var.dtype().as_str(), block.var.dims())
+    let state: Vec<&str> = block.state.named().map(|(kind, _)| kind).collect();
+    let state = if state.is_empty() { "none".to_string() } else { state.join(",") };
+    format!("dtype={} shape={:?} state={state}", block.var.dtype().as_str(), block.var.dims())
 }
 
-fn master_key(block: &Block) -> String {
-    format!("{}.master", block.name)
+fn dtype(buffer: &Buffer) -> Dtype {
+    match buffer.dtype() {
+        DType::F64 => Dtype::F64,
+        _ => Dtype::F32,
+    }
 }
 
 fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
     let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
     let Ok(number) = text.parse() else { bail!("`{key}` is not a number: {text:?}") };
     Ok(number)
+}
+
+/// Several numbers with spaces between them.
+fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Result<[f64; N]> {
+    let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
+    let parsed: Vec<f64> = text.split(' ').filter_map(|number| number.parse().ok()).collect();
+    match parsed.try_into() {
+        Ok(numbers) => Ok(numbers),
+        Err(_) => bail!("`{key}`: expected {N} numbers, got {text:?}"),
+    }
 }
 
 /// A name beside `path` that no other process uses.
@@ -247,23 +305,24 @@ fn temporary_name(path: &Path) -> Result<PathBuf> {
     Ok(path.with_file_name(temporary))
 }
 
-/// Master weights as a safetensors tensor.
-struct Master<'a> {
+/// State as a safetensors tensor.
+struct StateTensor<'a> {
+    buffer: &'a Buffer,
     shape: &'a [usize],
-    values: Cow<'a, [f32]>,
+    bytes: Vec<u8>,
 }
 
-impl View for Master<'_> {
+impl View for StateTensor<'_> {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        dtype(self.buffer)
     }
     fn shape(&self) -> &[usize] {
         self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        self.values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        Cow::Borrowed(&self.bytes)
     }
     fn data_len(&self) -> usize {
-        size_of_val(&*self.values)
+        self.bytes.len()
     }
 }

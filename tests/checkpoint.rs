@@ -178,19 +178,26 @@ fn file(metadata: &[(&str, &str)], bias: (&[usize], f32)) -> Vec<u8> {
     safetensors::serialize([("layer.bias.master", view.unwrap())], Some(metadata)).unwrap()
 }
 
-const BIAS: &str = "dtype=bf16 shape=[70] master=f32";
-const HEADER: [(&str, &str); 6] = [
+const BIAS: &str = "dtype=bf16 shape=[70] state=master";
+const HEADER: [(&str, &str); 8] = [
     ("format", "candle-srkl"),
     ("version", "1"),
     ("steps", "7"),
     ("skipped_steps", "1"),
     ("schedule", "0.5"),
     ("grad_scale", "2.0"),
+    ("attempts", "8"),
+    ("draws", "0"),
 ];
 
 /// `HEADER` and the entry of `layer.bias`, with some entries replaced, or left out where `None`.
 fn header<'a>(changes: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
-    let bias = [("parameter.layer.bias", BIAS), ("skipped.layer.bias", "0")];
+    let bias = [
+        ("parameter.layer.bias", BIAS),
+        ("skipped.layer.bias", "0"),
+        ("powers.layer.bias", "1.0 1.0 1.0"),
+        ("estimate.layer.bias", "0.0 0.0 1.0 0 0 0 0"),
+    ];
     let mut header: Vec<_> = HEADER.into_iter().chain(bias).collect();
     for &(key, value) in changes {
         header.retain(|(k, _)| *k != key);
@@ -255,14 +262,18 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     check(&[("grad_scale", Some("1e-320"))], good, "grad_scale`");
     check(&[("parameter.other", Some(BIAS))], good, "`other`");
     let wrong = [
-        "dtype=f16 shape=[70] master=f32",
-        "dtype=bf16 shape=[71] master=f32",
-        "dtype=bf16 shape=[70] master=none",
+        "dtype=f16 shape=[70] state=master",
+        "dtype=bf16 shape=[71] state=master",
+        "dtype=bf16 shape=[70] state=none",
     ];
     for wrong in wrong {
         check(&[("parameter.layer.bias", Some(wrong))], good, wrong);
     }
     check(&[("skipped.layer.bias", None)], good, "`skipped.layer.bias` is missing");
+    check(&[("draws", None)], good, "`draws` is missing");
+    check(&[("powers.layer.bias", Some("1.0 1.0"))], good, "`powers.layer.bias`: expected 3");
+    check(&[("powers.layer.bias", Some("1.0 2.0 1.0"))], good, "from 0 to 1");
+    check(&[("estimate.layer.bias", Some("0.0"))], good, "`estimate.layer.bias`: expected 7");
     check(&[], (&[69], 1.), "master of `layer.bias`");
     check(&[], (&[70, 1], 1.), "master of `layer.bias`");
     check(&[], (&[70], 1.5), "load the model's parameters");

@@ -7,18 +7,19 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, Var, bail};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, Var, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::gradient::{FromGradient, Gradient, RowBuffer};
 use super::simd::{Kernel, Simd};
-use crate::block::{Block, Master};
+use crate::block::{Block, Buffer, Powers, State};
+use crate::curvature::Estimate;
 use crate::numerics::{
-    CHUNK, LANES, MIN_LANES, Real, Sums, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, pow2,
-    scale_exponent, tree,
+    CHUNK, LANES, MIN_LANES, Pair, Real, Sums, bf16_to_f32, eighths, f16_to_f32, f32_to_bf16,
+    f32_to_f16, pow2, random_bits, scale_exponent, tree,
 };
-use crate::params::{NonFinite, ParamsSrkl, Scope};
+use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
 /// of this size: enough to outweigh the handing over, a whole number of chunks.
@@ -32,14 +33,24 @@ pub(crate) const PIECE: usize = 8 * CHUNK;
 
 /// Working memory of one thread.
 pub(crate) struct Scratch {
-    row: RowBuffer,
-    sum2: [f64; LANES],
-    sum4: [f64; LANES],
+    rows: Rows,
+    /// Lanes of two sums.
+    lanes: [[f64; LANES]; 2],
+}
+
+/// Rows of numbers: converted tensors, the direction, the terms of two sums.
+pub(crate) struct Rows {
+    tensors: [RowBuffer; 4],
+    d: RowBuffer,
+    terms: [[f64; LANES]; 2],
 }
 
 impl Scratch {
     pub fn new() -> Box<Self> {
-        Box::new(Self { row: RowBuffer::new(), sum2: [0.; LANES], sum4: [0.; LANES] })
+        let row = RowBuffer::new;
+        let rows =
+            Rows { tensors: [row(), row(), row(), row()], d: row(), terms: [[0.; LANES]; 2] };
+        Box::new(Self { rows, lanes: [[0.; LANES]; 2] })
     }
 }
 
@@ -70,20 +81,24 @@ fn block_sums<C: FromGradient, const NORM: bool>(
         let len = CHUNK.min(g.len() - start);
         simd.run(ChunkSums::<C, NORM> { g, start, len, scratch, compute: PhantomData })
     };
-    let chunks = g.len().div_ceil(CHUNK);
-    let sums: Vec<Sums> = if g.len() <= PIECE {
-        if chunks == 1 {
-            return chunk_sums(scratch, 0);
-        }
-        (0..chunks).map(|chunk| chunk_sums(scratch, chunk)).collect()
-    } else {
-        (0..chunks)
-            .into_par_iter()
-            .with_min_len(PIECE / CHUNK)
-            .map_init(Scratch::new, |scratch, chunk| chunk_sums(scratch, chunk))
-            .collect()
-    };
-    Sums::fold(&sums)
+    if g.len() <= CHUNK {
+        return chunk_sums(scratch, 0);
+    }
+    Sums::fold(&each_chunk(g.len(), scratch, chunk_sums))
+}
+
+/// What `work` makes of every chunk of `n` elements, over threads where they are worth it.
+fn each_chunk<T: Send>(
+    n: usize,
+    scratch: &mut Scratch,
+    work: impl Fn(&mut Scratch, usize) -> T + Sync,
+) -> Vec<T> {
+    let chunks = 0..n.div_ceil(CHUNK);
+    if n <= PIECE {
+        return chunks.map(|chunk| work(scratch, chunk)).collect();
+    }
+    let chunks = chunks.into_par_iter().with_min_len(PIECE / CHUNK);
+    chunks.map_init(Scratch::new, |scratch, chunk| work(scratch, chunk)).collect()
 }
 
 /// The sums over elements `start..start + len` of a gradient, one chunk.
@@ -101,7 +116,7 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
     #[inline(always)]
     fn run(self) -> Sums {
         let Self { g, start, len, scratch, .. } = self;
-        let Scratch { row, sum2, sum4 } = scratch;
+        let Scratch { rows: Rows { tensors: [row, ..], .. }, lanes: [sum2, sum4] } = scratch;
         let rows = || (0..len).step_by(LANES).map(|at| (start + at, LANES.min(len - at)));
 
         let mut exponent = 0;
@@ -158,20 +173,32 @@ pub(crate) struct StepScalars {
 pub(crate) struct Decision {
     /// The gradient enters as `c * g`: unscaled and clipped.
     pub c: f64,
-    /// The curvature `H` of `c * g`; for [`Scope::Element`] that of the block, for its finiteness.
+    /// The curvature `H`, or [`UNKNOWN`]; for [`Scope::Element`] that of the block, for its finiteness.
     pub curvature: f64,
-    /// The brake `s * lr / (1 + beta * H)`; for [`Scope::Element`] unused.
+    /// The brake `s * lr / (1 + beta * H)`; where elements have their own, what they make it from
+    /// instead of `s * lr`.
     pub phi: f64,
+    /// `1 / (1 - mu^t)` of the first moment, and of the second.
+    pub correction1: f64,
+    pub correction2: f64,
+    /// `(1 - c) / (1 - c^t)` of the average.
+    pub average: f64,
     /// Whether everything that this block uses is finite.
     pub finite: bool,
 }
 
-/// `own` are the block's sums, `total` those over all blocks, where `params` use them.
+/// The curvature of a block that has not been measured.
+pub(crate) const UNKNOWN: f64 = -1.;
+
+/// `own` are the block's sums, `total` those over all blocks, where `params` use them; `powers` are those
+/// after this step.
 pub(crate) fn decide(
     params: &ParamsSrkl,
     scalars: StepScalars,
     own: &Sums,
     total: &Sums,
+    estimate: &Estimate,
+    powers: &Powers,
 ) -> Decision {
     let mut c = 1. / scalars.grad_scale;
     if let Some(max_grad_norm) = params.max_grad_norm {
@@ -180,11 +207,32 @@ pub(crate) fn decide(
         let clip = if norm <= max_grad_norm { 1. } else { max_grad_norm / norm };
         c *= clip;
     }
-    let sums = if params.scope == Scope::Global { total } else { own };
-    let curvature = sums.curvature(c);
-    let phi = brake(scalars.schedule * params.lr, params.beta_value(), curvature);
-    let finite = own.sum4.is_finite() && curvature.is_finite() && c > 0.;
-    Decision { c, curvature, phi, finite }
+    let lr = scalars.schedule * params.lr;
+    let mut finite = own.sum4.is_finite() && c > 0.;
+    let (curvature, phi) = match params.curvature {
+        Curvature::GradSquare => {
+            let sums = if params.scope == Scope::Global { total } else { own };
+            let curvature = sums.curvature(c);
+            finite &= curvature.is_finite();
+            (curvature, brake(lr, params.beta_value(), curvature))
+        }
+        measured => match estimate.curvature(measured) {
+            // Never a step into the blind; `adjust` may allow a small one.
+            None => (UNKNOWN, 0.),
+            Some(f64::INFINITY) => (f64::INFINITY, 0.),
+            Some(curvature) => (curvature, brake(lr, params.beta_value(), curvature)),
+        },
+    };
+    let phi = if has_element_brakes(params) && phi != 0. { lr } else { phi };
+    Decision {
+        c,
+        curvature,
+        phi,
+        correction1: correction(powers.first),
+        correction2: correction(powers.second),
+        average: params.average.map_or(0., |c| (1. - c) * correction(powers.average)),
+        finite,
+    }
 }
 
 /// `phi = lr / (1 + beta * H)`, with the schedule in `lr`.
@@ -193,9 +241,65 @@ pub(crate) fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
     lr / (1. + beta * curvature)
 }
 
+/// What corrects an average for having started at 0; 1 for one that there is not.
+fn correction(power: f64) -> f64 {
+    if power == 1. { 1. } else { 1. / (1. - power) }
+}
+
+/// Whether every element has its own brake.
+pub(crate) fn has_element_brakes(params: &ParamsSrkl) -> bool {
+    matches!(params.scope, Scope::Element | Scope::Mixed(_))
+}
+
 /// Whether `policy` lets a block with this decision be stepped.
 pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
     decision.finite || policy == NonFinite::Propagate
+}
+
+/// What a decision needs of the directions: sums of `d^2` (of `(phi d)^2` where elements have their own
+/// brakes) and of `w^2`.
+#[derive(Clone, Copy)]
+pub(crate) struct Directions {
+    /// Of the block, of `n` elements.
+    pub own: Pair,
+    pub n: f64,
+    /// Of all blocks that move by [`Curvature::Step`], and how many elements these are.
+    pub total: Pair,
+    pub total_n: f64,
+}
+
+/// The smallest size of parameters that steps are compared with.
+const LEAST_RMS: f64 = 0.01;
+
+/// The length of a step that nothing is known for, beside the size of the parameters.
+const SMALL_STEP: f64 = 0.003;
+
+/// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
+/// come, and the trust clip.
+pub(crate) fn adjust(
+    decision: &mut Decision,
+    params: &ParamsSrkl,
+    scalars: StepScalars,
+    directions: &Directions,
+    measures: bool,
+) {
+    let Directions { own, n, total, total_n } = directions;
+    let is_step = matches!(params.curvature, Curvature::Step { .. });
+    if is_step && measures && !(0. ..f64::INFINITY).contains(&decision.curvature) {
+        let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
+        let rms_d = (total.a / total_n).sqrt();
+        let small = SMALL_STEP * rms_w / rms_d;
+        let lr = scalars.schedule * params.lr;
+        decision.phi = if small < lr { small } else { lr };
+    }
+    if let Some(tau) = params.trust {
+        let length = own.a.sqrt();
+        let length = if has_element_brakes(params) { length } else { decision.phi * length };
+        let most = tau * own.b.sqrt().max(LEAST_RMS * n.sqrt());
+        if length > most {
+            decision.phi *= most / length;
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -203,12 +307,137 @@ pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
 
 /// The numbers of one block's update.
 #[derive(Clone, Copy)]
-struct Coefficients {
-    c: f64,
+struct Coefficients<C> {
+    moments: Moments<C>,
+    /// What `d` of [`Moments`] lacks of the direction.
+    scale: f64,
     phi: f64,
     weight_decay: f64,
-    /// For [`Scope::Element`]: `s * lr` and `beta`, from which each element makes its own brake.
-    element: Option<(f64, f64)>,
+    average: C,
+    element: Option<ElementBrake>,
+}
+
+impl<C: Real> Coefficients<C> {
+    fn new(params: &ParamsSrkl, decision: &Decision, estimate: &Estimate) -> Self {
+        let beta = params.beta_value();
+        let Decision { c, phi, correction1, average, .. } = *decision;
+        let element = match (params.scope, params.curvature) {
+            (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
+            (Scope::Element, _) => Some(ElementCurvature::rows(estimate, 0)),
+            (Scope::Mixed(p), _) => Some(ElementCurvature::rows(estimate, (8. * p) as u32)),
+            _ => None,
+        };
+        Self {
+            moments: Moments::new(params, decision),
+            scale: if params.direction == Direction::Gradient { c } else { correction1 },
+            phi,
+            weight_decay: params.weight_decay,
+            average: C::from_f64(average),
+            element: element.map(|curvature| ElementBrake { lr: phi, beta, curvature }),
+        }
+    }
+
+    /// `phi * scale` and `1 - phi * weight_decay`, for the elements.
+    #[inline(always)]
+    fn of_phi(&self, phi: f64) -> (C, C) {
+        (C::from_f64(phi * self.scale), C::from_f64(1. - phi * self.weight_decay))
+    }
+}
+
+/// The direction of an element, and its state.
+#[derive(Clone, Copy)]
+struct Moments<C> {
+    direction: Direction,
+    decay1: C,
+    /// `(1 - decay1) * c`
+    gain1: C,
+    decay2: C,
+    gain2: C,
+    c: C,
+    correction2: C,
+    eps: C,
+}
+
+impl<C: Real> Moments<C> {
+    fn new(params: &ParamsSrkl, decision: &Decision) -> Self {
+        let (decay1, decay2, eps) = match params.direction {
+            Direction::Gradient => (0., 0., 0.),
+            Direction::Momentum { mu } => (mu, 0., 0.),
+            Direction::Adam { beta1, beta2, eps } => (beta1, beta2, eps),
+        };
+        Self {
+            direction: params.direction,
+            decay1: C::from_f64(decay1),
+            gain1: C::from_f64((1. - decay1) * decision.c),
+            decay2: C::from_f64(decay2),
+            gain2: C::from_f64(1. - decay2),
+            c: C::from_f64(decision.c),
+            correction2: C::from_f64(decision.correction2),
+            eps: C::from_f64(eps),
+        }
+    }
+
+    /// `m <- mu m + (1 - mu) c g`
+    #[inline(always)]
+    fn first(&self, m: C, g: C) -> C {
+        g.mul_add(self.gain1, self.decay1.mul(m)).canonical()
+    }
+
+    /// `v <- beta2 v + (1 - beta2) (c g)^2`
+    #[inline(always)]
+    fn second(&self, v: C, g: C) -> C {
+        let g = self.c.mul(g);
+        self.gain2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
+    }
+
+    /// `P = sqrt(v / (1 - beta2^t)) + eps`
+    #[inline(always)]
+    fn metric(&self, v: C) -> C {
+        self.correction2.mul(v).sqrt().add(self.eps)
+    }
+}
+
+/// Makes the brake of an element.
+#[derive(Clone, Copy)]
+struct ElementBrake {
+    lr: f64,
+    beta: f64,
+    curvature: ElementCurvature,
+}
+
+#[derive(Clone, Copy)]
+enum ElementCurvature {
+    /// `(c g)^2`
+    GradSquare { c: f64 },
+    /// `r^(own / 8) * shared` with `r = sqrt(correction * q)`
+    Rows { correction: f64, own: u32, shared: f64 },
+}
+
+impl ElementCurvature {
+    /// `r^(1 - p) * R^p` with `p = shared / 8`
+    fn rows(estimate: &Estimate, shared: u32) -> Self {
+        Self::Rows {
+            correction: correction(estimate.power),
+            own: 8 - shared,
+            shared: eighths(estimate.own.sqrt(), shared),
+        }
+    }
+}
+
+impl ElementBrake {
+    #[inline(always)]
+    fn phi(&self, g: f64, q: f64) -> f64 {
+        let curvature = match self.curvature {
+            ElementCurvature::GradSquare { c } => {
+                let d = c * g;
+                d * d
+            }
+            ElementCurvature::Rows { correction, own, shared } => {
+                eighths((correction * q).sqrt(), own) * shared
+            }
+        };
+        brake(self.lr, self.beta, curvature)
+    }
 }
 
 /// Moves a block by its gradient, in place.
@@ -216,7 +445,6 @@ pub(crate) fn update(
     block: &mut Block,
     gradient: &Tensor,
     params: &ParamsSrkl,
-    scalars: StepScalars,
     decision: &Decision,
     simd: Simd,
     scratch: &mut Scratch,
@@ -226,71 +454,96 @@ pub(crate) fn update(
     }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
-    let coefficients = Coefficients {
-        c: decision.c,
-        phi: decision.phi,
-        weight_decay: params.weight_decay,
-        element: match params.scope {
-            Scope::Element => Some((scalars.schedule * params.lr, params.beta_value())),
-            Scope::Tensor | Scope::Global => None,
-        },
-    };
-    let master = match &mut block.master {
-        Some(Master::Cpu(master)) => Some(master.as_mut_slice()),
-        _ => None,
-    };
-    with_storage_mut(&block.var, |storage| match storage {
-        CpuStorage::F32(w) => block_update(w, None, &g, coefficients, simd, scratch),
-        CpuStorage::F64(w) => block_update(w, None, &g, coefficients, simd, scratch),
-        CpuStorage::BF16(w) => block_update(w, master, &g, coefficients, simd, scratch),
-        CpuStorage::F16(w) => block_update(w, master, &g, coefficients, simd, scratch),
+    let Block { var, state, estimate, .. } = block;
+    let numbers = (params, decision, &*estimate);
+    with_storage_mut(var, |storage| match storage {
+        CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
+        CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
+        CpuStorage::BF16(w) => block_update(w, state, &g, numbers, simd, scratch),
+        CpuStorage::F16(w) => block_update(w, state, &g, numbers, simd, scratch),
         _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
     })
 }
 
 fn block_update<P: Parameter>(
     w: &mut [P],
-    mut master: Option<&mut [P::Compute]>,
+    state: &mut State,
     g: &Gradient,
-    coefficients: Coefficients,
+    (params, decision, estimate): (&ParamsSrkl, &Decision, &Estimate),
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    if let Some(master) = &mut master
-        && probes(w.len()).any(|i| !agree(w[i], master[i]))
+    let n = w.len();
+    let coefficients = Coefficients::new(params, decision, estimate);
+    let mut block = Part::new(w, state);
+    if let Some(master) = &mut block.master
+        && probes(n).any(|i| !agree(block.w[i], master[i]))
     {
         // Overwritten as a whole, it seems, and old fractions of the masters are worth nothing.
-        master.iter_mut().zip(w.iter()).for_each(|(master, w)| *master = w.widen());
+        master.iter_mut().zip(block.w.iter()).for_each(|(master, w)| *master = w.widen());
     }
-    let piece = |scratch: &mut Scratch, start, w, master| {
-        simd.run(Update { start, w, master, g, coefficients, scratch });
+    let update = |scratch: &mut Scratch, start, part| {
+        simd.run(Update { start, part, g, coefficients, rows: &mut scratch.rows });
     };
-    if w.len() <= PIECE {
-        piece(scratch, 0, w, master);
+    if n <= PIECE {
+        update(scratch, 0, block);
         return Ok(());
     }
-    let pieces = w.par_chunks_mut(PIECE).enumerate();
-    match master {
-        Some(master) => pieces
-            .zip(master.par_chunks_mut(PIECE))
-            .for_each_init(Scratch::new, |scratch, ((index, w), master)| {
-                piece(scratch, index * PIECE, w, Some(master))
-            }),
-        None => pieces.for_each_init(Scratch::new, |scratch, (index, w)| {
-            piece(scratch, index * PIECE, w, None)
-        }),
-    }
+    let pieces = block.pieces(PIECE);
+    let pieces = pieces.into_par_iter().enumerate();
+    pieces.for_each_init(Scratch::new, |scratch, (i, part)| update(scratch, i * PIECE, part));
     Ok(())
 }
 
-/// The update of elements `start..start + w.len()`.
-struct Update<'a, P: Parameter> {
-    start: usize,
+/// Neighbouring elements of a block: the parameter and its state.
+struct Part<'a, P: Parameter> {
     w: &'a mut [P],
     master: Option<&'a mut [P::Compute]>,
+    m: Option<&'a mut [P::Compute]>,
+    v: Option<&'a mut [P::Compute]>,
+    average: Option<&'a mut [P::Compute]>,
+    q: Option<&'a mut [P::Compute]>,
+}
+
+impl<'a, P: Parameter> Part<'a, P> {
+    fn new(w: &'a mut [P], state: &'a mut State) -> Self {
+        fn numbers<C: FromGradient>(buffer: &mut Option<Buffer>) -> Option<&mut [C]> {
+            buffer.as_mut().and_then(C::state_mut)
+        }
+        let State { master, m, v, average, q } = state;
+        let [master, m, v, average, q] = [master, m, v, average, q].map(numbers);
+        Self { w, master, m, v, average, q }
+    }
+
+    /// The first `len` elements, which are taken off.
+    #[inline(always)]
+    fn take(&mut self, len: usize) -> Self {
+        fn first<'a, T>(slice: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+            slice.split_off_mut(..len).unwrap_or_default()
+        }
+        Self {
+            w: first(&mut self.w, len),
+            master: self.master.as_mut().map(|x| first(x, len)),
+            m: self.m.as_mut().map(|x| first(x, len)),
+            v: self.v.as_mut().map(|x| first(x, len)),
+            average: self.average.as_mut().map(|x| first(x, len)),
+            q: self.q.as_mut().map(|x| first(x, len)),
+        }
+    }
+
+    fn pieces(mut self, len: usize) -> Vec<Self> {
+        let count = self.w.len().div_ceil(len);
+        (0..count).map(|_| self.take(len.min(self.w.len()))).collect()
+    }
+}
+
+/// The update of the elements of a part, which begins at `start`.
+struct Update<'a, P: Parameter> {
+    start: usize,
+    part: Part<'a, P>,
     g: &'a Gradient<'a>,
-    coefficients: Coefficients,
-    scratch: &'a mut Scratch,
+    coefficients: Coefficients<P::Compute>,
+    rows: &'a mut Rows,
 }
 
 impl<P: Parameter> Kernel for Update<'_, P> {
@@ -298,32 +551,65 @@ impl<P: Parameter> Kernel for Update<'_, P> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { start, w, mut master, g, coefficients, scratch } = self;
-        let Coefficients { c, phi, weight_decay, element } = coefficients;
-        let phi_c = P::Compute::from_f64(phi * c);
-        let keep = P::Compute::from_f64(1. - phi * weight_decay);
-        for (row, w) in w.chunks_mut(LANES).enumerate() {
-            let at = row * LANES;
-            let g = g.row(start + at, w.len(), &mut scratch.row);
-            let master = master.as_deref_mut().map(|master| &mut master[at..at + w.len()]);
+        let Self { start, mut part, g, coefficients, rows } = self;
+        let Coefficients { moments, phi, element, average, .. } = coefficients;
+        let (phi_d, keep) = coefficients.of_phi(phi);
+        let n = part.w.len();
+        for at in (0..n).step_by(LANES) {
+            let Part { w, mut master, m, v, average: a, q } = part.take(LANES.min(n - at));
+            let Rows { tensors: [row, ..], d, .. } = rows;
+            let g = g.row(start + at, w.len(), row);
+            let d: &[P::Compute] = match (moments.direction, m, v) {
+                (Direction::Momentum { .. }, Some(m), _) => {
+                    m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first(*m, *g));
+                    m
+                }
+                (Direction::Adam { .. }, Some(m), Some(v)) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for (((d, m), v), g) in d.iter_mut().zip(m).zip(v).zip(g) {
+                        *m = moments.first(*m, *g);
+                        *v = moments.second(*v, *g);
+                        *d = m.div(moments.metric(*v));
+                    }
+                    d
+                }
+                _ => g,
+            };
             match element {
-                None => for_each(w, master, g, |w, g| descend(w, g, phi_c, keep)),
-                Some((lr, beta)) => for_each(w, master, g, |w, g| {
-                    let d = c * g.to_f64();
-                    let phi = brake(lr, beta, d * d);
-                    let phi_c = P::Compute::from_f64(phi * c);
-                    let keep = P::Compute::from_f64(1. - phi * weight_decay);
-                    descend(w, g, phi_c, keep)
-                }),
+                None => for_each(w, master.as_deref_mut(), d, |w, d| descend(w, d, phi_d, keep)),
+                Some(brake) => {
+                    for i in 0..w.len() {
+                        let q = q.as_ref().map_or(0., |q| q[i].to_f64());
+                        let (phi_d, keep) = coefficients.of_phi(brake.phi(g[i].to_f64(), q));
+                        let master = master.as_deref_mut().map(|master| &mut master[i..=i]);
+                        let (w, d) = (&mut w[i..=i], &d[i..=i]);
+                        for_each(w, master, d, |w, d| descend(w, d, phi_d, keep));
+                    }
+                }
+            }
+            match (a, master) {
+                (None, _) => {}
+                (Some(a), Some(x)) => {
+                    a.iter_mut().zip(x).for_each(|(a, x)| *a = approach(*a, *x, average));
+                }
+                (Some(a), None) => {
+                    a.iter_mut().zip(w).for_each(|(a, w)| *a = approach(*a, w.widen(), average));
+                }
             }
         }
     }
 }
 
-/// `w <- keep * w - phi_c * g`
+/// `w <- keep * w - phi_d * d`
 #[inline(always)]
-fn descend<C: Real>(w: C, g: C, phi_c: C, keep: C) -> C {
-    g.mul_add(phi_c.neg(), keep.mul(w)).canonical()
+fn descend<C: Real>(w: C, d: C, phi_d: C, keep: C) -> C {
+    d.mul_add(phi_d.neg(), keep.mul(w)).canonical()
+}
+
+/// `a <- a + by * (w - a)`
+#[inline(always)]
+fn approach<C: Real>(a: C, w: C, by: C) -> C {
+    w.sub(a).mul_add(by, a).canonical()
 }
 
 /// Steps every element of a row in the compute type, and stores it as the parameter's.
@@ -383,6 +669,382 @@ impl_parameter!(bf16, f32, |x: bf16| bf16_to_f32(x.to_bits()), |x| {
     bf16::from_bits(f32_to_bf16(x))
 });
 impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
+
+// ---------------------------------------------------------------------------------------------
+// Sums of two terms, for what a step needs to know beside its gradient
+
+/// The terms of two sums over a block.
+trait Terms: Sync {
+    /// Writes the terms of elements `start..start + a.len()`.
+    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]);
+}
+
+fn pair_sums(n: usize, terms: &impl Terms, simd: Simd, scratch: &mut Scratch) -> Pair {
+    Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+        let start = chunk * CHUNK;
+        simd.run(ChunkPair { terms, start, len: CHUNK.min(n - start), scratch })
+    }))
+}
+
+struct ChunkPair<'a, T> {
+    terms: &'a T,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl<T: Terms> Kernel for ChunkPair<'_, T> {
+    type Output = Pair;
+
+    #[inline(always)]
+    fn run(self) -> Pair {
+        let Self { terms, start, len, scratch } = self;
+        let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b] } = scratch;
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+        let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
+        sum_a.fill(0.);
+        sum_b.fill(0.);
+        for at in (0..len).step_by(LANES) {
+            let row = LANES.min(len - at);
+            terms.row(start + at, tensors, &mut a[..row], &mut b[..row]);
+            sum_a.iter_mut().zip(&a[..row]).for_each(|(sum, a)| *sum += a);
+            sum_b.iter_mut().zip(&b[..row]).for_each(|(sum, b)| *sum += b);
+        }
+        Pair { a: tree(sum_a), b: tree(sum_b) }
+    }
+}
+
+/// A block's sums of `d^2`, or `(phi d)^2` where elements have their own brakes, and `w^2`: what
+/// [`Directions`] has of it.
+pub(crate) fn directions(
+    block: &Block,
+    gradient: &Tensor,
+    params: &ParamsSrkl,
+    decision: &Decision,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    fn sums<C: FromGradient>(
+        (w, g): (&Gradient, &Gradient),
+        block: &Block,
+        (params, decision): (&ParamsSrkl, &Decision),
+        simd: Simd,
+        scratch: &mut Scratch,
+    ) -> Pair {
+        let coefficients = Coefficients::<C>::new(params, decision, &block.estimate);
+        let [m, v, q] = [&block.state.m, &block.state.v, &block.state.q]
+            .map(|buffer| buffer.as_ref().and_then(C::state).unwrap_or_default());
+        let terms = DirectionTerms { w, g, m, v, q, coefficients };
+        let Pair { a, b } = pair_sums(block.n, &terms, simd, scratch);
+        let scale = coefficients.scale;
+        Pair { a: a * (scale * scale), b }
+    }
+    let (w, w_layout) = block.var.storage_and_layout();
+    let (g, g_layout) = gradient.storage_and_layout();
+    let tensors = (&Gradient::new(&w, w_layout)?, &Gradient::new(&g, g_layout)?);
+    let numbers = (params, decision);
+    Ok(match block.dtype {
+        DType::F64 => sums::<f64>(tensors, block, numbers, simd, scratch),
+        _ => sums::<f32>(tensors, block, numbers, simd, scratch),
+    })
+}
+
+struct DirectionTerms<'a, C> {
+    w: &'a Gradient<'a>,
+    g: &'a Gradient<'a>,
+    m: &'a [C],
+    v: &'a [C],
+    q: &'a [C],
+    coefficients: Coefficients<C>,
+}
+
+impl<C: FromGradient> Terms for DirectionTerms<'_, C> {
+    #[inline(always)]
+    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
+        let [w, g, ..] = tensors;
+        let w = self.w.row::<C>(start, a.len(), w);
+        let g = self.g.row::<C>(start, a.len(), g);
+        let moments = self.coefficients.moments;
+        let range = start..start + a.len();
+        match moments.direction {
+            Direction::Gradient => a.iter_mut().zip(g).for_each(|(a, g)| *a = g.to_f64()),
+            Direction::Momentum { .. } => {
+                for ((a, m), g) in a.iter_mut().zip(&self.m[range.clone()]).zip(g) {
+                    *a = moments.first(*m, *g).to_f64();
+                }
+            }
+            Direction::Adam { .. } => {
+                let (m, v) = (&self.m[range.clone()], &self.v[range.clone()]);
+                for (((a, m), v), g) in a.iter_mut().zip(m).zip(v).zip(g) {
+                    let metric = moments.metric(moments.second(*v, *g));
+                    *a = moments.first(*m, *g).div(metric).to_f64();
+                }
+            }
+        }
+        if let Some(brake) = self.coefficients.element {
+            for (i, (a, g)) in a.iter_mut().zip(g).enumerate() {
+                let q = self.q.get(start + i).map_or(0., |q| q.to_f64());
+                *a *= brake.phi(g.to_f64(), q);
+            }
+        }
+        for ((a, b), w) in a.iter_mut().zip(b).zip(w) {
+            *a *= *a;
+            let w = w.to_f64();
+            *b = w * w;
+        }
+    }
+}
+
+/// What a measurement reads of a block: both gradients, of one batch, times `c`.
+pub(crate) struct Measured<'a> {
+    pub first: &'a Tensor,
+    pub again: &'a Tensor,
+    pub c: f64,
+}
+
+/// [`Curvature::Step`]: a block's sums of `G^2 / P` and `D^2 P`, with `P` the metric of its direction.
+/// `old` is the parameter before the step.
+pub(crate) fn step_curvature(
+    block: &Block,
+    old: &Tensor,
+    measured: &Measured,
+    params: &ParamsSrkl,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    fn sums<C: FromGradient>(
+        tensors: [&Gradient; 4],
+        block: &Block,
+        (params, c): (&ParamsSrkl, f64),
+        simd: Simd,
+        scratch: &mut Scratch,
+    ) -> Pair {
+        let metric = match params.direction {
+            Direction::Adam { eps, .. } => block.state.v.as_ref().and_then(C::state).map(|v| {
+                let correction2 = C::from_f64(correction(block.powers.second));
+                (v, correction2, C::from_f64(eps))
+            }),
+            _ => None,
+        };
+        pair_sums(block.n, &StepTerms { tensors, metric, c }, simd, scratch)
+    }
+    let storages = [old, block.var.as_tensor(), measured.first, measured.again]
+        .map(|tensor| tensor.storage_and_layout());
+    let readers = storages.iter().map(|(storage, layout)| Gradient::new(storage, layout));
+    let readers = readers.collect::<Result<Vec<_>>>()?;
+    let tensors = [&readers[0], &readers[1], &readers[2], &readers[3]];
+    let numbers = (params, measured.c);
+    Ok(match block.dtype {
+        DType::F64 => sums::<f64>(tensors, block, numbers, simd, scratch),
+        _ => sums::<f32>(tensors, block, numbers, simd, scratch),
+    })
+}
+
+struct StepTerms<'a, C> {
+    /// Parameter before and after, gradient before and after.
+    tensors: [&'a Gradient<'a>; 4],
+    /// v, what corrects it, and eps.
+    metric: Option<(&'a [C], C, C)>,
+    c: f64,
+}
+
+impl<C: FromGradient> Terms for StepTerms<'_, C> {
+    #[inline(always)]
+    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
+        let [old, new, first, again] = tensors;
+        let len = a.len();
+        let old = self.tensors[0].row::<C>(start, len, old);
+        let new = self.tensors[1].row::<C>(start, len, new);
+        let first = self.tensors[2].row::<C>(start, len, first);
+        let again = self.tensors[3].row::<C>(start, len, again);
+        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
+            let change = self.c * (again.to_f64() - first.to_f64());
+            *a = change * change;
+        }
+        for ((b, old), new) in b.iter_mut().zip(old).zip(new) {
+            let change = new.to_f64() - old.to_f64();
+            *b = change * change;
+        }
+        if let Some((v, correction2, eps)) = self.metric {
+            for ((a, b), v) in a.iter_mut().zip(b).zip(&v[start..start + len]) {
+                let metric = correction2.mul(*v).sqrt().add(eps).to_f64();
+                *a /= metric;
+                *b *= metric;
+            }
+        }
+    }
+}
+
+/// [`Curvature::Hutchinson`]: a block's sum of `(H z)^2`, with `H z = c * (again - first) / size`.
+pub(crate) fn probe_sums(
+    block: &Block,
+    measured: &Measured,
+    size: f64,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    let (first, first_layout) = measured.first.storage_and_layout();
+    let (again, again_layout) = measured.again.storage_and_layout();
+    let first = Gradient::new(&first, first_layout)?;
+    let again = Gradient::new(&again, again_layout)?;
+    let (c, n) = (measured.c, block.n);
+    Ok(match block.dtype {
+        DType::F64 => pair_sums(n, &ProbeTerms::<f64>::new(&first, &again, c, size), simd, scratch),
+        _ => pair_sums(n, &ProbeTerms::<f32>::new(&first, &again, c, size), simd, scratch),
+    })
+}
+
+struct ProbeTerms<'a, C> {
+    first: &'a Gradient<'a>,
+    again: &'a Gradient<'a>,
+    c: f64,
+    size: f64,
+    compute: PhantomData<fn() -> C>,
+}
+
+impl<'a, C: FromGradient> ProbeTerms<'a, C> {
+    fn new(first: &'a Gradient<'a>, again: &'a Gradient<'a>, c: f64, size: f64) -> Self {
+        Self { first, again, c, size, compute: PhantomData }
+    }
+}
+
+impl<C: FromGradient> Terms for ProbeTerms<'_, C> {
+    #[inline(always)]
+    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
+        let [first, again, ..] = tensors;
+        let first = self.first.row::<C>(start, a.len(), first);
+        let again = self.again.row::<C>(start, a.len(), again);
+        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
+            let product = self.c * (again.to_f64() - first.to_f64()) / self.size;
+            *a = product * product;
+        }
+        b.fill(0.);
+    }
+}
+
+/// `q <- decay q + (1 - decay) (H z)^2`; returns the sum of q over the block.
+pub(crate) fn average_probe(
+    block: &mut Block,
+    measured: &Measured,
+    size: f64,
+    decay: f64,
+    scratch: &mut Scratch,
+) -> Result<f64> {
+    fn average<C: FromGradient>(
+        q: &mut [C],
+        terms: &ProbeTerms<C>,
+        decay: f64,
+        scratch: &mut Scratch,
+    ) -> f64 {
+        let mut sums = vec![];
+        for (chunk, q) in q.chunks_mut(CHUNK).enumerate() {
+            let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [lanes, _] } = scratch;
+            let width = q.len().clamp(MIN_LANES, LANES).next_power_of_two();
+            lanes[..width].fill(0.);
+            for (row, q) in q.chunks_mut(LANES).enumerate() {
+                let start = chunk * CHUNK + row * LANES;
+                terms.row(start, tensors, &mut a[..q.len()], &mut b[..q.len()]);
+                for ((lane, q), square) in lanes.iter_mut().zip(q).zip(&*a) {
+                    *q = C::from_f64(decay * q.to_f64() + (1. - decay) * square);
+                    *lane += q.to_f64();
+                }
+            }
+            sums.push(Pair { a: tree(&mut lanes[..width]), b: 0. });
+        }
+        Pair::fold(&sums).a
+    }
+    let (first, first_layout) = measured.first.storage_and_layout();
+    let (again, again_layout) = measured.again.storage_and_layout();
+    let first = Gradient::new(&first, first_layout)?;
+    let again = Gradient::new(&again, again_layout)?;
+    let c = measured.c;
+    Ok(match &mut block.state.q {
+        Some(Buffer::F32(q)) => {
+            average(q, &ProbeTerms::new(&first, &again, c, size), decay, scratch)
+        }
+        Some(Buffer::F64(q)) => {
+            average(q, &ProbeTerms::new(&first, &again, c, size), decay, scratch)
+        }
+        _ => 0.,
+    })
+}
+
+// ---------------------------------------------------------------------------------------------
+// Perturbations
+
+/// A block's sum of `w^2`.
+pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Result<f64> {
+    struct Squares<'a, C>(&'a Gradient<'a>, PhantomData<fn() -> C>);
+    impl<C: FromGradient> Terms for Squares<'_, C> {
+        #[inline(always)]
+        fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
+            let w = self.0.row::<C>(start, a.len(), &mut tensors[0]);
+            a.iter_mut().zip(w).for_each(|(a, w)| *a = w.to_f64() * w.to_f64());
+            b.fill(0.);
+        }
+    }
+    let (storage, layout) = block.var.storage_and_layout();
+    let w = Gradient::new(&storage, layout)?;
+    Ok(match block.dtype {
+        DType::F64 => pair_sums(block.n, &Squares::<f64>(&w, PhantomData), simd, scratch).a,
+        _ => pair_sums(block.n, &Squares::<f32>(&w, PhantomData), simd, scratch).a,
+    })
+}
+
+/// The size of the perturbation, from the sum of `w^2` over all `n` elements.
+pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
+    delta * (squares / n).sqrt().max(LEAST_RMS)
+}
+
+/// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
+pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
+    fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64) {
+        let size = P::Compute::from_f64(size);
+        for (word, w) in w.chunks_mut(64).enumerate() {
+            let bits = bits(word as u64);
+            for (i, w) in w.iter_mut().enumerate() {
+                let by = if bits >> i & 1 == 0 { size } else { size.neg() };
+                *w = P::narrow(w.widen().add(by).canonical());
+            }
+        }
+    }
+    if block.n == 0 {
+        return Ok(());
+    }
+    let bits = |word| random_bits(seed, draw, place, word);
+    with_storage_mut(&block.var, |storage| {
+        match storage {
+            CpuStorage::F32(w) => add(w, size, bits),
+            CpuStorage::F64(w) => add(w, size, bits),
+            CpuStorage::BF16(w) => add(w, size, bits),
+            CpuStorage::F16(w) => add(w, size, bits),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
+
+/// Puts the average in the place of the parameter.
+pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
+    fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
+        let average = average.unwrap_or_default();
+        w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+    }
+    if block.n == 0 {
+        return Ok(());
+    }
+    let average = block.state.average.as_ref();
+    with_storage_mut(&block.var, |storage| {
+        match storage {
+            CpuStorage::F32(w) => put(w, average.and_then(f32::state)),
+            CpuStorage::F64(w) => put(w, average.and_then(f64::state)),
+            CpuStorage::BF16(w) => put(w, average.and_then(f32::state)),
+            CpuStorage::F16(w) => put(w, average.and_then(f32::state)),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
 
 // ---------------------------------------------------------------------------------------------
 // Master weights

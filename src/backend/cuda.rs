@@ -24,7 +24,7 @@ use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Va
 
 use super::cpu::{Decision, PROBES, StepScalars};
 use super::{Counters, Inputs};
-use crate::block::{Block, Last, Master, storage_address};
+use crate::block::{Block, Buffer, Last, storage_address};
 use crate::cuda::abi;
 use crate::numerics::{CHUNK, LANES, Sums};
 use crate::optimizer::{Group, steps_whole, uses_norm, uses_total};
@@ -137,6 +137,15 @@ const SETTINGS_IN_CAPTURE: &str = "the optimizer's settings have changed inside 
 /// The CUDA devices that blocks are on.
 pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>> {
     let mut devices: Vec<&CudaDevice> = vec![];
+    let plain = |group: &Group| {
+        let ParamsSrkl { direction, curvature, trust, average, .. } = group.params;
+        let reference = ParamsSrkl::reference();
+        (direction, curvature) == (reference.direction, reference.curvature)
+            && (trust, average) == (None, None)
+    };
+    if blocks.iter().any(|block| !block.on_cpu && !plain(&groups[block.group])) {
+        bail!("on a CUDA device there are the reference's direction and curvature alone, so far")
+    }
     for block in blocks {
         if let Device::Cuda(device) = block.var.device()
             && !devices.iter().any(|known| block.is_on(known))
@@ -166,8 +175,8 @@ impl Cuda {
             let chunk_count = block.n.div_ceil(CHUNK) as u64;
             // Of the gradient, which L2 must hold beside the parameter and what comes next.
             let bytes = block.n * block.dtype.size_in_bytes();
-            let master = match &block.master {
-                Some(Master::Cuda(master)) => master.device_ptr(&stream).0,
+            let master = match &block.state.master {
+                Some(Buffer::CudaF32(master)) => master.device_ptr(&stream).0,
                 _ => 0,
             };
             let (storage, layout) = block.var.storage_and_layout();
@@ -556,7 +565,7 @@ fn group(group: &Group) -> abi::SrklGroup {
         scope: match scope {
             Scope::Tensor => abi::SRKL_TENSOR,
             Scope::Global => abi::SRKL_GLOBAL,
-            Scope::Element => abi::SRKL_ELEMENT,
+            Scope::Element | Scope::Mixed(_) => abi::SRKL_ELEMENT,
         },
         nonfinite: match nonfinite {
             NonFinite::SkipStep => abi::SRKL_SKIP_STEP,

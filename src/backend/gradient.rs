@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
+use crate::block::Buffer;
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
 /// A gradient in CPU memory, in the order of its logical elements.
@@ -38,6 +39,9 @@ pub(crate) trait FromGradient: Real {
     /// The values themselves, where they have this type already.
     fn borrow(values: Values<'_>) -> Option<&[Self]>;
     fn buffer(buffer: &mut RowBuffer) -> &mut [Self; LANES];
+    /// The numbers of a block's state, if they are on the CPU.
+    fn state(buffer: &Buffer) -> Option<&[Self]>;
+    fn state_mut(buffer: &mut Buffer) -> Option<&mut [Self]>;
 }
 
 impl FromGradient for f32 {
@@ -52,6 +56,18 @@ impl FromGradient for f32 {
     fn buffer(buffer: &mut RowBuffer) -> &mut [f32; LANES] {
         &mut buffer.narrow
     }
+    fn state(buffer: &Buffer) -> Option<&[f32]> {
+        match buffer {
+            Buffer::F32(values) => Some(values),
+            _ => None,
+        }
+    }
+    fn state_mut(buffer: &mut Buffer) -> Option<&mut [f32]> {
+        match buffer {
+            Buffer::F32(values) => Some(values),
+            _ => None,
+        }
+    }
 }
 
 impl FromGradient for f64 {
@@ -65,6 +81,18 @@ impl FromGradient for f64 {
     #[inline(always)]
     fn buffer(buffer: &mut RowBuffer) -> &mut [f64; LANES] {
         &mut buffer.wide
+    }
+    fn state(buffer: &Buffer) -> Option<&[f64]> {
+        match buffer {
+            Buffer::F64(values) => Some(values),
+            _ => None,
+        }
+    }
+    fn state_mut(buffer: &mut Buffer) -> Option<&mut [f64]> {
+        match buffer {
+            Buffer::F64(values) => Some(values),
+            _ => None,
+        }
     }
 }
 

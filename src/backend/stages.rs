@@ -13,10 +13,10 @@ use candle_core::{DType, Result, Tensor};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use super::cpu::{self, Decision, PIECE, Scratch, StepScalars};
+use super::cpu::{self, Decision, PIECE, Scratch};
 use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
-use crate::block::{Block, Master, storage_address};
+use crate::block::{Block, Buffer, storage_address};
 use crate::numerics::{LANES, Sums};
 use crate::optimizer::Group;
 
@@ -29,7 +29,7 @@ const BATCH_BLOCKS: usize = 32;
 /// What is known of the gradient of a block after its statistics.
 #[derive(Clone, Copy)]
 pub(crate) struct Found<'a> {
-    gradient: &'a Tensor,
+    pub gradient: &'a Tensor,
     pub sums: Sums,
     /// The addresses of its storage and of its first element, to prefetch.
     storage: usize,
@@ -55,9 +55,13 @@ pub(crate) struct Stages {
 }
 
 impl Stages {
-    /// Finds and checks the gradient of every block, as a trial of `statistics`.
-    pub fn check(&self, blocks: &[Block], grads: &GradStore) -> Result<()> {
-        self.gradients(blocks, grads, |_, _, _| Sums::ZERO).map(|_| ())
+    /// Stage 1 where sums are not needed: finds and checks the gradient of every block.
+    pub fn check<'g>(
+        &self,
+        blocks: &[Block],
+        grads: &'g GradStore,
+    ) -> Result<Vec<Option<Found<'g>>>> {
+        self.gradients(blocks, grads, |_, _, _| Sums::ZERO)
     }
 
     /// Stage 1: the gradient of every block with its sums, squares only where `norm` asks for them;
@@ -118,7 +122,6 @@ impl Stages {
         gradients: &[Option<Found>],
         decisions: &[Option<Decision>],
         groups: &[Group],
-        scalars: StepScalars,
     ) -> Result<()> {
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
@@ -133,12 +136,12 @@ impl Stages {
             for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
                 block.last = decision.map(|d| (d.curvature, d.phi));
                 match (found, decision) {
-                    (Some(_), Some(_)) if !block.on_cpu => {}
                     (Some(Found { gradient, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
-                        cpu::update(
-                            block, gradient, params, scalars, decision, self.simd, scratch,
-                        )?;
+                        if block.on_cpu {
+                            cpu::update(block, gradient, params, decision, self.simd, scratch)?;
+                        }
+                        block.powers = block.powers.next(params);
                     }
                     (Some(_), None) => block.skipped += 1,
                     (None, _) => {}
@@ -146,6 +149,26 @@ impl Stages {
             }
             Ok(())
         })
+    }
+
+    /// What `work` makes of every block on the CPU that something is given for.
+    pub fn each<T: Sync, R: Send>(
+        &self,
+        blocks: &mut [Block],
+        given: &[Option<T>],
+        work: impl Fn(&mut Scratch, &mut Block, &T) -> Result<R> + Sync,
+    ) -> Result<Vec<Option<R>>> {
+        let mut results: Vec<Option<R>> = blocks.iter().map(|_| None).collect();
+        let items = blocks.iter_mut().zip(given).zip(&mut results);
+        let items = items.filter_map(|((block, given), result)| {
+            let given = given.as_ref().filter(|_| block.on_cpu)?;
+            Some((block.n > PIECE, (block, given, result)))
+        });
+        self.spread(items.collect(), |scratch, (block, given, result)| {
+            *result = Some(work(scratch, block, given)?);
+            Ok(())
+        })?;
+        Ok(results)
     }
 
     /// Runs `work` on every item: on those with a large block in turn, then on the others over the
@@ -190,7 +213,7 @@ fn prefetch_update(block: &Block, found: Option<&Found>) {
     let bytes = n * block.dtype.size_in_bytes();
     prefetch(block.storage, 1);
     prefetch(block.elements, bytes);
-    if let Some(Master::Cpu(master)) = &block.master {
+    if let Some(Buffer::F32(master)) = &block.state.master {
         prefetch(master.as_ptr().addr(), n * size_of::<f32>());
     }
     if let Some(found) = found {
