@@ -25,29 +25,58 @@
 #define SRKL_TENSOR 0
 #define SRKL_GLOBAL 1
 #define SRKL_ELEMENT 2
+#define SRKL_MIXED 3
+
+// Directions.
+#define SRKL_GRADIENT 0
+#define SRKL_MOMENTUM 1
+#define SRKL_ADAM 2
+
+// Curvatures.
+#define SRKL_GRAD_SQUARE 0
+#define SRKL_STEP 1
+#define SRKL_HUTCHINSON 2
 
 // Policies for gradients that are not finite.
 #define SRKL_SKIP_STEP 0
 #define SRKL_SKIP_BLOCK 1
 #define SRKL_PROPAGATE 2
 
-// What a launch does. The device decides where it has all three, and the host between two launches where
-// they have one each.
+// What a launch of srkl_step does. Where a step is decided on the device, its last launch counts it.
 #define SRKL_STATISTICS 1
 #define SRKL_DECIDE 2
 #define SRKL_UPDATE 4
+#define SRKL_COUNT 8
+
+// Which sums srkl_sums makes, and what becomes of them.
+#define SRKL_SUM_DIRECTIONS 0 // the trust clip; and small steps, of a step that measures
+#define SRKL_SUM_MEASURING 1  // likewise, and the parameters are kept
+#define SRKL_SUM_STEP 2       // curvature along the step
+#define SRKL_SUM_SQUARES 3    // the size of a perturbation
+#define SRKL_SUM_PROBE 4      // whether a product with the Hessian is finite
+#define SRKL_SUM_AVERAGE 5    // its average
+
+// What srkl_replace does with parameters.
+#define SRKL_PERTURB 0
+#define SRKL_SWAP 1    // by their averages
+#define SRKL_RESTORE 2 // from what was kept
 
 // A parameter tensor. Written once.
 typedef struct {
     unsigned long long w;           // the parameter, 16-byte aligned
     unsigned long long master;      // its f32 masters, 16-byte aligned, or 0
+    unsigned long long m;           // its first moment, or 0
+    unsigned long long v;           // its second moment, or 0
+    unsigned long long average;     // of the parameter, or 0
+    unsigned long long q;           // its squared row norms, or 0
+    unsigned long long old;         // room for the parameter as it was, or 0
     unsigned long long n;           // elements
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
     unsigned long long chunk_count;
     unsigned int dtype;
     unsigned int group;
     unsigned int from_end; // whether its last chunk is updated first
-    unsigned int pad;
+    unsigned int place;    // among all parameters of the optimizer
 } SrklBlock;
 
 // The gradient of a block. Written when an address has changed.
@@ -62,8 +91,18 @@ typedef struct {
     double beta; // the number, tied or not
     double weight_decay;
     double max_grad_norm; // 0 for no clipping
+    double trust;         // 0 for no clip
+    double average;       // the decay of the parameters' average; 1 for none
+    double decay1;        // of the first moment; 1 for none
+    double decay2;        // of the second moment; 1 for none
+    double eps;
+    double decay; // of the curvature's average
     unsigned int scope;
+    unsigned int shared; // SRKL_MIXED: 8 p
+    unsigned int direction;
+    unsigned int curvature;
     unsigned int nonfinite;
+    unsigned int pad;
 } SrklGroup;
 
 // What a step uses that is neither a setting of one group nor a gradient. Written by srkl_set.
@@ -89,6 +128,30 @@ typedef struct {
     long long exponent;
 } SrklSums;
 
+// Two sums in f64 without a scale.
+typedef struct {
+    double a;
+    double b;
+} SrklPair;
+
+// Products of decays over the steps that moved a block.
+typedef struct {
+    double first;
+    double second;
+    double average;
+} SrklPowers;
+
+// What is known of a block's curvature: `Estimate` in src/curvature.rs.
+typedef struct {
+    double mean;
+    double own;
+    double power;
+    unsigned long long infinite;
+    unsigned long long taken;
+    unsigned long long nonfinite;
+    unsigned long long without_step;
+} SrklEstimate;
+
 // What stage 1 finds of a block.
 typedef struct {
     SrklSums sums;
@@ -100,6 +163,10 @@ typedef struct {
     double c;
     double curvature;
     double phi;
+    double correction1;
+    double correction2;
+    double average;
+    SrklPowers powers;       // after the step
     unsigned long long step; // whether the block moves, unless the whole step is skipped
 } SrklDecision;
 
@@ -108,6 +175,7 @@ typedef struct {
     unsigned long long steps;
     unsigned long long skipped_steps;
     double grad_norm;
+    double probe_size;
     unsigned long long next_statistics; // the next chunk to take; 0 between steps
     unsigned long long next_update;     // likewise
     unsigned int left;                  // blocks of threads that have left this step; 0 between steps
@@ -115,7 +183,7 @@ typedef struct {
     unsigned int refused;               // whether a block wants the step skipped; 0 between steps
     unsigned int skipped;               // whether the last step was skipped
     unsigned int has_norm;              // whether it has computed grad_norm
-    unsigned int pad;
+    unsigned int finite;                // whether the last product with the Hessian was
 } SrklState;
 
 // All that a step works on.
@@ -130,6 +198,11 @@ typedef struct {
     unsigned long long ready;       // unsigned int[block_count]: whether it is decided; 0 between steps
     unsigned long long statistics;  // SrklStatistics[block_count]
     unsigned long long decisions;   // SrklDecision[block_count]
+    unsigned long long powers;      // SrklPowers[block_count]
+    unsigned long long estimates;   // SrklEstimate[block_count]
+    unsigned long long again;       // SrklGradient[block_count]: second gradients of a measurement
+    unsigned long long chunk_pairs; // SrklPair[chunk_count]
+    unsigned long long pairs;       // SrklPair[block_count]
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
@@ -140,15 +213,18 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 56 && offsetof(SrklBlock, pad) == 52, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 40 && offsetof(SrklGroup, nonfinite) == 36, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 104 && offsetof(SrklGroup, pad) == 100, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
+static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
+static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "SrklPowers");
+static_assert(sizeof(SrklEstimate) == 56 && offsetof(SrklEstimate, without_step) == 48, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
-static_assert(sizeof(SrklDecision) == 32 && offsetof(SrklDecision, step) == 24, "SrklDecision");
-static_assert(sizeof(SrklState) == 64 && offsetof(SrklState, pad) == 60, "SrklState");
-static_assert(sizeof(SrklTable) == 128 && offsetof(SrklTable, stages) == 120, "SrklTable");
+static_assert(sizeof(SrklDecision) == 80 && offsetof(SrklDecision, step) == 72, "SrklDecision");
+static_assert(sizeof(SrklState) == 72 && offsetof(SrklState, finite) == 68, "SrklState");
+static_assert(sizeof(SrklTable) == 168 && offsetof(SrklTable, stages) == 160, "SrklTable");
 #endif

@@ -13,21 +13,93 @@ __device__ inline double brake(double lr, double beta, double curvature) {
     return __ddiv_rn(lr, __dadd_rn(1., __dmul_rn(beta, curvature)));
 }
 
-// `own` are a block's sums, `total` those over all blocks, where the group uses them. Returns
-// whether everything that the block uses is finite.
+// What corrects an average for having started at 0; 1 for one that there is not.
+__device__ inline double correction(double power) {
+    return power == 1. ? 1. : __ddiv_rn(1., __dsub_rn(1., power));
+}
+
+// The curvature of a block that has not been measured.
+static const double UNKNOWN = -1.;
+
+// `H` of what has been measured, or UNKNOWN.
+__device__ inline double curvature_of(const SrklEstimate &estimate, u32 kind) {
+    if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
+    if (estimate.power == 1.) return UNKNOWN;
+    return kind == SRKL_HUTCHINSON ? __dsqrt_rn(estimate.mean)
+                                   : __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
+}
+
+__device__ inline bool has_element_brakes(const SrklGroup &p) {
+    return p.scope == SRKL_ELEMENT || p.scope == SRKL_MIXED;
+}
+
+// `own` are a block's sums, `total` those over all blocks, where the group uses them; `powers` are those
+// after this step. Returns whether everything that the block uses is finite.
 __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const SrklSums &own,
-                              const SrklSums &total, SrklDecision &decision) {
+                              const SrklSums &total, const SrklEstimate &estimate, const SrklPowers &powers,
+                              SrklDecision &decision) {
     double c = __ddiv_rn(1., s.grad_scale);
     if (p.max_grad_norm > 0.) {
         double norm = norm_of(total, c);
         double clip = norm <= p.max_grad_norm ? 1. : __ddiv_rn(p.max_grad_norm, norm);
         c = __dmul_rn(c, clip);
     }
-    double curvature = curvature_of(p.scope == SRKL_GLOBAL ? total : own, c);
+    const double lr = __dmul_rn(s.schedule, p.lr);
+    bool finite = is_finite(own.sum4) && c > 0.;
+    double curvature, phi = 0.;
+    if (p.curvature == SRKL_GRAD_SQUARE) {
+        curvature = curvature_of(p.scope == SRKL_GLOBAL ? total : own, c);
+        finite = finite && is_finite(curvature);
+        phi = brake(lr, p.beta, curvature);
+    } else {
+        curvature = curvature_of(estimate, p.curvature);
+        if (curvature != UNKNOWN && is_finite(curvature)) phi = brake(lr, p.beta, curvature);
+    }
+    if (has_element_brakes(p) && phi != 0.) phi = lr;
     decision.c = c;
     decision.curvature = curvature;
-    decision.phi = brake(__dmul_rn(s.schedule, p.lr), p.beta, curvature);
-    return is_finite(own.sum4) && is_finite(curvature) && c > 0.;
+    decision.phi = phi;
+    decision.powers = powers;
+    decision.correction1 = correction(powers.first);
+    decision.correction2 = correction(powers.second);
+    decision.average = p.average == 1. ? 0. : __dmul_rn(__dsub_rn(1., p.average), correction(powers.average));
+    return finite;
+}
+
+// The products of decays after one more step.
+__device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGroup &p) {
+    SrklPowers next;
+    next.first = __dmul_rn(powers.first, p.decay1);
+    next.second = __dmul_rn(powers.second, p.decay2);
+    next.average = __dmul_rn(powers.average, p.average);
+    return next;
+}
+
+// The smallest size of parameters that steps are compared with, and the length of a step that nothing is
+// known for, beside that size.
+static const double LEAST_RMS = 0.01, SMALL_STEP = 0.003;
+
+// Decides again about a block of `n` elements, by the directions: `own` are its sums, `total` those of all
+// blocks, of `total_n` elements, that move by SRKL_STEP.
+__device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const SrklScalars &s,
+                              const SrklPair &own, double n, const SrklPair &total, double total_n,
+                              bool measures) {
+    const bool known = decision.curvature >= 0. && is_finite(decision.curvature);
+    if (p.curvature == SRKL_STEP && measures && !known) {
+        double rms_w = __dsqrt_rn(__ddiv_rn(total.b, total_n));
+        double rms_d = __dsqrt_rn(__ddiv_rn(total.a, total_n));
+        double least = rms_w > LEAST_RMS ? rms_w : LEAST_RMS;
+        double small = __ddiv_rn(__dmul_rn(SMALL_STEP, least), rms_d);
+        double lr = __dmul_rn(s.schedule, p.lr);
+        decision.phi = small < lr ? small : lr;
+    }
+    if (p.trust > 0.) {
+        double length = __dsqrt_rn(own.a);
+        if (!has_element_brakes(p)) length = __dmul_rn(decision.phi, length);
+        double norm = __dsqrt_rn(own.b), least = __dmul_rn(LEAST_RMS, __dsqrt_rn(n));
+        double most = __dmul_rn(p.trust, norm > least ? norm : least);
+        if (length > most) decision.phi = __dmul_rn(decision.phi, __ddiv_rn(most, length));
+    }
 }
 
 // The sums over all blocks, to all threads of the block that calls it together.
@@ -56,8 +128,11 @@ __device__ inline void decide_block(const SrklTable &table, const SrklScalars &s
     const u32 group = ((const SrklBlock *)table.blocks)[b].group;
     const SrklGroup p = ((const SrklGroup *)table.groups)[group];
     const bool present = ((const SrklGradient *)table.gradients)[b].address != 0;
+    const SrklPowers powers = next_powers(((const SrklPowers *)table.powers)[b], p);
+    const SrklEstimate estimate = ((const SrklEstimate *)table.estimates)[b];
     SrklDecision decision;
-    const bool may_step = decide(p, s, own, total, decision) || p.nonfinite == SRKL_PROPAGATE;
+    const bool finite = decide(p, s, own, total, estimate, powers, decision);
+    const bool may_step = finite || p.nonfinite == SRKL_PROPAGATE;
     decision.step = present && may_step;
     ((SrklDecision *)table.decisions)[b] = decision;
     if (present && !may_step && p.nonfinite == SRKL_SKIP_STEP)

@@ -102,3 +102,69 @@ __device__ inline int scale_exponent(double max) {
     int biased = (int)(__double_as_longlong(max) >> 52) & 0x7ff;
     return (biased > 1 ? biased : 1) - 1023;
 }
+
+// -------------------------------------------------------------------------------------------------
+// Arithmetic in either compute type, each operation rounded once
+
+__device__ inline float add(float a, float b) {
+    return __fadd_rn(a, b);
+}
+__device__ inline double add(double a, double b) {
+    return __dadd_rn(a, b);
+}
+__device__ inline float sub(float a, float b) {
+    return __fsub_rn(a, b);
+}
+__device__ inline double sub(double a, double b) {
+    return __dsub_rn(a, b);
+}
+__device__ inline float mul(float a, float b) {
+    return __fmul_rn(a, b);
+}
+__device__ inline double mul(double a, double b) {
+    return __dmul_rn(a, b);
+}
+__device__ inline float div(float a, float b) {
+    return __fdiv_rn(a, b);
+}
+__device__ inline double div(double a, double b) {
+    return __ddiv_rn(a, b);
+}
+__device__ inline float root(float x) {
+    return __fsqrt_rn(x);
+}
+__device__ inline double root(double x) {
+    return __dsqrt_rn(x);
+}
+// `a * b + c`
+__device__ inline float mul_add(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
+}
+__device__ inline double mul_add(double a, double b, double c) {
+    return __fma_rn(a, b, c);
+}
+
+// `x^(k / 8)` by square roots, for `k` from 0 to 8.
+__device__ inline double eighths(double x, u32 k) {
+    double half = root(x), quarter = root(half), eighth = root(quarter);
+    double power = k >= 8 ? x : 1.;
+    power = k & 4 ? mul(power, half) : power;
+    power = k & 2 ? mul(power, quarter) : power;
+    power = k & 1 ? mul(power, eighth) : power;
+    return power;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Random numbers
+
+__device__ inline u64 mix(u64 x) {
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+// The `word`-th 64 random bits of a block.
+__device__ inline u64 random_bits(u64 seed, u64 draw, u64 block, u64 word) {
+    return mix(mix(mix(mix(seed) ^ draw) ^ block) ^ word);
+}

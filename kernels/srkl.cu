@@ -28,7 +28,8 @@
 //
 // Names and order of the stages are those of src/backend/cpu.rs.
 
-#include "decide.cuh"
+#include "curvature.cuh"
+#include "replace.cuh"
 #include "statistics.cuh"
 #include "update.cuh"
 
@@ -47,23 +48,13 @@ struct Work {
     u64 b;     // the number of its block
     SrklBlock block;
     SrklGradient gradient;
-    SrklDecision decision;
-    SrklGroup group;
+    Numbers numbers;
     u64 pending;   // the chunk to update next, or NO_CHUNK
     u64 needs;     // statistics of chunks up to this number are worth doing meanwhile
     u64 pending_b; // its block
     bool take_parameter;
     bool last;
 };
-
-// Whether this thread's block is the last of `count` to arrive at a counter, which is then zero again. What
-// those before it wrote is seen by it.
-__device__ inline bool arrives_last(u32 *counter, u64 count) {
-    __threadfence();
-    bool last = atomicInc(counter, (u32)(count - 1)) == (u32)(count - 1);
-    __threadfence();
-    return last;
-}
 
 // Where it is told that block `b` is decided.
 __device__ inline u32 *ready_flag(const SrklTable &table, const Work &work, u64 b) {
@@ -111,24 +102,29 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
     work.gradient = ((const SrklGradient *)table.gradients)[part.block];
 }
 
-// Takes what an update needs beside its chunk: written in this launch, so past L1.
-__device__ inline void take_decision(const SrklTable &table, Work &work) {
+// Takes what an update needs beside its chunk.
+template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
+    work.numbers.group = ((const SrklGroup *)table.groups)[work.block.group];
+    if (ELEMENTS) work.numbers.set_rows(((const SrklEstimate *)table.estimates)[work.b]);
+    // Written in this launch: past L1.
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
-    work.decision.c = __ldcg(&decision->c);
-    work.decision.phi = __ldcg(&decision->phi);
-    work.decision.step = __ldcg(&decision->step);
+    work.numbers.decision.c = __ldcg(&decision->c);
+    work.numbers.decision.phi = __ldcg(&decision->phi);
+    work.numbers.decision.correction1 = __ldcg(&decision->correction1);
+    work.numbers.decision.correction2 = __ldcg(&decision->correction2);
+    work.numbers.decision.average = __ldcg(&decision->average);
+    work.numbers.decision.step = __ldcg(&decision->step);
     work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
-    work.group = ((const SrklGroup *)table.groups)[work.block.group];
-    if (table.stages & SRKL_DECIDE) {
+    if (table.stages & SRKL_COUNT) {
         const bool refused = __ldcg(&((const SrklState *)table.state)->refused);
-        if (work.start == 0 && work.gradient.address != 0 && !work.decision.step && !refused)
+        if (work.start == 0 && work.gradient.address != 0 && !work.numbers.decision.step && !refused)
             ((u64 *)table.skipped)[work.b]++;
-        if (refused) work.decision.step = 0;
+        if (refused) work.numbers.decision.step = 0;
     }
 }
 
 // Chooses what to do next, by one thread.
-__device__ inline void choose(const SrklTable &table, Work &work) {
+template <bool ELEMENTS> __device__ inline void choose(const SrklTable &table, Work &work) {
     const bool updates = table.stages & SRKL_UPDATE;
     if (updates && work.pending == NO_CHUNK) take_pending(table, work);
     const bool has_pending = work.pending != NO_CHUNK;
@@ -144,7 +140,7 @@ __device__ inline void choose(const SrklTable &table, Work &work) {
     }
     __threadfence();
     take(table, work, SRKL_UPDATE, work.pending);
-    take_decision(table, work);
+    take_decision<ELEMENTS>(table, work);
     work.pending = NO_CHUNK;
 }
 
@@ -199,6 +195,16 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
     }
 }
 
+// Counts the step of block `b`, if it moved. Its decision may have been written in this launch: past L1.
+__device__ inline void take_powers(const SrklTable &table, u64 b) {
+    const SrklDecision *decision = &((const SrklDecision *)table.decisions)[b];
+    SrklPowers *powers = &((SrklPowers *)table.powers)[b];
+    if (!__ldcg(&decision->step)) return;
+    powers->first = __ldcg(&decision->powers.first);
+    powers->second = __ldcg(&decision->powers.second);
+    powers->average = __ldcg(&decision->powers.average);
+}
+
 // The last block of threads to leave counts the step and makes the table ready for the next one.
 __device__ inline void leave(const SrklTable &table, Work &work) {
     SrklState *state = (SrklState *)table.state;
@@ -207,10 +213,14 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     if (!work.last) return;
     const u64 flags = work.scalars.whole ? 1 : table.block_count;
     for (u64 b = threadIdx.x; b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
+    if (table.stages & SRKL_COUNT)
+        for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS)
+            if (!state->refused) take_powers(table, b);
+    __syncthreads();
     if (threadIdx.x == 0) {
         state->next_statistics = 0;
         state->next_update = 0;
-        if (table.stages & SRKL_DECIDE) {
+        if (table.stages & SRKL_COUNT) {
             const bool skipped = state->refused;
             *(skipped ? &state->skipped_steps : &state->steps) += 1;
             state->skipped = skipped;
@@ -220,28 +230,46 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
-    srkl_step(const SrklTable table) {
-    __shared__ Lanes lanes;
-    __shared__ Work work;
+template <bool ELEMENTS> __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
         work.pending = NO_CHUNK;
     }
     for (;;) {
-        if (threadIdx.x == 0) choose(table, work);
+        if (threadIdx.x == 0) choose<ELEMENTS>(table, work);
         __syncthreads();
         if (work.stage == 0) break;
         const u64 left = work.block.n - work.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         if (work.stage == SRKL_STATISTICS)
             run_statistics(table, work, len, lanes);
-        else if (work.decision.step)
-            update(work.block, work.gradient, work.start, len, work.take_parameter, work.decision, work.group,
-                   work.scalars.schedule);
+        else if (work.numbers.decision.step)
+            update<ELEMENTS>(work.block, work.gradient, work.start, len, work.take_parameter, work.numbers);
         __syncthreads();
     }
     leave(table, work);
+}
+
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+    srkl_step(const SrklTable table) {
+    __shared__ Lanes lanes;
+    __shared__ Work work;
+    step<false>(table, lanes, work);
+}
+
+// The same, for settings where elements have their own brakes.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 5) srkl_step_elements(const SrklTable table) {
+    __shared__ Lanes lanes;
+    __shared__ Work work;
+    step<true>(table, lanes, work);
+}
+
+// Stage 2 alone, where neither curvature nor policy needs statistics: a thread a block, any grid.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS) srkl_decide(const SrklTable table) {
+    const SrklScalars scalars = *(const SrklScalars *)table.scalars;
+    const SrklSums none = {0., 0., 0};
+    const u64 first = (u64)blockIdx.x * SRKL_THREADS + threadIdx.x, stride = (u64)gridDim.x * SRKL_THREADS;
+    for (u64 b = first; b < table.block_count; b += stride) decide_block(table, scalars, b, none, none);
 }
 
 // Writes the scalars: one thread. A launch, since its argument may change as soon as it returns, while a

@@ -13,7 +13,7 @@
 static const int CHUNK_ROWS = SRKL_CHUNK / SRKL_LANES;
 
 // Adds the element `g`, computed in f64 and scaled, to its lane.
-__device__ inline void add(double g, bool norm, double &sum2, double &sum4) {
+__device__ inline void add_element(double g, bool norm, double &sum2, double &sum4) {
     const double q = __dmul_rn(g, g);
     if (norm) sum2 = __dadd_rn(sum2, q);
     sum4 = __fma_rn(q, q, sum4);
@@ -37,7 +37,7 @@ __device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, do
                 for (int k = 0; k < N; k++) {
                     double g = (double)widen(x[r].at[k]);
                     if (sizeof(T) == 8) g = __dmul_rn(g, scale);
-                    add(g, norm, sum2[k], sum4[k]);
+                    add_element(g, norm, sum2[k], sum4[k]);
                 }
         }
 #pragma unroll
@@ -94,8 +94,8 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
         float rounded;
         double g1 = load_one(g, start + at);
         from_f64(g1, rounded);
-        add(f64 ? __dmul_rn(g1, scale) : (double)rounded, norm, lanes.sum2[at % SRKL_LANES],
-            lanes.sum4[at % SRKL_LANES]);
+        add_element(f64 ? __dmul_rn(g1, scale) : (double)rounded, norm, lanes.sum2[at % SRKL_LANES],
+                    lanes.sum4[at % SRKL_LANES]);
     }
     if (norm) sums.sum2 = tree(lanes.sum2, width);
     sums.sum4 = tree(lanes.sum4, width);

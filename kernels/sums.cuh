@@ -72,6 +72,15 @@ template <typename Item> __device__ SrklSums fold(u64 count, Item item, Lanes &l
     return sums;
 }
 
+// Whether this thread's block is the last of `count` to arrive at a counter, which is then zero again. What
+// those before it wrote is seen by it.
+__device__ inline bool arrives_last(u32 *counter, u64 count) {
+    __threadfence();
+    bool last = atomicInc(counter, (u32)(count - 1)) == (u32)(count - 1);
+    __threadfence();
+    return last;
+}
+
 // Sums that another block of threads may have written in this launch: past L1.
 __device__ inline SrklSums read_sums(const SrklSums *sums) {
     SrklSums x;

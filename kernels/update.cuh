@@ -1,126 +1,271 @@
 // Stage 3, update: moves the parameters of a chunk.
 //
-// Bytes a parameter: reads the gradient (4 for f32, 2 for bf16 and f16) and the parameter, or its
-// master where it has one, and writes both. 12 for f32; 12 for bf16 with f32 master and bf16
-// gradient: 2 + 4 read, 4 + 2 written.
+// Bytes a parameter: reads the gradient (4 for f32, 2 for bf16 and f16), the parameter, or its master where
+// it has one, and its state, and writes all but the gradient. 12 for f32, 20 with momentum, 28 with Adam; 12,
+// 20 and 28 for bf16 with f32 master and bf16 gradient: 2 + 4 read, 4 + 2 written. 8 more for an average.
 //
-// Contract: all SRKL_THREADS threads of a block call these together; `w` and `master` are 16-byte
+// Contract: all SRKL_THREADS threads of a block call these together; `w`, `master` and state are 16-byte
 // aligned, a gradient need not be, and none overlap.
 #pragma once
 
 #include "access.cuh"
 #include "decide.cuh"
 
-// `w <- keep * w - phi_c * g`
-__device__ inline float descend(float w, float g, float phi_c, float keep) {
-    return canonical(__fmaf_rn(g, -phi_c, __fmul_rn(keep, w)));
-}
-__device__ inline double descend(double w, double g, double phi_c, double keep) {
-    return canonical(__fma_rn(g, -phi_c, __dmul_rn(keep, w)));
+// `w <- keep * w - phi_d * d`
+template <typename C> __device__ inline C descend(C w, C d, C phi_d, C keep) {
+    return canonical(mul_add(d, -phi_d, mul(keep, w)));
 }
 
-// The numbers of one block's update, and what each element makes of them.
-template <typename C> struct Step {
-    double c, weight_decay, lr, beta;
-    C phi_c, keep;
-    bool element;
+// `a <- a + by * (w - a)`
+template <typename C> __device__ inline C approach(C a, C w, C by) {
+    return canonical(mul_add(sub(w, a), by, a));
+}
 
-    __device__ void coefficients(double phi, C &phi_c, C &keep) const {
-        from_f64(__dmul_rn(phi, c), phi_c);
-        from_f64(__dsub_rn(1., __dmul_rn(phi, weight_decay)), keep);
+// The direction of an element, and its state.
+template <typename C> struct Moments {
+    C decay1, gain1, decay2, gain2, c, correction2, eps;
+
+    __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
+        from_f64(p.decay1, decay1);
+        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.c), gain1);
+        from_f64(p.decay2, decay2);
+        from_f64(__dsub_rn(1., p.decay2), gain2);
+        from_f64(decision.c, c);
+        from_f64(decision.correction2, correction2);
+        from_f64(p.eps, eps);
     }
 
-    __device__ C operator()(C w, C g) const {
-        if (!element) return descend(w, g, phi_c, keep);
-        double d = __dmul_rn(c, (double)g);
-        C phi_c, keep;
-        coefficients(brake(lr, beta, __dmul_rn(d, d)), phi_c, keep);
-        return descend(w, g, phi_c, keep);
+    // `m <- mu m + (1 - mu) c g`
+    __device__ C first(C m, C g) const { return canonical(mul_add(g, gain1, mul(decay1, m))); }
+
+    // `v <- beta2 v + (1 - beta2) (c g)^2`
+    __device__ C second(C v, C g) const {
+        g = mul(c, g);
+        return canonical(mul_add(mul(gain2, g), g, mul(decay2, v)));
+    }
+
+    // `P = sqrt(v / (1 - beta2^t)) + eps`
+    __device__ C metric(C v) const { return add(root(mul(correction2, v)), eps); }
+};
+
+// What `d` of the moments lacks of the direction.
+__device__ inline double scale_of(const SrklGroup &p, const SrklDecision &decision) {
+    return p.direction == SRKL_GRADIENT ? decision.c : decision.correction1;
+}
+
+// `phi * scale` and `1 - phi * weight_decay`, for the elements.
+template <typename C>
+__device__ inline void of_phi(double phi, const SrklGroup &p, const SrklDecision &decision, C &phi_d,
+                              C &keep) {
+    from_f64(__dmul_rn(phi, scale_of(p, decision)), phi_d);
+    from_f64(__dsub_rn(1., __dmul_rn(phi, p.weight_decay)), keep);
+}
+
+// The numbers of one block's update.
+template <typename C> struct Coefficients {
+    Moments<C> moments;
+    C phi_d, keep, average;
+
+    __device__ Coefficients(const SrklGroup &p, const SrklDecision &decision) : moments(p, decision) {
+        of_phi(decision.phi, p, decision, phi_d, keep);
+        from_f64(decision.average, average);
     }
 };
 
-// The wide part of a chunk at `w`, `master` (or null) and `g`. P is the parameter's type, C its compute
-// type, G the gradient's. All threads of a warp come to each exchange.
-template <typename P, typename C, typename G>
-__device__ inline void update_wide(P *w, C *master, const G *g, int wide, bool take, C phi_c, C keep) {
-    // A thread takes as many neighbours as 16 bytes of the smallest type hold, and some such rows at a
+// What an update goes by, beside its chunk.
+struct Numbers {
+    SrklDecision decision;
+    SrklGroup group;
+    double row_correction; // `1 / (1 - decay^k)` of q
+    double shared;         // `R^p` of SRKL_MIXED
+
+    __device__ void set_rows(const SrklEstimate &estimate) {
+        if (!has_element_brakes(group)) return;
+        row_correction = correction(estimate.power);
+        shared = eighths(__dsqrt_rn(estimate.own), group.shared);
+    }
+};
+
+// The brake of an element with gradient `g`: of `(c g)^2`, or of `r^(1 - p) * R^p` with
+// `r = sqrt(row_correction * q)`.
+__device__ inline double element_phi(const Numbers &numbers, double g, double q) {
+    double curvature;
+    if (numbers.group.curvature == SRKL_GRAD_SQUARE) {
+        double d = __dmul_rn(numbers.decision.c, g);
+        curvature = __dmul_rn(d, d);
+    } else {
+        double r = __dsqrt_rn(__dmul_rn(numbers.row_correction, q));
+        curvature = __dmul_rn(eighths(r, 8 - numbers.group.shared), numbers.shared);
+    }
+    return brake(numbers.decision.phi, numbers.group.beta, curvature);
+}
+
+// A chunk of a parameter and its state, whose addresses are null where there is none. P is the parameter's
+// type, C its compute type. (The addresses stay in shared memory, where `block` is: registers are few.)
+template <typename P, typename C> struct Part {
+    const SrklBlock &block;
+    u64 start;
+
+    __device__ Part(const SrklBlock &block, u64 start) : block(block), start(start) {}
+    __device__ P *w() const { return (P *)block.w + start; }
+    __device__ C *master() const { return at(block.master); }
+    __device__ C *m() const { return at(block.m); }
+    __device__ C *v() const { return at(block.v); }
+    __device__ C *average() const { return at(block.average); }
+    __device__ C *q() const { return at(block.q); }
+
+  private:
+    __device__ C *at(u64 address) const { return address != 0 ? (C *)address + start : 0; }
+};
+
+// Loads a thread's parameters, or their masters, as C.
+template <int STRIDE, int N, int ROWS, typename P, typename C>
+__device__ inline void load_parameters(Elements<C, N> (&xs)[ROWS], const Part<P, C> &part, int at, int wide,
+                                       bool take) {
+    if (part.master() != 0 && !take) {
+        load_elements<STRIDE>(xs, part.master(), at, wide);
+        return;
+    }
+    Elements<P, N> ws[ROWS];
+    load_elements<STRIDE>(ws, part.w(), at, wide);
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+#pragma unroll
+        for (int e = 0; e < N; e++) xs[j][e] = (C)widen(ws[j][e]);
+}
+
+// The wide part of a chunk; G is the gradient's type. All threads of a warp come to each exchange.
+template <u32 DIRECTION, typename P, typename C, typename G>
+__device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide, bool take,
+                                   const Coefficients<C> &k) {
+    // Neighbours in a thread: as many as 16 bytes of the smallest type hold, and some such rows at a
     // time, so that their loads are under way together.
     const int N = 16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
-    const int BATCH = 32 / (N * sizeof(C)), STRIDE = SRKL_THREADS * N;
+    const int MOST = 32 / (N * sizeof(C)), BATCH = DIRECTION == SRKL_GRADIENT ? MOST : 1;
+    const int STRIDE = SRKL_THREADS * N;
+    // Registers don't suffice for all at once: where there is state the parameter comes after it.
+    const bool LATE = DIRECTION != SRKL_GRADIENT;
     for (int first = 0; first < wide; first += BATCH * STRIDE) {
         const int at = first + threadIdx.x * N;
         Elements<G, N> gs[BATCH];
-        Elements<P, N> ws[BATCH];
-        Elements<C, N> xs[BATCH];
+        Elements<C, N> xs[BATCH], ds[BATCH], states[BATCH];
         load_elements<STRIDE>(gs, g, at, wide);
-        if (master != 0 && !take) {
-            load_elements<STRIDE>(xs, master, at, wide);
-        } else {
-            load_elements<STRIDE>(ws, w, at, wide);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++)
-#pragma unroll
-                for (int k = 0; k < N; k++) xs[j][k] = (C)widen(ws[j][k]);
-        }
+        if (DIRECTION != SRKL_GRADIENT) load_elements<STRIDE>(ds, part.m(), at, wide);
+        if (DIRECTION == SRKL_ADAM) load_elements<STRIDE>(states, part.v(), at, wide);
+        if (!LATE) load_parameters<STRIDE>(xs, part, at, wide, take);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
 #pragma unroll
-            for (int k = 0; k < N; k++) {
-                xs[j][k] = descend(xs[j][k], (C)widen(gs[j][k]), phi_c, keep);
-                narrow(xs[j][k], ws[j][k]);
+            for (int e = 0; e < N; e++) {
+                C d = (C)widen(gs[j][e]);
+                if (DIRECTION == SRKL_ADAM) states[j][e] = k.moments.second(states[j][e], d);
+                ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first(ds[j][e], d);
             }
-            if (master != 0) store_elements(master, at + j * STRIDE, wide, xs[j]);
-            store_elements(w, at + j * STRIDE, wide, ws[j]);
+            if (DIRECTION != SRKL_GRADIENT) store_elements(part.m(), at + j * STRIDE, wide, ds[j]);
+            if (DIRECTION == SRKL_ADAM) {
+                store_elements(part.v(), at + j * STRIDE, wide, states[j]);
+#pragma unroll
+                for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.metric(states[j][e]));
+            }
+        }
+        if (LATE) load_parameters<STRIDE>(xs, part, at, wide, take);
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            Elements<P, N> ws;
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+                xs[j][e] = descend(xs[j][e], ds[j][e], k.phi_d, k.keep);
+                narrow(xs[j][e], ws[e]);
+                // What the average follows.
+                if (part.master() == 0) xs[j][e] = (C)widen(ws[e]);
+            }
+            if (part.master() != 0) store_elements(part.master(), at + j * STRIDE, wide, xs[j]);
+            store_elements(part.w(), at + j * STRIDE, wide, ws);
+        }
+        if (part.average() != 0) {
+            load_elements<STRIDE>(states, part.average(), at, wide);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+#pragma unroll
+                for (int e = 0; e < N; e++) states[j][e] = approach(states[j][e], xs[j][e], k.average);
+                store_elements(part.average(), at + j * STRIDE, wide, states[j]);
+            }
         }
     }
+}
+
+template <typename P, typename C, typename G>
+__device__ inline int update_wide(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
+                                  bool take, u32 direction, const Coefficients<C> &k) {
+    const G *p = (const G *)g.address;
+    const int wide = wide_part(p, start, len, n);
+    switch (direction) {
+    case SRKL_GRADIENT: update_wide<SRKL_GRADIENT>(part, p + start, wide, take, k); break;
+    case SRKL_MOMENTUM: update_wide<SRKL_MOMENTUM>(part, p + start, wide, take, k); break;
+    default: update_wide<SRKL_ADAM>(part, p + start, wide, take, k); break;
+    }
+    return wide;
 }
 
 // Elements `from..len` of a chunk one by one: the single ones behind the wide part; all of them where every
 // element has its own brake, or the gradient's dtype is not one that `update_wide` is used for.
-template <typename P, typename C>
-__device__ inline void update_singles(P *w, C *master, const SrklGradient &g, u64 start, int from, int len,
-                                      bool take, const Step<C> &step) {
+template <bool ELEMENT, typename P, typename C>
+__device__ inline void update_singles(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
+                                      int len, bool take, const Numbers &numbers, const Coefficients<C> &k) {
+    const SrklGroup &group = numbers.group;
+#pragma unroll 1
     for (int at = from + threadIdx.x; at < len; at += SRKL_THREADS) {
-        C gradient, x = master != 0 && !take ? master[at] : (C)widen(w[at]);
+        C gradient, phi_d = k.phi_d, keep = k.keep;
+        C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
         from_f64(load_one(g, start + at), gradient);
-        x = step(x, gradient);
-        if (master != 0) master[at] = x;
-        narrow(x, w[at]);
+        C d = gradient;
+        if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
+        if (group.direction == SRKL_ADAM) {
+            C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
+            d = div(d, k.moments.metric(v));
+        }
+        if (ELEMENT) {
+            double q = part.q() != 0 ? (double)part.q()[at] : 0.;
+            double phi = element_phi(numbers, (double)gradient, q);
+            of_phi(phi, group, numbers.decision, phi_d, keep);
+        }
+        x = descend(x, d, phi_d, keep);
+        narrow(x, part.w()[at]);
+        if (part.master() != 0) part.master()[at] = x;
+        if (part.average() != 0) {
+            C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
+            part.average()[at] = approach(part.average()[at], stored, k.average);
+        }
     }
 }
 
-// The update of elements `start..start + len` of a block, one chunk.
-template <typename P, typename C>
+// The update of elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have
+// their own brakes, whose double precision takes registers.
+template <bool ELEMENTS, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const SrklDecision &decision, const SrklGroup &group, double schedule) {
-    Step<C> step;
-    step.c = decision.c;
-    step.weight_decay = group.weight_decay;
-    step.lr = __dmul_rn(schedule, group.lr);
-    step.beta = group.beta;
-    step.element = group.scope == SRKL_ELEMENT;
-    step.coefficients(decision.phi, step.phi_c, step.keep);
-    P *w = (P *)block.w + start;
-    C *master = block.master != 0 ? (C *)block.master + start : 0;
+                              const Numbers &numbers) {
+    const Coefficients<C> k(numbers.group, numbers.decision);
+    const Part<P, C> part(block, start);
+    const bool shared_brake = !ELEMENTS || !has_element_brakes(numbers.group);
+    const u32 direction = numbers.group.direction;
     int wide = 0;
-    if (g.dtype == block.dtype && !step.element) {
-        const P *p = (const P *)g.address;
-        wide = wide_part(p, start, len, block.n);
-        update_wide(w, master, p + start, wide, take, step.phi_c, step.keep);
-    } else if (g.dtype == SRKL_F32 && sizeof(P) == 2 && !step.element) {
-        const C *p = (const C *)g.address;
-        wide = wide_part(p, start, len, block.n);
-        update_wide(w, master, p + start, wide, take, step.phi_c, step.keep);
-    }
-    update_singles(w, master, g, start, wide, len, take, step);
+    if (g.dtype == block.dtype && shared_brake)
+        wide = update_wide<P, C, P>(part, g, start, len, block.n, take, direction, k);
+    else if (g.dtype == SRKL_F32 && sizeof(P) == 2 && shared_brake)
+        wide = update_wide<P, C, C>(part, g, start, len, block.n, take, direction, k);
+    if (shared_brake)
+        update_singles<false>(part, g, start, wide, len, take, numbers, k);
+    else
+        update_singles<true>(part, g, start, 0, len, take, numbers, k);
 }
 
+template <bool ELEMENTS>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const SrklDecision &decision, const SrklGroup &group, double schedule) {
+                              const Numbers &numbers) {
     switch (block.dtype) {
-    case SRKL_F32: return update<float, float>(block, g, start, len, take, decision, group, schedule);
-    case SRKL_F64: return update<double, double>(block, g, start, len, take, decision, group, schedule);
-    case SRKL_BF16: return update<bf16, float>(block, g, start, len, take, decision, group, schedule);
-    default: return update<f16, float>(block, g, start, len, take, decision, group, schedule);
+    case SRKL_F32: return update<ELEMENTS, float, float>(block, g, start, len, take, numbers);
+    case SRKL_F64: return update<ELEMENTS, double, double>(block, g, start, len, take, numbers);
+    case SRKL_BF16: return update<ELEMENTS, bf16, float>(block, g, start, len, take, numbers);
+    default: return update<ELEMENTS, f16, float>(block, g, start, len, take, numbers);
     }
 }

@@ -5,9 +5,10 @@
 //! in `backend/cpu.rs`.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Error, Result, Tensor, bail};
 use candle_nn::Optimizer;
 
+use crate::block::Block;
 use crate::numerics::Pair;
 use crate::optimizer::Srkl;
 use crate::params::{Curvature, ParamsSrkl};
@@ -109,6 +110,10 @@ impl Estimate {
     }
 }
 
+pub(crate) fn no_second_gradient(block: &Block) -> Error {
+    Error::msg(format!("`{}` has a gradient in the step, and none in its measurement", block.name))
+}
+
 /// When an optimizer measures, from the settings of its groups.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Plan {
@@ -152,6 +157,8 @@ pub(crate) struct Progress {
     pub attempts: u64,
     /// Hutchinson measurements made: each has its own random vectors.
     pub draws: u64,
+    /// The size of the last perturbation, where it was made on the CPU.
+    pub size: f64,
     /// Whether the next step measures whatever its number.
     pub requested: bool,
     /// Hutchinson: whether the measurement of the next step has been taken.
@@ -297,8 +304,8 @@ impl Srkl {
         if self.progress.measured {
             bail!("`perturb`: the measurement for the next step has been taken; call `step`")
         }
-        let size = self.perturb_all()?;
-        Ok(Perturbed { opt: self, size, done: false })
+        self.perturb_all()?;
+        Ok(Perturbed { opt: self, done: false })
     }
 
     /// Checks that `loss` gives the same loss twice, bit for bit, at the same parameters: without that a
@@ -308,7 +315,7 @@ impl Srkl {
     ///
     /// A loss that differs, with both values, and those of `loss`.
     pub fn check_repeatable(&self, mut loss: impl FnMut() -> Result<Tensor>) -> Result<()> {
-        let mut value = || loss()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>();
+        let mut value = || loss()?.to_dtype(DType::F64)?.to_scalar::<f64>();
         let (first, second) = (value()?, value()?);
         if first.to_bits() != second.to_bits() {
             bail!(
@@ -364,8 +371,6 @@ impl Srkl {
 #[must_use = "dropping it restores the parameters"]
 pub struct Perturbed<'a> {
     opt: &'a mut Srkl,
-    /// The size of the perturbation.
-    size: f64,
     done: bool,
 }
 
@@ -378,7 +383,7 @@ impl Perturbed<'_> {
     /// What `step` refuses of gradients. The parameters are restored, and the estimate is as it was.
     pub fn observe(mut self, grads: &GradStore, grads_again: &GradStore) -> Result<()> {
         self.restore()?;
-        self.opt.observe_probe(grads, grads_again, self.size)?;
+        self.opt.observe_probe(grads, grads_again)?;
         self.opt.progress.measured = true;
         Ok(())
     }

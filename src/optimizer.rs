@@ -16,7 +16,7 @@ use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::{Block, Last, Powers, STATE, has_state};
-use crate::curvature::{Estimate, Pending, Plan, Progress};
+use crate::curvature::{Estimate, Pending, Plan, Progress, no_second_gradient};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -143,8 +143,13 @@ impl Optimizer for Srkl {
         let scalars = self.scalars()?;
         self.refuse_unmeasured()?;
         if self.decides_on_device() {
+            let measures = self.measuring() && !self.probes();
             let Self { cuda, blocks, storages, groups, .. } = self;
-            return cuda[0].step(&Inputs { blocks, storages, groups, grads, scalars });
+            let inputs = Inputs { blocks, storages, groups, grads, scalars };
+            if !cuda[0].step(&inputs, measures)? {
+                self.count_attempt(measures.then(Vec::new));
+            }
+            return Ok(());
         }
         self.step_all(grads, scalars)
     }
@@ -368,6 +373,14 @@ impl Srkl {
                 )
             }
         }
+        if keeps_parameters(&group.params) != keeps_parameters(&params) {
+            bail!(
+                "group `{}`: expected {:?} as it was built, measured or not, got {:?}",
+                group.name,
+                group.params.curvature,
+                params.curvature
+            )
+        }
         if group.params.master_weights != params.master_weights {
             bail!(
                 "`master_weights` of group `{}`: expected {:?} as it was built, got {:?}",
@@ -431,7 +444,7 @@ impl Srkl {
             (block.skipped, block.last) = (skipped, None);
         }
         if self.decides_on_device() {
-            self.cuda[0].set_counters(steps, skipped_steps, skipped)?;
+            self.cuda[0].set_counters(steps, skipped_steps, &self.blocks)?;
         }
         Ok(())
     }
@@ -636,6 +649,11 @@ impl Srkl {
 
     /// Takes the measurement of the last step.
     pub(crate) fn observe_pending(&mut self, pending: Pending, again: &GradStore) -> Result<()> {
+        if self.decides_on_device() {
+            let scalars = self.scalars()?;
+            let Self { cuda, blocks, storages, groups, .. } = self;
+            return cuda[0].observe(&Inputs { blocks, storages, groups, grads: again, scalars });
+        }
         let stages = self.stages();
         let measured = self.measured(&stages, |i, _| pending[i].as_ref(), again)?;
         let Self { blocks, groups, .. } = self;
@@ -678,18 +696,24 @@ impl Srkl {
         let both = |(i, block): (usize, &Block)| {
             let Some(first) = first(i, block) else { return Ok(None) };
             let Some(again) = again.get_id(block.id) else {
-                bail!("`{}` had a gradient in the step, and has none now", block.name)
+                return Err(no_second_gradient(block));
             };
             Ok(Some(Measured { first, again, c }))
         };
         self.blocks.iter().enumerate().map(both).collect()
     }
 
-    /// Keeps the parameters and perturbs them. Returns by how much.
-    pub(crate) fn perturb_all(&mut self) -> Result<f64> {
+    /// Keeps the parameters and perturbs them.
+    pub(crate) fn perturb_all(&mut self) -> Result<()> {
         let Some(Plan { probe: Some((delta, seed)), .. }) = self.plan else {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
         };
+        let draw = self.progress.draws;
+        if self.decides_on_device() {
+            self.cuda[0].perturb(delta, seed, draw)?;
+            self.progress.draws += 1;
+            return Ok(());
+        }
         let stages = self.stages();
         let all = vec![Some(()); self.blocks.len()];
         let squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
@@ -698,7 +722,6 @@ impl Srkl {
         let squares = Pair::fold(&squares.into_iter().flatten().collect::<Vec<_>>()).a;
         let n: usize = self.blocks.iter().map(|block| block.n).sum();
         let size = cpu::probe_size(delta, squares, n as f64);
-        let draw = self.progress.draws;
         let places: Vec<_> = (0..self.blocks.len() as u64).map(Some).collect();
         let perturbed = stages.each(&mut self.blocks, &places, |_, block, place| {
             block.keep()?;
@@ -709,17 +732,20 @@ impl Srkl {
             return Err(e);
         }
         self.progress.draws += 1;
-        Ok(size)
+        self.progress.size = size;
+        Ok(())
     }
 
-    /// Takes a measurement by a perturbation of `size`.
-    pub(crate) fn observe_probe(
-        &mut self,
-        grads: &GradStore,
-        again: &GradStore,
-        size: f64,
-    ) -> Result<()> {
+    /// Takes a measurement by the last perturbation.
+    pub(crate) fn observe_probe(&mut self, grads: &GradStore, again: &GradStore) -> Result<()> {
+        if self.decides_on_device() {
+            let scalars = self.scalars()?;
+            let Self { cuda, blocks, storages, groups, .. } = self;
+            let first = Inputs { blocks, storages, groups, grads, scalars };
+            return cuda[0].observe_probe(&first, &Inputs { grads: again, ..first });
+        }
         let stages = self.stages();
+        let size = self.progress.size;
         stages.check(&self.blocks, grads)?;
         let measured = self.measured(&stages, |_, block| grads.get_id(block.id), again)?;
         let Self { blocks, groups, .. } = self;
@@ -760,6 +786,9 @@ impl Srkl {
 
     /// Puts the averages in the place of the parameters.
     pub(crate) fn swap_all(&mut self) -> Result<()> {
+        if self.decides_on_device() {
+            return self.cuda[0].swap();
+        }
         let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
         let given: Vec<_> = self.blocks.iter().map(averaged).collect();
         let swapped = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
@@ -777,22 +806,36 @@ impl Srkl {
 
     /// Puts back the parameters that were kept.
     pub(crate) fn restore_all(&mut self) -> Result<()> {
+        if self.decides_on_device() {
+            return self.cuda[0].restore();
+        }
         self.blocks.iter_mut().try_for_each(Block::restore)
     }
 
     /// The products of decays of each block.
     pub(crate) fn powers(&self) -> Result<Vec<Powers>> {
+        if self.decides_on_device() {
+            return self.cuda[0].powers();
+        }
         Ok(self.blocks.iter().map(|block| block.powers).collect())
     }
 
     /// What is known of the curvature of each block.
     pub(crate) fn estimates(&self) -> Result<Vec<Estimate>> {
+        if self.decides_on_device() {
+            return self.cuda[0].estimates();
+        }
         Ok(self.blocks.iter().map(|block| block.estimate).collect())
     }
 }
 
+/// Whether parameters are kept while something else is in their place, or until a step is measured.
+pub(crate) fn keeps_parameters(params: &ParamsSrkl) -> bool {
+    params.average.is_some() || params.curvature != Curvature::GradSquare
+}
+
 /// Whether a step needs sums over its gradients.
-fn uses_sums(params: &ParamsSrkl) -> bool {
+pub(crate) fn uses_sums(params: &ParamsSrkl) -> bool {
     let policy = params.nonfinite != NonFinite::Propagate;
     policy || uses_norm(params) || params.curvature == Curvature::GradSquare
 }

@@ -15,7 +15,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -153,6 +153,149 @@ fn the_same_bits_on_several_devices() -> Result<()> {
             assert_same(&cpu, &train(&params, seed, &[&Device::Cpu, &a])?, seed, &params);
             assert_same(&cpu, &train(&params, seed, &[&a, &Device::Cpu, &b])?, seed, &params);
             assert_same(&cpu, &train(&params, seed, &[&a, &b])?, seed, &params);
+        }
+    }
+    Ok(())
+}
+
+/// All that a checkpoint holds, in order.
+fn saved(opt: &mut Srkl) -> Result<Vec<String>> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    opt.save(&path)?;
+    let bytes = std::fs::read(path)?;
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
+    let metadata: BTreeMap<_, _> =
+        header.metadata().clone().unwrap_or_default().into_iter().collect();
+    let mut lines: Vec<String> = metadata.into_iter().map(|(k, v)| format!("{k}: {v}")).collect();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
+    let tensors: BTreeMap<_, _> = tensors.tensors().into_iter().collect();
+    lines.extend(tensors.into_iter().map(|(k, v)| format!("{k}: {:x?}", v.data())));
+    Ok(lines)
+}
+
+/// What is left of a training that measures, by gradients that are noise.
+fn train_measuring(params: &ParamsSrkl, seed: u64, device: &Device) -> Result<Vec<String>> {
+    let mut vars = vec![];
+    for (i, &n) in SIZES.iter().chain(&SIZES[4..]).enumerate() {
+        let value = tensor(&noise(n, 0.5, seed + i as u64), FLOATS[(i + seed as usize) % 4])?;
+        vars.push(Var::from_tensor(&value.to_device(device)?)?);
+    }
+    let mut opt = Srkl::builder()
+        .default_group(params.clone())
+        .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
+            name.len() > 1
+        })
+        .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))?;
+    let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
+    let mut lines = vec![];
+    for step in 0..5 {
+        let (mut store, mut again) = (grads([]), grads([]));
+        for (i, var) in vars.iter().enumerate() {
+            let salt = seed + 1000 * step + 10 * i as u64;
+            if let Some(g) = gradient(var.elem_count(), var.dtype(), salt, device)? {
+                let other = noise(var.elem_count(), 0.1, salt + 1);
+                let other = tensor(&other, g.dtype())?.to_device(device)?;
+                let mut second = (&g + other)?;
+                let first = if step == 2 && i == 5 { (&g / 0.)? } else { g };
+                if step == 3 && i == 7 {
+                    second = (second / 0.)?;
+                }
+                store.insert(var, first);
+                again.insert(var, second);
+            }
+        }
+        if step == 1 {
+            opt.set_grad_scale(3.)?;
+            opt.set_learning_rate(params.lr / 7.);
+        }
+        let measures = opt.measuring();
+        if measures && probes {
+            let perturbed = opt.perturb()?;
+            for (i, var) in vars.iter().enumerate() {
+                lines.push(format!(
+                    "{step} perturbed {i} {:x?}",
+                    bits(&var.to_device(&Device::Cpu)?)?
+                ));
+            }
+            perturbed.observe(&store, &again)?;
+        }
+        opt.step(&store)?;
+        if measures && !probes {
+            opt.observe(&again)?;
+        }
+        lines.push(format!("{step} {:?}", opt.measurements()?));
+        lines.extend(opt.telemetry()?.into_iter().map(|t| format!("{step} {t:?}")));
+        lines.extend(saved(&mut opt)?.into_iter().map(|line| format!("{step} {line}")));
+        for (i, var) in vars.iter().enumerate() {
+            lines.push(format!("{step} block {i} {:x?}", bits(&var.to_device(&Device::Cpu)?)?));
+        }
+        if params.average.is_some() {
+            let _averaged = opt.swap_averaged()?;
+            for (i, var) in vars.iter().enumerate() {
+                lines.push(format!(
+                    "{step} average {i} {:x?}",
+                    bits(&var.to_device(&Device::Cpu)?)?
+                ));
+            }
+        }
+        for (i, var) in vars.iter().enumerate() {
+            lines.push(format!("{step} again {i} {:x?}", bits(&var.to_device(&Device::Cpu)?)?));
+        }
+    }
+    Ok(lines)
+}
+
+/// Every direction, curvature and scope, with and without trust clip, clipping, policy and average.
+#[test]
+fn the_same_bits_of_measured_curvature() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    println!("seed {seed}");
+    let step = Curvature::Step { every: 3, first: 2, decay: 0.9 };
+    let rows = Curvature::Hutchinson { every: 3, first: 2, decay: 0.9, delta: 1e-2, seed: 5 };
+    let momentum = Direction::Momentum { mu: 0.9 };
+    let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let cases = [
+        (momentum, Curvature::GradSquare, Scope::Tensor),
+        (adam, Curvature::GradSquare, Scope::Element),
+        (Direction::Gradient, step, Scope::Global),
+        (momentum, step, Scope::Tensor),
+        (adam, step, Scope::Global),
+        (Direction::Gradient, rows, Scope::Element),
+        (momentum, rows, Scope::Mixed(0.625)),
+        (adam, rows, Scope::Tensor),
+        (momentum, rows, Scope::Global),
+    ];
+    for (case, (direction, curvature, scope)) in cases.into_iter().enumerate() {
+        // Of Propagate without masters, clip or measurement nothing is asked before the step.
+        for (variant, nonfinite) in
+            [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate]
+                .into_iter()
+                .enumerate()
+        {
+            let odd = variant % 2 == 1;
+            let params = ParamsSrkl {
+                lr: 0.5,
+                direction,
+                curvature,
+                scope,
+                beta: Beta::Tied(0.5),
+                trust: (case % 2 == variant % 2).then_some(0.05),
+                weight_decay: 0.1,
+                max_grad_norm: odd.then_some(5.),
+                average: (variant != 1).then_some(0.9),
+                master_weights: if variant == 0 {
+                    MasterWeights::Auto
+                } else {
+                    MasterWeights::None
+                },
+                nonfinite,
+            };
+            let seed = seed + (10 * case + variant) as u64;
+            let cpu = train_measuring(&params, seed, &Device::Cpu)?;
+            let cuda = train_measuring(&params, seed, &device)?;
+            assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
         }
     }
     Ok(())

@@ -24,11 +24,12 @@ use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Va
 
 use super::cpu::{Decision, PROBES, StepScalars};
 use super::{Counters, Inputs};
-use crate::block::{Block, Buffer, Last, storage_address};
+use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
+use crate::curvature::{Estimate, Measurements, no_second_gradient};
 use crate::numerics::{CHUNK, LANES, Sums};
-use crate::optimizer::{Group, steps_whole, uses_norm, uses_total};
-use crate::params::{NonFinite, ParamsSrkl, Scope};
+use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
+use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
@@ -60,6 +61,9 @@ device_repr!(
     abi::SrklScalars,
     abi::SrklChunk,
     abi::SrklSums,
+    abi::SrklPair,
+    abi::SrklPowers,
+    abi::SrklEstimate,
     abi::SrklStatistics,
     abi::SrklDecision,
     abi::SrklState,
@@ -73,6 +77,10 @@ pub(crate) struct Cuda {
     /// Their places in the optimizer's list.
     places: Vec<usize>,
     step: CudaFunction,
+    step_elements: CudaFunction,
+    decide: CudaFunction,
+    sums: CudaFunction,
+    replace: CudaFunction,
     set: CudaFunction,
     multiprocessors: u32,
     /// What the device has: the blocks, the gradients and settings that were sent last.
@@ -82,6 +90,10 @@ pub(crate) struct Cuda {
     memory: Memory,
     table: abi::SrklTable,
     captures: Captures,
+    /// The gradients of a step that waits for its measurement.
+    pending: Vec<Tensor>,
+    /// Whether the settings allow to decide without statistics.
+    has_masters: bool,
 }
 
 /// What the settings of an optimizer come to for its kernels.
@@ -103,6 +115,13 @@ struct Memory {
     ready: CudaSlice<u32>,
     statistics: CudaSlice<abi::SrklStatistics>,
     decisions: CudaSlice<abi::SrklDecision>,
+    powers: CudaSlice<abi::SrklPowers>,
+    estimates: CudaSlice<abi::SrklEstimate>,
+    again: CudaSlice<abi::SrklGradient>,
+    chunk_pairs: CudaSlice<abi::SrklPair>,
+    pairs: CudaSlice<abi::SrklPair>,
+    /// Room for all parameters as they were, where settings ask for it.
+    _old: Option<CudaSlice<u8>>,
     skipped: CudaSlice<u64>,
     state: CudaSlice<abi::SrklState>,
 }
@@ -137,21 +156,23 @@ const SETTINGS_IN_CAPTURE: &str = "the optimizer's settings have changed inside 
 /// The CUDA devices that blocks are on.
 pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>> {
     let mut devices: Vec<&CudaDevice> = vec![];
-    let plain = |group: &Group| {
-        let ParamsSrkl { direction, curvature, trust, average, .. } = group.params;
-        let reference = ParamsSrkl::reference();
-        (direction, curvature) == (reference.direction, reference.curvature)
-            && (trust, average) == (None, None)
-    };
-    if blocks.iter().any(|block| !block.on_cpu && !plain(&groups[block.group])) {
-        bail!("on a CUDA device there are the reference's direction and curvature alone, so far")
-    }
     for block in blocks {
         if let Device::Cuda(device) = block.var.device()
             && !devices.iter().any(|known| block.is_on(known))
         {
             devices.push(device);
         }
+    }
+    let several = devices.len() > 1 || !devices.is_empty() && blocks.iter().any(|b| b.on_cpu);
+    let plain = |group: &Group| {
+        let ParamsSrkl { curvature, trust, .. } = group.params;
+        curvature == Curvature::GradSquare && trust.is_none()
+    };
+    if several && !groups.iter().all(plain) {
+        bail!(
+            "parameters on several devices: expected settings with `Curvature::GradSquare` and no `trust`, \
+             whose steps need no more than one sum over each gradient"
+        )
     }
     devices.into_iter().map(|device| Cuda::new(device, blocks, groups)).collect()
 }
@@ -167,7 +188,9 @@ impl Cuda {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let l2 = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
 
+        let keeps = groups.iter().any(|group| keeps_parameters(&group.params));
         let (mut places, mut entries, mut chunks) = (vec![], vec![], vec![]);
+        let mut old_size = 0;
         for (place, block) in blocks.iter().enumerate() {
             if !block.is_on(device) {
                 continue;
@@ -175,21 +198,30 @@ impl Cuda {
             let chunk_count = block.n.div_ceil(CHUNK) as u64;
             // Of the gradient, which L2 must hold beside the parameter and what comes next.
             let bytes = block.n * block.dtype.size_in_bytes();
-            let master = match &block.state.master {
-                Some(Buffer::CudaF32(master)) => master.device_ptr(&stream).0,
+            let address = |buffer: &Option<Buffer>| match buffer {
+                Some(Buffer::CudaF32(values)) => values.device_ptr(&stream).0,
+                Some(Buffer::CudaF64(values)) => values.device_ptr(&stream).0,
                 _ => 0,
             };
+            let State { master, m, v, average, q } = &block.state;
+            let old = old_size as u64;
+            old_size += bytes.next_multiple_of(256);
             let (storage, layout) = block.var.storage_and_layout();
             entries.push(abi::SrklBlock {
                 w: address_of(&storage, layout, &stream)?,
-                master,
+                master: address(master),
+                m: address(m),
+                v: address(v),
+                average: address(average),
+                q: address(q),
+                old,
                 n: block.n as u64,
                 first_chunk: chunks.len() as u64,
                 chunk_count,
                 dtype: dtype(block.dtype)?,
                 group: block.group as u32,
                 from_end: (bytes > l2 / 4) as u32,
-                pad: 0,
+                place: place as u32,
             });
             let start = |chunk| chunk * CHUNK as u64;
             let number = places.len() as u64;
@@ -199,6 +231,11 @@ impl Cuda {
             places.push(place);
         }
         let count = entries.len();
+        let old: Option<CudaSlice<u8>> =
+            keeps.then(|| device.alloc_zeros(old_size.max(1))).transpose()?;
+        for entry in &mut entries {
+            entry.old = old.as_ref().map_or(0, |old| old.device_ptr(&stream).0 + entry.old);
+        }
         let settings = Settings::new(groups, StepScalars { schedule: 1., grad_scale: 1. });
         let memory = Memory {
             blocks: device.clone_htod(&entries)?,
@@ -211,6 +248,12 @@ impl Cuda {
             ready: device.alloc_zeros(count)?,
             statistics: device.alloc_zeros(count)?,
             decisions: device.alloc_zeros(count)?,
+            powers: device.clone_htod(&vec![powers(&Powers::NONE); count])?,
+            estimates: device.clone_htod(&vec![estimate(&Estimate::NONE); count])?,
+            again: device.clone_htod(&vec![NO_GRADIENT; count])?,
+            chunk_pairs: device.alloc_zeros(chunks.len())?,
+            pairs: device.alloc_zeros(count)?,
+            _old: old,
             skipped: device.alloc_zeros(count)?,
             state: device.alloc_zeros(1)?,
         };
@@ -219,6 +262,7 @@ impl Cuda {
             spare: Some(Pinned::new(&stream, count)?),
             recorded: vec![],
         };
+        let has_masters = entries.iter().any(|entry| entry.master != 0);
         let live_count = entries.iter().filter(|entry| entry.chunk_count > 0).count();
         // Whatever thread steps, and so whatever its stream is, finds all of this there.
         stream.synchronize().w()?;
@@ -226,6 +270,10 @@ impl Cuda {
             device: device.clone(),
             places,
             step: module.load_function("srkl_step").w()?,
+            step_elements: module.load_function("srkl_step_elements").w()?,
+            decide: module.load_function("srkl_decide").w()?,
+            sums: module.load_function("srkl_sums").w()?,
+            replace: module.load_function("srkl_replace").w()?,
             set: module.load_function("srkl_set").w()?,
             multiprocessors,
             blocks: entries,
@@ -234,33 +282,107 @@ impl Cuda {
             table: memory.table(&stream, live_count),
             memory,
             captures,
+            pending: vec![],
+            has_masters,
             stream,
         })
     }
 
-    /// One step, decided on the device: one launch, no synchronisation, nothing copied to the host.
+    /// One step, decided on the device: one launch, two where it needs no statistics, or three where it needs
+    /// the directions; no
+    /// synchronisation, nothing copied to the host. `measures` says whether [`Cuda::observe`] follows. Returns
+    /// whether it was captured instead.
     ///
     /// # Errors
     ///
     /// Whatever can be wrong with a gradient, or with a capture; nothing is launched then.
-    pub fn step(&mut self, inputs: &Inputs) -> Result<()> {
+    pub fn step(&mut self, inputs: &Inputs, measures: bool) -> Result<bool> {
         let (gradients, alive) = self.find(inputs)?;
         let settings = Settings::new(inputs.groups, inputs.scalars);
-        let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
-        let mut table = self.for_stages(all);
-        if self.is_capturing()? {
+        let capturing = self.is_capturing()?;
+        let address = if capturing {
+            if measures {
+                bail!(
+                    "a step that measures the curvature can't be captured: capture one where `measuring()` is \
+                     false, and take the others outside of the graph, after `request_measurement`"
+                )
+            }
             if settings != self.settings {
                 bail!("{SETTINGS_IN_CAPTURE}")
             }
-            table.gradients = self.send_captured(&gradients)?;
+            self.send_captured(&gradients)?
         } else {
             self.send(settings)?;
             self.send_gradients(gradients)?;
-        }
+            self.table.gradients
+        };
+        let launch = |stages: u32| {
+            self.launch(&abi::SrklTable { gradients: address, ..self.for_stages(stages) })
+        };
+        let any = |holds: fn(&ParamsSrkl) -> bool| inputs.groups.iter().any(|g| holds(&g.params));
         // The gradients must live until the kernel is launched; then the stream's order protects them.
-        let launched = self.launch(&table);
-        drop(alive);
-        launched
+        if measures || any(|params| params.trust.is_some()) {
+            launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
+            let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
+            self.launch_sums(&abi::SrklTable { gradients: address, ..self.table }, what, 0.)?;
+            launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
+        } else if any(uses_sums) || self.has_masters {
+            let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
+            launch(stages | abi::SRKL_COUNT)?;
+        } else {
+            let table = abi::SrklTable { gradients: address, ..self.table };
+            let mut launch_decide = self.stream.launch_builder(&self.decide);
+            // SAFETY: as for `launch`; any grid is right.
+            unsafe { launch_decide.arg(&table).launch(self.grid(1)) }.w()?;
+            launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
+        }
+        if measures {
+            self.pending = alive;
+        }
+        Ok(capturing)
+    }
+
+    /// The measurement of the last step, by second gradients.
+    ///
+    /// # Errors
+    ///
+    /// Whatever can be wrong with a gradient, or one that is missing.
+    pub fn observe(&mut self, again: &Inputs) -> Result<()> {
+        let _alive = self.send_again(again)?;
+        self.send(Settings::new(again.groups, again.scalars))?;
+        self.launch_sums(&self.table, abi::SRKL_SUM_STEP, 0.)?;
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// Keeps the parameters and perturbs them.
+    pub fn perturb(&mut self, delta: f64, seed: u64, draw: u64) -> Result<()> {
+        self.launch_sums(&self.table, abi::SRKL_SUM_SQUARES, delta)?;
+        self.launch_replace(abi::SRKL_PERTURB, seed, draw)
+    }
+
+    /// Keeps the parameters and puts their averages in their place.
+    pub fn swap(&mut self) -> Result<()> {
+        self.launch_replace(abi::SRKL_SWAP, 0, 0)
+    }
+
+    /// Puts back what was kept.
+    pub fn restore(&mut self) -> Result<()> {
+        self.launch_replace(abi::SRKL_RESTORE, 0, 0)
+    }
+
+    /// The measurement by the last perturbation.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::observe`].
+    pub fn observe_probe(&mut self, first: &Inputs, again: &Inputs) -> Result<()> {
+        let (gradients, _alive) = self.find(first)?;
+        self.send_gradients(gradients)?;
+        let _alive_too = self.send_again(again)?;
+        self.send(Settings::new(first.groups, first.scalars))?;
+        self.launch_sums(&self.table, abi::SRKL_SUM_PROBE, 0.)?;
+        self.launch_sums(&self.table, abi::SRKL_SUM_AVERAGE, 0.)
     }
 
     /// Stage 1 alone: launches the statistics, for a step that the host decides. Returns what it
@@ -297,8 +419,19 @@ impl Cuda {
     /// Sends decisions of the host, about all blocks of the optimizer.
     pub fn send_decisions(&mut self, decisions: &[Option<Decision>]) -> Result<()> {
         let decision = |&place: &usize| match &decisions[place] {
-            Some(Decision { c, curvature, phi, .. }) => {
-                abi::SrklDecision { c: *c, curvature: *curvature, phi: *phi, step: 1 }
+            Some(decision) => {
+                let Decision { c, curvature, phi, .. } = decision;
+                let Decision { correction1, correction2, average, .. } = decision;
+                abi::SrklDecision {
+                    c: *c,
+                    curvature: *curvature,
+                    phi: *phi,
+                    correction1: *correction1,
+                    correction2: *correction2,
+                    average: *average,
+                    powers: abi::SrklPowers::default(),
+                    step: 1,
+                }
             }
             None => abi::SrklDecision::default(),
         };
@@ -354,12 +487,44 @@ impl Cuda {
         Ok(self.device.clone_dtoh(&self.memory.state)?[0])
     }
 
-    /// Sets the counters, as a checkpoint has them, and forgets the last step.
-    pub fn set_counters(&mut self, steps: u64, skipped_steps: u64, skipped: &[u64]) -> Result<()> {
+    /// The products of decays of each block.
+    pub fn powers(&self) -> Result<Vec<Powers>> {
+        let powers = self.device.clone_dtoh(&self.memory.powers)?;
+        let each =
+            |p: abi::SrklPowers| Powers { first: p.first, second: p.second, average: p.average };
+        Ok(powers.into_iter().map(each).collect())
+    }
+
+    /// What is known of the curvature of each block.
+    pub fn estimates(&self) -> Result<Vec<Estimate>> {
+        let estimates = self.device.clone_dtoh(&self.memory.estimates)?;
+        let each = |e: abi::SrklEstimate| Estimate {
+            mean: e.mean,
+            own: e.own,
+            power: e.power,
+            infinite: e.infinite != 0,
+            counts: Measurements {
+                taken: e.taken,
+                nonfinite: e.nonfinite,
+                without_step: e.without_step,
+            },
+        };
+        Ok(estimates.into_iter().map(each).collect())
+    }
+
+    /// Sets the counters and estimates, as a checkpoint has them (the latter in `blocks`), and forgets the last
+    /// step.
+    pub fn set_counters(&mut self, steps: u64, skipped_steps: u64, blocks: &[Block]) -> Result<()> {
         let state = abi::SrklState { steps, skipped_steps, ..Default::default() };
         let none = vec![abi::SrklDecision::default(); self.places.len()];
+        let skipped: Vec<u64> = blocks.iter().map(|block| block.skipped).collect();
+        let all_powers: Vec<_> = blocks.iter().map(|block| powers(&block.powers)).collect();
+        let estimates: Vec<_> = blocks.iter().map(|block| estimate(&block.estimate)).collect();
+        self.pending.clear();
         self.upload(&none, |memory| &mut memory.decisions)?;
-        self.upload(skipped, |memory| &mut memory.skipped)?;
+        self.upload(&skipped, |memory| &mut memory.skipped)?;
+        self.upload(&all_powers, |memory| &mut memory.powers)?;
+        self.upload(&estimates, |memory| &mut memory.estimates)?;
         self.upload(&[state], |memory| &mut memory.state)
     }
 
@@ -413,6 +578,18 @@ impl Cuda {
             self.captures.spare = Some(Pinned::new(&self.stream, self.places.len())?);
         }
         Ok(())
+    }
+
+    /// Sends second gradients, of every block that has a first one.
+    fn send_again(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
+        let (again, alive) = self.find(inputs)?;
+        for (&place, (first, again)) in self.places.iter().zip(self.gradients.iter().zip(&again)) {
+            if first.address != 0 && again.address == 0 {
+                return Err(no_second_gradient(&inputs.blocks[place]));
+            }
+        }
+        self.upload(&again, |memory| &mut memory.again)?;
+        Ok(alive)
     }
 
     /// Records a copy of `gradients`, and returns the address that they are copied to.
@@ -472,12 +649,11 @@ impl Cuda {
 
     fn launch(&self, table: &abi::SrklTable) -> Result<()> {
         let whole = self.settings.scalars.whole != 0;
-        let most = self.multiprocessors * if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 };
-        let config = LaunchConfig {
-            grid_dim: (table.chunk_count.clamp(1, most as u64) as u32, 1, 1),
-            block_dim: (abi::SRKL_THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
+        let config = self.grid(if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 });
+        let own =
+            |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
+        let elements = self.settings.groups.iter().any(own);
+        let step = if elements { &self.step_elements } else { &self.step };
         // SAFETY: the contract at the top of kernels/srkl.cu:
         // 1. grid and block are as it says, and the only argument is the table by value;
         // 2. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
@@ -489,8 +665,36 @@ impl Cuda {
         //    bytes, at offset 0 (`Block::new`);
         // 5. all launches go to the stream that candle's own work on these tensors goes to, and one follows
         //    the other there, as long as one thread steps: `Srkl` says so.
-        unsafe { self.stream.launch_builder(&self.step).arg(table).launch(config) }.w()?;
+        unsafe { self.stream.launch_builder(step).arg(table).launch(config) }.w()?;
         Ok(())
+    }
+
+    fn launch_sums(&self, table: &abi::SrklTable, what: u32, delta: f64) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.sums);
+        launch.arg(table).arg(&what).arg(&delta);
+        // SAFETY: the contract at the top of kernels/curvature.cuh, of which `launch` says what concerns the
+        // table. Those who call this launch what must come before it, with the gradients alive and in the
+        // table; where `old` is used, settings have asked for it in `new`.
+        unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
+        Ok(())
+    }
+
+    fn launch_replace(&self, what: u32, seed: u64, draw: u64) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.replace);
+        launch.arg(&self.table).arg(&what).arg(&seed).arg(&draw);
+        // SAFETY: the contract at the top of kernels/replace.cuh, of which `launch` says what concerns the
+        // table. Its callers come from settings that have asked for `old` in `new`.
+        unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
+        Ok(())
+    }
+
+    fn grid(&self, blocks_per_sm: u32) -> LaunchConfig {
+        let most = self.multiprocessors * blocks_per_sm;
+        LaunchConfig {
+            grid_dim: (self.table.chunk_count.clamp(1, most as u64) as u32, 1, 1),
+            block_dim: (abi::SRKL_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        }
     }
 
     fn is_capturing(&self) -> Result<bool> {
@@ -521,6 +725,11 @@ impl Memory {
             ready: self.ready.device_ptr(stream).0,
             statistics: self.statistics.device_ptr(stream).0,
             decisions: self.decisions.device_ptr(stream).0,
+            powers: self.powers.device_ptr(stream).0,
+            estimates: self.estimates.device_ptr(stream).0,
+            again: self.again.device_ptr(stream).0,
+            chunk_pairs: self.chunk_pairs.device_ptr(stream).0,
+            pairs: self.pairs.device_ptr(stream).0,
             skipped: self.skipped.device_ptr(stream).0,
             state: self.state.device_ptr(stream).0,
             block_count: self.blocks.len() as u64,
@@ -556,23 +765,57 @@ impl Settings {
 }
 
 fn group(group: &Group) -> abi::SrklGroup {
-    let ParamsSrkl { lr, weight_decay, max_grad_norm, scope, nonfinite, .. } = group.params;
+    let ParamsSrkl { lr, weight_decay, max_grad_norm, nonfinite, .. } = group.params;
+    let (scope, shared) = match group.params.scope {
+        Scope::Tensor => (abi::SRKL_TENSOR, 0),
+        Scope::Global => (abi::SRKL_GLOBAL, 0),
+        Scope::Element => (abi::SRKL_ELEMENT, 0),
+        Scope::Mixed(p) => (abi::SRKL_MIXED, (8. * p) as u32),
+    };
+    let (direction, decay1, decay2, eps) = match group.params.direction {
+        Direction::Gradient => (abi::SRKL_GRADIENT, 1., 1., 0.),
+        Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
+        Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
+    };
+    let (curvature, decay) = match group.params.curvature {
+        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 0.),
+        Curvature::Step { decay, .. } => (abi::SRKL_STEP, decay),
+        Curvature::Hutchinson { decay, .. } => (abi::SRKL_HUTCHINSON, decay),
+    };
     abi::SrklGroup {
         lr,
         beta: group.params.beta_value(),
         weight_decay,
         max_grad_norm: max_grad_norm.unwrap_or(0.),
-        scope: match scope {
-            Scope::Tensor => abi::SRKL_TENSOR,
-            Scope::Global => abi::SRKL_GLOBAL,
-            Scope::Element | Scope::Mixed(_) => abi::SRKL_ELEMENT,
-        },
+        trust: group.params.trust.unwrap_or(0.),
+        average: group.params.average.unwrap_or(1.),
+        decay1,
+        decay2,
+        eps,
+        decay,
+        scope,
+        shared,
+        direction,
+        curvature,
         nonfinite: match nonfinite {
             NonFinite::SkipStep => abi::SRKL_SKIP_STEP,
             NonFinite::SkipBlock => abi::SRKL_SKIP_BLOCK,
             NonFinite::Propagate => abi::SRKL_PROPAGATE,
         },
+        pad: 0,
     }
+}
+
+fn powers(powers: &Powers) -> abi::SrklPowers {
+    let Powers { first, second, average } = *powers;
+    abi::SrklPowers { first, second, average }
+}
+
+fn estimate(estimate: &Estimate) -> abi::SrklEstimate {
+    let Estimate { mean, own, power, infinite, counts } = *estimate;
+    let Measurements { taken, nonfinite, without_step } = counts;
+    let infinite = infinite as u64;
+    abi::SrklEstimate { mean, own, power, infinite, taken, nonfinite, without_step }
 }
 
 fn dtype(dtype: DType) -> Result<u32> {
@@ -673,7 +916,7 @@ mod tests {
             self.send(Settings::new(inputs.groups, inputs.scalars))?;
             self.send_gradients(gradients)?;
             let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
-            self.launch(&self.for_stages(all))
+            self.launch(&self.for_stages(all | abi::SRKL_COUNT))
         }
     }
 }

@@ -4,7 +4,8 @@ use candle_core::{Result, Tensor};
 
 use super::cpu::{Decision, StepScalars};
 use super::{Counters, Inputs};
-use crate::block::{Block, Last};
+use crate::block::{Block, Last, Powers};
+use crate::curvature::Estimate;
 use crate::numerics::Sums;
 use crate::optimizer::Group;
 
@@ -16,7 +17,35 @@ pub(crate) fn devices_of(_: &[Block], _: &[Group]) -> Result<Vec<Cuda>> {
 }
 
 impl Cuda {
-    pub fn step(&mut self, _: &Inputs) -> Result<()> {
+    pub fn step(&mut self, _: &Inputs, _: bool) -> Result<bool> {
+        match *self {}
+    }
+
+    pub fn observe(&mut self, _: &Inputs) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn perturb(&mut self, _: f64, _: u64, _: u64) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn swap(&mut self) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn restore(&mut self) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn observe_probe(&mut self, _: &Inputs, _: &Inputs) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn powers(&self) -> Result<Vec<Powers>> {
+        match *self {}
+    }
+
+    pub fn estimates(&self) -> Result<Vec<Estimate>> {
         match *self {}
     }
 
@@ -52,7 +81,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn set_counters(&mut self, _: u64, _: u64, _: &[u64]) -> Result<()> {
+    pub fn set_counters(&mut self, _: u64, _: u64, _: &[Block]) -> Result<()> {
         match *self {}
     }
 }

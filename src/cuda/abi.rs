@@ -12,40 +12,67 @@ pub const SRKL_F16: u32 = 3;
 pub const SRKL_TENSOR: u32 = 0;
 pub const SRKL_GLOBAL: u32 = 1;
 pub const SRKL_ELEMENT: u32 = 2;
+pub const SRKL_MIXED: u32 = 3;
+pub const SRKL_GRADIENT: u32 = 0;
+pub const SRKL_MOMENTUM: u32 = 1;
+pub const SRKL_ADAM: u32 = 2;
+pub const SRKL_GRAD_SQUARE: u32 = 0;
+pub const SRKL_STEP: u32 = 1;
+pub const SRKL_HUTCHINSON: u32 = 2;
 pub const SRKL_SKIP_STEP: u32 = 0;
 pub const SRKL_SKIP_BLOCK: u32 = 1;
 pub const SRKL_PROPAGATE: u32 = 2;
 pub const SRKL_STATISTICS: u32 = 1;
 pub const SRKL_DECIDE: u32 = 2;
 pub const SRKL_UPDATE: u32 = 4;
+pub const SRKL_COUNT: u32 = 8;
+pub const SRKL_SUM_DIRECTIONS: u32 = 0;
+pub const SRKL_SUM_MEASURING: u32 = 1;
+pub const SRKL_SUM_STEP: u32 = 2;
+pub const SRKL_SUM_SQUARES: u32 = 3;
+pub const SRKL_SUM_PROBE: u32 = 4;
+pub const SRKL_SUM_AVERAGE: u32 = 5;
+pub const SRKL_PERTURB: u32 = 0;
+pub const SRKL_SWAP: u32 = 1;
+pub const SRKL_RESTORE: u32 = 2;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklBlock {
     pub w: ::std::os::raw::c_ulonglong,
     pub master: ::std::os::raw::c_ulonglong,
+    pub m: ::std::os::raw::c_ulonglong,
+    pub v: ::std::os::raw::c_ulonglong,
+    pub average: ::std::os::raw::c_ulonglong,
+    pub q: ::std::os::raw::c_ulonglong,
+    pub old: ::std::os::raw::c_ulonglong,
     pub n: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
     pub dtype: ::std::os::raw::c_uint,
     pub group: ::std::os::raw::c_uint,
     pub from_end: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub place: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 56usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 96usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
-    ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 16usize];
+    ["Offset of field: SrklBlock::m"][::std::mem::offset_of!(SrklBlock, m) - 16usize];
+    ["Offset of field: SrklBlock::v"][::std::mem::offset_of!(SrklBlock, v) - 24usize];
+    ["Offset of field: SrklBlock::average"][::std::mem::offset_of!(SrklBlock, average) - 32usize];
+    ["Offset of field: SrklBlock::q"][::std::mem::offset_of!(SrklBlock, q) - 40usize];
+    ["Offset of field: SrklBlock::old"][::std::mem::offset_of!(SrklBlock, old) - 48usize];
+    ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 56usize];
     ["Offset of field: SrklBlock::first_chunk"]
-        [::std::mem::offset_of!(SrklBlock, first_chunk) - 24usize];
+        [::std::mem::offset_of!(SrklBlock, first_chunk) - 64usize];
     ["Offset of field: SrklBlock::chunk_count"]
-        [::std::mem::offset_of!(SrklBlock, chunk_count) - 32usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 40usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 44usize];
-    ["Offset of field: SrklBlock::from_end"][::std::mem::offset_of!(SrklBlock, from_end) - 48usize];
-    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 52usize];
+        [::std::mem::offset_of!(SrklBlock, chunk_count) - 72usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 80usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 84usize];
+    ["Offset of field: SrklBlock::from_end"][::std::mem::offset_of!(SrklBlock, from_end) - 88usize];
+    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -68,12 +95,22 @@ pub struct SrklGroup {
     pub beta: f64,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
+    pub trust: f64,
+    pub average: f64,
+    pub decay1: f64,
+    pub decay2: f64,
+    pub eps: f64,
+    pub decay: f64,
     pub scope: ::std::os::raw::c_uint,
+    pub shared: ::std::os::raw::c_uint,
+    pub direction: ::std::os::raw::c_uint,
+    pub curvature: ::std::os::raw::c_uint,
     pub nonfinite: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 40usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 104usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -81,9 +118,21 @@ const _: () = {
         [::std::mem::offset_of!(SrklGroup, weight_decay) - 16usize];
     ["Offset of field: SrklGroup::max_grad_norm"]
         [::std::mem::offset_of!(SrklGroup, max_grad_norm) - 24usize];
-    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 32usize];
+    ["Offset of field: SrklGroup::trust"][::std::mem::offset_of!(SrklGroup, trust) - 32usize];
+    ["Offset of field: SrklGroup::average"][::std::mem::offset_of!(SrklGroup, average) - 40usize];
+    ["Offset of field: SrklGroup::decay1"][::std::mem::offset_of!(SrklGroup, decay1) - 48usize];
+    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 56usize];
+    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 64usize];
+    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 72usize];
+    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 80usize];
+    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 84usize];
+    ["Offset of field: SrklGroup::direction"]
+        [::std::mem::offset_of!(SrklGroup, direction) - 88usize];
+    ["Offset of field: SrklGroup::curvature"]
+        [::std::mem::offset_of!(SrklGroup, curvature) - 92usize];
     ["Offset of field: SrklGroup::nonfinite"]
-        [::std::mem::offset_of!(SrklGroup, nonfinite) - 36usize];
+        [::std::mem::offset_of!(SrklGroup, nonfinite) - 96usize];
+    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -138,6 +187,60 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklPair {
+    pub a: f64,
+    pub b: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklPair"][::std::mem::size_of::<SrklPair>() - 16usize];
+    ["Alignment of SrklPair"][::std::mem::align_of::<SrklPair>() - 8usize];
+    ["Offset of field: SrklPair::a"][::std::mem::offset_of!(SrklPair, a) - 0usize];
+    ["Offset of field: SrklPair::b"][::std::mem::offset_of!(SrklPair, b) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklPowers {
+    pub first: f64,
+    pub second: f64,
+    pub average: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklPowers"][::std::mem::size_of::<SrklPowers>() - 24usize];
+    ["Alignment of SrklPowers"][::std::mem::align_of::<SrklPowers>() - 8usize];
+    ["Offset of field: SrklPowers::first"][::std::mem::offset_of!(SrklPowers, first) - 0usize];
+    ["Offset of field: SrklPowers::second"][::std::mem::offset_of!(SrklPowers, second) - 8usize];
+    ["Offset of field: SrklPowers::average"][::std::mem::offset_of!(SrklPowers, average) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklEstimate {
+    pub mean: f64,
+    pub own: f64,
+    pub power: f64,
+    pub infinite: ::std::os::raw::c_ulonglong,
+    pub taken: ::std::os::raw::c_ulonglong,
+    pub nonfinite: ::std::os::raw::c_ulonglong,
+    pub without_step: ::std::os::raw::c_ulonglong,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 56usize];
+    ["Alignment of SrklEstimate"][::std::mem::align_of::<SrklEstimate>() - 8usize];
+    ["Offset of field: SrklEstimate::mean"][::std::mem::offset_of!(SrklEstimate, mean) - 0usize];
+    ["Offset of field: SrklEstimate::own"][::std::mem::offset_of!(SrklEstimate, own) - 8usize];
+    ["Offset of field: SrklEstimate::power"][::std::mem::offset_of!(SrklEstimate, power) - 16usize];
+    ["Offset of field: SrklEstimate::infinite"]
+        [::std::mem::offset_of!(SrklEstimate, infinite) - 24usize];
+    ["Offset of field: SrklEstimate::taken"][::std::mem::offset_of!(SrklEstimate, taken) - 32usize];
+    ["Offset of field: SrklEstimate::nonfinite"]
+        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 40usize];
+    ["Offset of field: SrklEstimate::without_step"]
+        [::std::mem::offset_of!(SrklEstimate, without_step) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklStatistics {
     pub sums: SrklSums,
     pub take_parameter: ::std::os::raw::c_ulonglong,
@@ -157,17 +260,29 @@ pub struct SrklDecision {
     pub c: f64,
     pub curvature: f64,
     pub phi: f64,
+    pub correction1: f64,
+    pub correction2: f64,
+    pub average: f64,
+    pub powers: SrklPowers,
     pub step: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 32usize];
+    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 80usize];
     ["Alignment of SrklDecision"][::std::mem::align_of::<SrklDecision>() - 8usize];
     ["Offset of field: SrklDecision::c"][::std::mem::offset_of!(SrklDecision, c) - 0usize];
     ["Offset of field: SrklDecision::curvature"]
         [::std::mem::offset_of!(SrklDecision, curvature) - 8usize];
     ["Offset of field: SrklDecision::phi"][::std::mem::offset_of!(SrklDecision, phi) - 16usize];
-    ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 24usize];
+    ["Offset of field: SrklDecision::correction1"]
+        [::std::mem::offset_of!(SrklDecision, correction1) - 24usize];
+    ["Offset of field: SrklDecision::correction2"]
+        [::std::mem::offset_of!(SrklDecision, correction2) - 32usize];
+    ["Offset of field: SrklDecision::average"]
+        [::std::mem::offset_of!(SrklDecision, average) - 40usize];
+    ["Offset of field: SrklDecision::powers"]
+        [::std::mem::offset_of!(SrklDecision, powers) - 48usize];
+    ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 72usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -175,6 +290,7 @@ pub struct SrklState {
     pub steps: ::std::os::raw::c_ulonglong,
     pub skipped_steps: ::std::os::raw::c_ulonglong,
     pub grad_norm: f64,
+    pub probe_size: f64,
     pub next_statistics: ::std::os::raw::c_ulonglong,
     pub next_update: ::std::os::raw::c_ulonglong,
     pub left: ::std::os::raw::c_uint,
@@ -182,28 +298,30 @@ pub struct SrklState {
     pub refused: ::std::os::raw::c_uint,
     pub skipped: ::std::os::raw::c_uint,
     pub has_norm: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub finite: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 64usize];
+    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 72usize];
     ["Alignment of SrklState"][::std::mem::align_of::<SrklState>() - 8usize];
     ["Offset of field: SrklState::steps"][::std::mem::offset_of!(SrklState, steps) - 0usize];
     ["Offset of field: SrklState::skipped_steps"]
         [::std::mem::offset_of!(SrklState, skipped_steps) - 8usize];
     ["Offset of field: SrklState::grad_norm"]
         [::std::mem::offset_of!(SrklState, grad_norm) - 16usize];
+    ["Offset of field: SrklState::probe_size"]
+        [::std::mem::offset_of!(SrklState, probe_size) - 24usize];
     ["Offset of field: SrklState::next_statistics"]
-        [::std::mem::offset_of!(SrklState, next_statistics) - 24usize];
+        [::std::mem::offset_of!(SrklState, next_statistics) - 32usize];
     ["Offset of field: SrklState::next_update"]
-        [::std::mem::offset_of!(SrklState, next_update) - 32usize];
-    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 40usize];
+        [::std::mem::offset_of!(SrklState, next_update) - 40usize];
+    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 48usize];
     ["Offset of field: SrklState::blocks_done"]
-        [::std::mem::offset_of!(SrklState, blocks_done) - 44usize];
-    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 48usize];
-    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 52usize];
-    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 56usize];
-    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 60usize];
+        [::std::mem::offset_of!(SrklState, blocks_done) - 52usize];
+    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 56usize];
+    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 60usize];
+    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 64usize];
+    ["Offset of field: SrklState::finite"][::std::mem::offset_of!(SrklState, finite) - 68usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -218,6 +336,11 @@ pub struct SrklTable {
     pub ready: ::std::os::raw::c_ulonglong,
     pub statistics: ::std::os::raw::c_ulonglong,
     pub decisions: ::std::os::raw::c_ulonglong,
+    pub powers: ::std::os::raw::c_ulonglong,
+    pub estimates: ::std::os::raw::c_ulonglong,
+    pub again: ::std::os::raw::c_ulonglong,
+    pub chunk_pairs: ::std::os::raw::c_ulonglong,
+    pub pairs: ::std::os::raw::c_ulonglong,
     pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
     pub block_count: ::std::os::raw::c_ulonglong,
@@ -227,7 +350,7 @@ pub struct SrklTable {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 128usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 168usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
@@ -244,13 +367,20 @@ const _: () = {
         [::std::mem::offset_of!(SrklTable, statistics) - 64usize];
     ["Offset of field: SrklTable::decisions"]
         [::std::mem::offset_of!(SrklTable, decisions) - 72usize];
-    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 80usize];
-    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 88usize];
+    ["Offset of field: SrklTable::powers"][::std::mem::offset_of!(SrklTable, powers) - 80usize];
+    ["Offset of field: SrklTable::estimates"]
+        [::std::mem::offset_of!(SrklTable, estimates) - 88usize];
+    ["Offset of field: SrklTable::again"][::std::mem::offset_of!(SrklTable, again) - 96usize];
+    ["Offset of field: SrklTable::chunk_pairs"]
+        [::std::mem::offset_of!(SrklTable, chunk_pairs) - 104usize];
+    ["Offset of field: SrklTable::pairs"][::std::mem::offset_of!(SrklTable, pairs) - 112usize];
+    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 120usize];
+    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 128usize];
     ["Offset of field: SrklTable::block_count"]
-        [::std::mem::offset_of!(SrklTable, block_count) - 96usize];
+        [::std::mem::offset_of!(SrklTable, block_count) - 136usize];
     ["Offset of field: SrklTable::live_count"]
-        [::std::mem::offset_of!(SrklTable, live_count) - 104usize];
+        [::std::mem::offset_of!(SrklTable, live_count) - 144usize];
     ["Offset of field: SrklTable::chunk_count"]
-        [::std::mem::offset_of!(SrklTable, chunk_count) - 112usize];
-    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 120usize];
+        [::std::mem::offset_of!(SrklTable, chunk_count) - 152usize];
+    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 160usize];
 };

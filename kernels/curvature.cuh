@@ -1,0 +1,320 @@
+// What a step needs to know beside its gradient: sums over the directions, and measured curvature.
+//
+// Launch contract of srkl_sums:
+//   grid     any number of blocks of threads, one a chunk at most
+//   block    SRKL_THREADS threads
+//   shared   static
+//   table    as srkl_step has it. SRKL_SUM_DIRECTIONS and SRKL_SUM_MEASURING come between the launch that
+//            decides and the one that updates; SRKL_SUM_MEASURING writes every `old`. SRKL_SUM_STEP,
+//            SRKL_SUM_PROBE and SRKL_SUM_AVERAGE read the first gradients of the last step, or of the next
+//            one, from `gradients`, the second ones from `again`, and SRKL_SUM_STEP also `old`.
+//            SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
+//   order    launches that share a table follow each other on one stream
+//
+// Nobody waits: whoever finishes a block's last chunk adds up the block, and whoever adds up the last block
+// ends the work. Every access of a warp is to neighbouring elements.
+//
+// Bytes a parameter in f32: directions 8, 12 with momentum, 16 with Adam, and 4 more where they are kept;
+// curvature along the step 16, 20 with Adam; product with the Hessian 8, and 16 for its average.
+//
+// The formulas are those of src/backend/cpu.rs and src/curvature.rs.
+#pragma once
+
+#include "decide.cuh"
+#include "update.cuh"
+
+// The terms of both sums, of one element. P is the parameter's type, C its compute type.
+template <typename P, typename C>
+__device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
+                                 const Part<P, C> &part, const Numbers &numbers, const Coefficients<C> &k,
+                                 u64 start, int at) {
+    const u32 direction = numbers.group.direction;
+    SrklPair pair = {0., 0.};
+    const double c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
+    if (what == SRKL_SUM_SQUARES) {
+        double w = (double)widen(part.w()[at]);
+        pair.a = __dmul_rn(w, w);
+        return pair;
+    }
+    const SrklGradient first = ((const SrklGradient *)table.gradients)[b];
+    C g;
+    from_f64(load_one(first, start + at), g);
+    if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
+        C d = g;
+        if (direction != SRKL_GRADIENT) d = k.moments.first(part.m()[at], g);
+        if (direction == SRKL_ADAM) d = div(d, k.moments.metric(k.moments.second(part.v()[at], g)));
+        double a = (double)d, w = (double)widen(part.w()[at]);
+        if (has_element_brakes(numbers.group)) {
+            double q = part.q() != 0 ? (double)part.q()[at] : 0.;
+            double phi = element_phi(numbers, (double)g, q);
+            a = __dmul_rn(a, phi);
+        }
+        pair.a = __dmul_rn(a, a);
+        pair.b = __dmul_rn(w, w);
+        return pair;
+    }
+    C g2;
+    from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
+    double change = __dmul_rn(c, __dsub_rn((double)g2, (double)g));
+    if (what == SRKL_SUM_STEP) {
+        const P *old = (const P *)block.old + start;
+        double moved = __dsub_rn((double)(C)widen(part.w()[at]), (double)(C)widen(old[at]));
+        pair.a = __dmul_rn(change, change);
+        pair.b = __dmul_rn(moved, moved);
+        if (direction == SRKL_ADAM) {
+            double metric = (double)k.moments.metric(part.v()[at]);
+            pair.a = __ddiv_rn(pair.a, metric);
+            pair.b = __dmul_rn(pair.b, metric);
+        }
+        return pair;
+    }
+    double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
+    pair.a = __dmul_rn(product, product);
+    return pair;
+}
+
+// The sums over elements `start..start + len` of a block, one chunk.
+template <typename P, typename C>
+__device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
+                                      const Numbers &numbers, u64 start, int len, Lanes &lanes) {
+    const SrklGroup &group = numbers.group;
+    const Coefficients<C> k(group, numbers.decision);
+    const Part<P, C> part(block, start);
+    const int width = lane_count(len);
+    for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
+        double a = 0., b2 = 0.;
+        for (int at = l; at < len; at += SRKL_LANES) {
+            SrklPair pair = terms(table, what, b, block, part, numbers, k, start, at);
+            if (what == SRKL_SUM_AVERAGE) {
+                // `q <- decay q + (1 - decay) (H z)^2`
+                double keep = __dmul_rn(group.decay, (double)part.q()[at]);
+                double q = __dadd_rn(keep, __dmul_rn(__dsub_rn(1., group.decay), pair.a));
+                from_f64(q, part.q()[at]);
+                pair.a = (double)part.q()[at];
+            }
+            if (what == SRKL_SUM_MEASURING) ((P *)block.old)[start + at] = part.w()[at];
+            a = __dadd_rn(a, pair.a);
+            b2 = __dadd_rn(b2, pair.b);
+        }
+        lanes.sum2[l] = a;
+        lanes.sum4[l] = b2;
+    }
+    SrklPair sums;
+    sums.a = tree(lanes.sum2, width);
+    sums.b = tree(lanes.sum4, width);
+    return sums;
+}
+
+// The sum of `count` pairs, by rule 4; `item(i)` reads one.
+template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
+    if (count == 1) return item(0);
+    const int width = lane_count(count);
+    for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
+        double a = 0., b = 0.;
+        for (u64 i = l; i < count; i += SRKL_LANES) {
+            SrklPair x = item(i);
+            a = __dadd_rn(a, x.a);
+            b = __dadd_rn(b, x.b);
+        }
+        lanes.sum2[l] = a;
+        lanes.sum4[l] = b;
+    }
+    SrklPair sums;
+    sums.a = tree(lanes.sum2, width);
+    sums.b = tree(lanes.sum4, width);
+    return sums;
+}
+
+__device__ inline SrklPair read_pair(const SrklPair *pair) {
+    SrklPair x;
+    x.a = __ldcg(&pair->a);
+    x.b = __ldcg(&pair->b);
+    return x;
+}
+
+// Whether a block takes part in these sums.
+__device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
+    if (what == SRKL_SUM_SQUARES) return true;
+    const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
+    const SrklGroup &group = ((const SrklGroup *)table.groups)[block.group];
+    const bool first = ((const SrklGradient *)table.gradients)[b].address != 0;
+    const SrklState *state = (const SrklState *)table.state;
+    const bool moves = ((const SrklDecision *)table.decisions)[b].step;
+    const u32 curvature = group.curvature;
+    switch (what) {
+    case SRKL_SUM_STEP: return first && moves && !state->skipped && curvature == SRKL_STEP;
+    case SRKL_SUM_PROBE: return first && curvature == SRKL_HUTCHINSON;
+    case SRKL_SUM_AVERAGE: return first && curvature == SRKL_HUTCHINSON && state->finite;
+    default: return first && moves;
+    }
+}
+
+// Takes a measurement along a step: `Estimate::observe_step`.
+__device__ inline void observe_step(SrklEstimate &estimate, const SrklPair &pair, double decay) {
+    double curvature = __ddiv_rn(__dsqrt_rn(pair.a), __dsqrt_rn(pair.b));
+    bool finite = is_finite(pair.a) && is_finite(pair.b);
+    if (!finite || (pair.b > 0. && !is_finite(curvature))) {
+        estimate.infinite = 1;
+        estimate.nonfinite++;
+    } else if (pair.b == 0.) {
+        estimate.without_step++;
+    } else {
+        estimate.infinite = 0;
+        estimate.mean =
+            __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(__dsub_rn(1., decay), curvature));
+        estimate.power = __dmul_rn(estimate.power, decay);
+        estimate.taken++;
+    }
+}
+
+// Takes a measurement by random vectors: `Estimate::observe_rows`.
+__device__ inline void observe_rows(SrklEstimate &estimate, bool finite, double squared) {
+    if (!finite || !is_finite(squared)) {
+        estimate.infinite = 1;
+        estimate.nonfinite++;
+    } else {
+        estimate.infinite = 0;
+        estimate.mean = squared;
+        estimate.taken++;
+    }
+}
+
+// What the sums of all blocks are for: by the block of threads that has finished the last one.
+__device__ inline void finish(const SrklTable &table, u32 what, double delta, Lanes &lanes) {
+    const SrklBlock *blocks = (const SrklBlock *)table.blocks;
+    const SrklGroup *groups = (const SrklGroup *)table.groups;
+    const SrklPair *pairs = (const SrklPair *)table.pairs;
+    SrklEstimate *estimates = (SrklEstimate *)table.estimates;
+    SrklState *state = (SrklState *)table.state;
+    const SrklScalars scalars = *(const SrklScalars *)table.scalars;
+    const u64 count = table.block_count;
+    const SrklPair none = {0., 0.};
+    auto kind = [=](u64 b) { return groups[blocks[b].group].curvature; };
+    auto counts = [=](u64 b) {
+        if (!takes_part(table, what, b)) return false;
+        bool directions = what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING;
+        return !directions || kind(b) == SRKL_STEP;
+    };
+    if (what == SRKL_SUM_AVERAGE) {
+        for (u64 b = threadIdx.x; b < count; b += SRKL_THREADS) {
+            if (!takes_part(table, what, b)) continue;
+            const double decay = groups[blocks[b].group].decay;
+            estimates[b].power = __dmul_rn(estimates[b].power, decay);
+            const double corrected = __dsub_rn(1., estimates[b].power);
+            estimates[b].own = __ddiv_rn(read_pair(&pairs[b]).a, corrected);
+        }
+        __threadfence();
+        __syncthreads();
+    }
+    const SrklPair total = fold_pairs(
+        count,
+        [=](u64 b) {
+            SrklPair own = none;
+            if (what == SRKL_SUM_AVERAGE)
+                own.a = __ldcg(&estimates[b].own);
+            else if (counts(b))
+                own = read_pair(&pairs[b]);
+            return own;
+        },
+        lanes);
+    if (what == SRKL_SUM_SQUARES) {
+        if (threadIdx.x == 0) {
+            double n = 0.;
+            for (u64 b = 0; b < count; b++) n = __dadd_rn(n, (double)blocks[b].n);
+            double rms = __dsqrt_rn(__ddiv_rn(total.a, n));
+            state->probe_size = __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
+        }
+        return;
+    }
+    if (what == SRKL_SUM_PROBE) {
+        if (threadIdx.x == 0) state->finite = is_finite(total.a);
+        return;
+    }
+    // Whole numbers, exact in any order.
+    __shared__ double total_n;
+    if (threadIdx.x == 0) {
+        double n = 0.;
+        if (what == SRKL_SUM_MEASURING)
+            for (u64 b = 0; b < count; b++) n = __dadd_rn(n, counts(b) ? (double)blocks[b].n : 0.);
+        total_n = n;
+    }
+    __syncthreads();
+    for (u64 b = threadIdx.x; b < count; b += SRKL_THREADS) {
+        const SrklGroup &group = groups[blocks[b].group];
+        const bool global = group.scope == SRKL_GLOBAL, part = takes_part(table, what, b);
+        const SrklPair own = part ? read_pair(&pairs[b]) : none;
+        if (what == SRKL_SUM_STEP) {
+            if (group.curvature == SRKL_STEP &&
+                (global || ((const SrklGradient *)table.gradients)[b].address))
+                observe_step(estimates[b], global ? total : own, group.decay);
+        } else if (what == SRKL_SUM_AVERAGE) {
+            if (group.curvature == SRKL_HUTCHINSON)
+                observe_rows(estimates[b], state->finite, global ? total.a : estimates[b].own);
+        } else if (part) {
+            SrklDecision decision = ((const SrklDecision *)table.decisions)[b];
+            const bool measures = what == SRKL_SUM_MEASURING;
+            adjust(decision, group, scalars, own, (double)blocks[b].n, total, total_n, measures);
+            ((SrklDecision *)table.decisions)[b] = decision;
+        }
+    }
+}
+
+// All threads of a block come with the same chunk.
+__device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
+                                      const Numbers &numbers, u64 start, int len, Lanes &lanes) {
+    switch (block.dtype) {
+    case SRKL_F32: return chunk_pair<float, float>(table, what, b, block, numbers, start, len, lanes);
+    case SRKL_F64: return chunk_pair<double, double>(table, what, b, block, numbers, start, len, lanes);
+    case SRKL_BF16: return chunk_pair<bf16, float>(table, what, b, block, numbers, start, len, lanes);
+    default: return chunk_pair<f16, float>(table, what, b, block, numbers, start, len, lanes);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 6)
+    srkl_sums(const SrklTable table, const u32 what, const double delta) {
+    __shared__ Lanes lanes;
+    __shared__ Numbers numbers;
+    __shared__ SrklBlock block;
+    __shared__ bool last;
+    SrklPair *of_chunks = (SrklPair *)table.chunk_pairs, *pairs = (SrklPair *)table.pairs;
+    for (u64 chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+        const SrklChunk part = ((const SrklChunk *)table.chunks)[chunk];
+        const u64 b = part.block;
+        if (threadIdx.x == 0) {
+            block = ((const SrklBlock *)table.blocks)[b];
+            numbers.group = ((const SrklGroup *)table.groups)[block.group];
+            numbers.set_rows(((const SrklEstimate *)table.estimates)[b]);
+            numbers.decision = ((const SrklDecision *)table.decisions)[b];
+            if (what == SRKL_SUM_STEP)
+                numbers.decision.correction2 = correction(((const SrklPowers *)table.powers)[b].second);
+        }
+        __syncthreads();
+        const u64 left = block.n - part.start;
+        const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
+        SrklPair sums = {0., 0.};
+        if (takes_part(table, what, b))
+            sums = chunk_pair(table, what, b, block, numbers, part.start, len, lanes);
+        if (threadIdx.x == 0) {
+            of_chunks[chunk] = sums;
+            last = arrives_last(&((u32 *)table.chunks_done)[b], block.chunk_count);
+        }
+        __syncthreads();
+        if (last) {
+            const SrklPair *first = of_chunks + block.first_chunk;
+            sums = fold_pairs(
+                block.chunk_count, [=](u64 i) { return read_pair(&first[i]); }, lanes);
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
+                    const double scale = scale_of(numbers.group, numbers.decision);
+                    sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
+                }
+                pairs[b] = sums;
+                last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
+            }
+            __syncthreads();
+            if (last) finish(table, what, delta, lanes);
+        }
+        __syncthreads();
+    }
+}
