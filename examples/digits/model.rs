@@ -9,7 +9,7 @@ use crate::data::{CLASSES, PIXELS, Part};
 use crate::random::{Stream, rng};
 
 /// The widths of the layers' inputs, and of the last one's output.
-const WIDTHS: [usize; 3] = [PIXELS, 256, CLASSES];
+pub const WIDTHS: [usize; 3] = [PIXELS, 256, CLASSES];
 
 pub struct Mlp {
     pub varmap: VarMap,
@@ -17,13 +17,14 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// Weights are uniform of variance `2 / inputs` (He), by the seed; biases are 0.
-    pub fn new(seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+    /// With layers of these widths. Weights are uniform of variance `2 / inputs` (He), by the seed;
+    /// biases are 0.
+    pub fn new(widths: &[usize], seed: u64, dtype: DType, device: &Device) -> Result<Self> {
         let mut varmap = VarMap::new();
         let vb = VarBuilder::from_varmap(&varmap, dtype, device);
         let mut rng = rng(seed, Stream::Weights);
         let mut layers = vec![];
-        for (i, width) in WIDTHS.windows(2).enumerate() {
+        for (i, width) in widths.windows(2).enumerate() {
             let (inputs, outputs) = (width[0], width[1]);
             let name = format!("layer{}", i + 1);
             layers.push(linear(inputs, outputs, vb.pp(&name))?);

@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use rand::seq::SliceRandom;
 
 use crate::data::Part;
-use crate::model::Mlp;
+use crate::model::{Mlp, WIDTHS};
 use crate::random::{Stream, rng};
 
 /// The learning rates that tuning tries, half a decade apart.
@@ -97,7 +97,7 @@ pub struct Outcome {
 
 impl Training {
     pub fn new(rule: Rule, lr: f64, settings: &Settings, device: &Device) -> Result<Self> {
-        let model = Mlp::new(settings.seed, settings.dtype, device)?;
+        let model = Mlp::new(&WIDTHS, settings.seed, settings.dtype, device)?;
         let optimizer = match rule {
             Rule::Srkl => {
                 let beta = Beta::Fixed(settings.beta);

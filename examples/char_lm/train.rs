@@ -1,0 +1,355 @@
+//! Training: what a step of it does, whichever the optimizer.
+
+use std::f64::consts::PI;
+
+use anyhow::{Result, ensure};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::model::{Config, Transformer};
+use crate::text::{Text, batch, even_batch};
+
+/// All that a training depends on.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Which optimizer to train by
+    #[arg(long, value_enum, default_value = "braked-adam")]
+    pub optimizer: Rule,
+    /// Learning rate at its peak [default: 0.03 for braked-adam, 10 for kinetic, 1 for hessian, 0.3
+    /// for reference, 0.003 for adamw]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
+    lr: Option<f64>,
+    /// Weight decay of the matrices; norms are not decayed [default: 0.1 for braked-adam and adamw,
+    /// whose steps are short; else 0]
+    #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
+    weight_decay: Option<f64>,
+    /// Norm of all gradients above which they are scaled down to it (SRKL only)
+    #[arg(long, value_parser = positive, allow_negative_numbers = true)]
+    clip: Option<f64>,
+    /// Decay of the average of the weights, which is what is evaluated; 0 is the weights themselves
+    /// (SRKL only) [default: 0.98]
+    #[arg(long, allow_negative_numbers = true)]
+    average: Option<f64>,
+    /// Type of the parameters and activations; with bf16 the optimizer keeps f32 master weights (SRKL
+    /// only). Slow on the CPU
+    #[arg(long, default_value = "f32", value_parser = dtype())]
+    dtype: DType,
+    /// Characters that the model sees at most
+    #[arg(long, default_value = "64", value_parser = size)]
+    pub context: usize,
+    /// Values for each character between the layers
+    #[arg(long, default_value = "64", value_parser = size)]
+    width: usize,
+    /// Attention heads in a layer
+    #[arg(long, default_value = "4", value_parser = size)]
+    heads: usize,
+    /// Layers
+    #[arg(long, default_value = "2", value_parser = size)]
+    layers: usize,
+    /// Pieces of text in a batch
+    #[arg(long, default_value = "16", value_parser = size)]
+    batch: usize,
+    /// Batches to a step: their gradients are added up, one batch in memory at a time
+    #[arg(long, default_value = "1", value_parser = size)]
+    accumulate: usize,
+    /// Steps in all
+    #[arg(long, default_value = "4000")]
+    pub steps: u64,
+    /// Steps over which the learning rate rises to its peak
+    #[arg(long, default_value = "10")]
+    warm_up: u64,
+    /// What it then falls to by a cosine, as a share of the peak [default: 0.1 for adamw; else 0.3,
+    /// since the brake grows stronger as steps get shorter]
+    #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
+    last_lr: Option<f64>,
+    /// Seed of the initial weights and of the batches
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum Rule {
+    BrakedAdam,
+    Kinetic,
+    Hessian,
+    Reference,
+    /// candle's own, for comparison
+    Adamw,
+}
+
+/// A training after so many steps.
+pub struct Training<'a> {
+    pub model: Transformer,
+    pub optimizer: AnyOptimizer,
+    pub settings: Settings,
+    pub step: u64,
+    text: &'a Text,
+    device: Device,
+}
+
+pub enum AnyOptimizer {
+    Srkl(Srkl),
+    /// candle's has one weight decay for all of its variables, so there are two of it.
+    AdamW([AdamW; 2]),
+}
+
+/// Inputs and targets.
+type Batch = (Tensor, Tensor);
+
+impl Settings {
+    /// What clap can't express.
+    pub fn check(&self) -> Result<()> {
+        for (option, given) in [
+            ("--clip", self.clip.is_some()),
+            ("--average", self.average.is_some()),
+            ("--dtype bf16", self.dtype == DType::BF16),
+        ] {
+            ensure!(!given || self.optimizer != Rule::Adamw, "{option} is for SRKL, not for adamw");
+        }
+        Ok(())
+    }
+
+    pub fn lr(&self) -> f64 {
+        self.lr.unwrap_or(match self.optimizer {
+            Rule::BrakedAdam => ParamsSrkl::braked_adam().lr,
+            Rule::Kinetic => ParamsSrkl::kinetic().lr,
+            Rule::Hessian => ParamsSrkl::hessian().lr,
+            Rule::Reference => 0.3,
+            Rule::Adamw => 0.003,
+        })
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.weight_decay.unwrap_or(match self.optimizer {
+            Rule::BrakedAdam | Rule::Adamw => 0.1,
+            Rule::Kinetic | Rule::Hessian | Rule::Reference => 0.,
+        })
+    }
+
+    /// None for candle's AdamW.
+    fn average(&self) -> Option<f64> {
+        (self.optimizer != Rule::Adamw).then(|| self.average.unwrap_or(0.98))
+    }
+
+    fn last_lr(&self) -> f64 {
+        self.last_lr.unwrap_or(if self.optimizer == Rule::Adamw { 0.1 } else { 0.3 })
+    }
+
+    /// All of it, in words, to tell two trainings apart.
+    pub fn describe(&self) -> String {
+        let settings = Self {
+            lr: Some(self.lr()),
+            weight_decay: Some(self.weight_decay()),
+            average: self.average(),
+            last_lr: Some(self.last_lr()),
+            ..self.clone()
+        };
+        format!("{settings:?}")
+    }
+
+    /// The learning rate of a step: a linear warm-up, then half a period of a cosine.
+    fn lr_of(&self, step: u64) -> f64 {
+        let share = if step < self.warm_up {
+            (step + 1) as f64 / self.warm_up as f64
+        } else {
+            let done = (step - self.warm_up) as f64 / (self.steps - self.warm_up).max(1) as f64;
+            self.last_lr() + (1. - self.last_lr()) * (1. + (PI * done).cos()) / 2.
+        };
+        share * self.lr()
+    }
+}
+
+impl<'a> Training<'a> {
+    pub fn new(settings: &Settings, text: &'a Text, device: &Device) -> Result<Self> {
+        let &Settings { context, width, heads, layers, seed, dtype, .. } = settings;
+        let vocabulary = text.alphabet.len();
+        let config = Config { vocabulary, context, width, heads, layers };
+        let model = Transformer::new(&config, seed, dtype, device)?;
+        let optimizer = AnyOptimizer::new(settings, &model)?;
+        let settings = settings.clone();
+        Ok(Self { model, optimizer, settings, step: 0, text, device: device.clone() })
+    }
+
+    /// Takes a step, and returns the loss before it, which stays on the device.
+    pub fn step(&mut self) -> Result<Tensor> {
+        let batches = self.batches()?;
+        let lr = self.settings.lr_of(self.step);
+        let (loss, grads) = gradients(&self.model, &batches)?;
+        match &mut self.optimizer {
+            AnyOptimizer::AdamW(groups) => {
+                for adamw in groups {
+                    adamw.set_learning_rate(lr);
+                    adamw.step(&grads)?;
+                }
+            }
+            // Where a step has one batch, `backward_step_with` does all of this.
+            AnyOptimizer::Srkl(srkl) => {
+                srkl.set_learning_rate(lr);
+                // Curvature takes a second gradient of the same batches at other parameters: of
+                // Hutchinson's kind before the step, at perturbed ones; else after it.
+                let measures = srkl.measuring();
+                let perturbs = self.settings.optimizer == Rule::Hessian;
+                if measures && perturbs {
+                    let perturbed = srkl.perturb()?;
+                    let (_, again) = gradients(&self.model, &batches)?;
+                    perturbed.observe(&grads, &again)?;
+                }
+                srkl.step(&grads)?;
+                if measures && !perturbs {
+                    let (_, again) = gradients(&self.model, &batches)?;
+                    srkl.observe(&again)?;
+                }
+            }
+        }
+        self.step += 1;
+        Ok(loss)
+    }
+
+    /// Those of the next step. They depend on the seed and the step alone: a resumed training goes on
+    /// with the same.
+    fn batches(&self) -> Result<Vec<Batch>> {
+        let Settings { batch: size, context, accumulate, seed, .. } = self.settings;
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..16].copy_from_slice(&self.step.to_le_bytes());
+        let mut rng = StdRng::from_seed(key);
+        let batches =
+            (0..accumulate).map(|_| batch(&self.text.train, size, context, &mut rng, &self.device));
+        batches.collect()
+    }
+
+    /// Calls `f` with the model, of averaged weights if they are averaged.
+    pub fn evaluate<T>(&mut self, f: impl FnOnce(&Transformer) -> Result<T>) -> Result<T> {
+        let _averaged = match &mut self.optimizer {
+            AnyOptimizer::Srkl(srkl) if self.settings.average().is_some() => {
+                Some(srkl.swap_averaged()?)
+            }
+            _ => None,
+        };
+        f(&self.model)
+    }
+
+    /// The loss on all of the text that was held out, in pieces of a whole context.
+    pub fn held_out(&mut self) -> Result<f64> {
+        let Settings { batch, context, .. } = self.settings;
+        let pieces = self.text.validation.len() / context;
+        let (inputs, targets) = even_batch(&self.text.validation, pieces, context, &self.device)?;
+        self.evaluate(|model| {
+            let mut sum = 0.;
+            for start in (0..pieces).step_by(batch) {
+                let size = batch.min(pieces - start);
+                let (inputs, targets) =
+                    (inputs.narrow(0, start, size)?, targets.narrow(0, start, size)?);
+                let loss = model.loss(&inputs, &targets)?.to_scalar::<f32>()?;
+                sum += f64::from(loss) * size as f64;
+            }
+            Ok(sum / pieces as f64)
+        })
+    }
+
+    /// The mean over all parameter tensors of what the last step multiplied their directions by.
+    pub fn phi(&self) -> Result<Option<f64>> {
+        let AnyOptimizer::Srkl(srkl) = &self.optimizer else { return Ok(None) };
+        let phi: Vec<f64> = srkl.telemetry()?.iter().filter_map(|block| block.phi).collect();
+        Ok((!phi.is_empty()).then(|| phi.iter().sum::<f64>() / phi.len() as f64))
+    }
+
+    /// How many gradients were computed, each of the `accumulate` batches of a step.
+    pub fn gradients(&self) -> Result<u64> {
+        Ok(match &self.optimizer {
+            AnyOptimizer::Srkl(srkl) => self.step + srkl.measurements()?.taken,
+            AnyOptimizer::AdamW(_) => self.step,
+        })
+    }
+}
+
+/// The mean loss of the batches, and its gradients.
+fn gradients(model: &Transformer, batches: &[Batch]) -> Result<(Tensor, GradStore)> {
+    let vars = model.varmap.all_vars();
+    let mut sum = GradStore::default();
+    let mut losses = vec![];
+    for (inputs, targets) in batches {
+        let loss = (model.loss(inputs, targets)? / batches.len() as f64)?;
+        let mut grads = loss.backward()?;
+        for var in &vars {
+            let Some(mut grad) = grads.remove(var) else { continue };
+            if batches.len() > 1 {
+                // bf16 would lose what is small beside the sum.
+                grad = grad.to_dtype(DType::F32)?;
+            }
+            if let Some(before) = sum.remove(var) {
+                grad = (before + grad)?;
+            }
+            // Detached, or it could keep all that it was computed from.
+            sum.insert(var, grad.detach());
+        }
+        losses.push(loss.detach());
+    }
+    Ok((Tensor::stack(&losses, 0)?.sum_all()?, sum))
+}
+
+impl AnyOptimizer {
+    fn new(settings: &Settings, model: &Transformer) -> Result<Self> {
+        let (lr, weight_decay) = (settings.lr(), settings.weight_decay());
+        let preset = match settings.optimizer {
+            Rule::BrakedAdam => ParamsSrkl::braked_adam(),
+            Rule::Kinetic => ParamsSrkl::kinetic(),
+            Rule::Hessian => {
+                // A wider difference than the preset's: for networks of ReLU, and for bf16.
+                let (every, first, decay, delta, seed) = (10, 10, 0.95, 1e-2, settings.seed);
+                let curvature = Curvature::Hutchinson { every, first, decay, delta, seed };
+                ParamsSrkl { curvature, ..ParamsSrkl::hessian() }
+            }
+            Rule::Reference => ParamsSrkl::reference(),
+            Rule::Adamw => {
+                let (decayed, rest) =
+                    model.varmap.all_vars().into_iter().partition(|var| var.rank() >= 2);
+                let params = ParamsAdamW { lr, weight_decay, ..ParamsAdamW::default() };
+                let no_decay = ParamsAdamW { weight_decay: 0., ..params.clone() };
+                let groups = [AdamW::new(decayed, params)?, AdamW::new(rest, no_decay)?];
+                return Ok(Self::AdamW(groups));
+            }
+        };
+        let params = ParamsSrkl {
+            lr,
+            weight_decay,
+            max_grad_norm: settings.clip,
+            average: settings.average(),
+            ..preset
+        };
+        let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };
+        let srkl = Srkl::builder()
+            .default_group(params)
+            .group("no_decay", no_decay, |_, var| var.rank() < 2)
+            .build_varmap(&model.varmap)?;
+        Ok(Self::Srkl(srkl))
+    }
+}
+
+pub fn positive(text: &str) -> Result<f64> {
+    let number: f64 = text.parse()?;
+    ensure!(number > 0. && number.is_finite(), "expected a finite number above 0");
+    Ok(number)
+}
+
+fn not_negative(text: &str) -> Result<f64> {
+    let number: f64 = text.parse()?;
+    ensure!(number >= 0. && number.is_finite(), "expected a finite number, 0 or above");
+    Ok(number)
+}
+
+fn size(text: &str) -> Result<usize> {
+    let number: usize = text.parse()?;
+    ensure!(number > 0, "expected a number above 0");
+    Ok(number)
+}
+
+fn dtype() -> impl TypedValueParser<Value = DType> {
+    PossibleValuesParser::new(["f32", "bf16"]).try_map(|name| name.parse::<DType>())
+}

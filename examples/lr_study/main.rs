@@ -1,0 +1,171 @@
+//! How much does the learning rate matter? Trains six small tasks by each of eight optimizers at
+//! learning rates over seven decades, and counts those that do well.
+//!
+//! ```sh
+//! cargo run --release --example lr_study
+//! cargo run --release --example lr_study -- --help
+//! ```
+
+#[path = "../digits/data.rs"]
+#[allow(dead_code, reason = "only the digits example tunes on a validation part")]
+mod data;
+mod functions;
+#[path = "../digits/model.rs"]
+mod mlp;
+mod networks;
+mod optimizers;
+mod plot;
+#[path = "../digits/random.rs"]
+#[allow(dead_code, reason = "each example has streams of its own")]
+mod random;
+mod results;
+mod run;
+mod table;
+mod tasks;
+#[path = "../char_lm/text.rs"]
+#[allow(dead_code, reason = "only the char_lm example writes text")]
+mod text;
+#[path = "../char_lm/model.rs"]
+mod transformer;
+
+use std::env;
+use std::fs;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use optimizers::Rule;
+use results::Results;
+use run::Job;
+use table::Summary;
+use tasks::Task;
+
+const THREADS: &str = "RAYON_NUM_THREADS";
+
+/// Trains small tasks by several optimizers at learning rates from 1e-4 to 1e3, each run with the
+/// same number of gradients.
+///
+/// Finished runs are kept in the folder of --out, and a later start goes on from there: delete it to
+/// begin anew. On the same machine the same options give the same scores.
+#[derive(Parser)]
+struct Options {
+    /// Which tasks, with commas between [default: all]
+    #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true,
+          default_values_t = Task::value_variants().to_vec())]
+    tasks: Vec<Task>,
+    /// Which optimizers, with commas between [default: all]
+    #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true,
+          default_values_t = Rule::value_variants().to_vec())]
+    optimizers: Vec<Rule>,
+    /// Seeds for each learning rate [default: 1 to 3, as the task says]
+    #[arg(long)]
+    seeds: Option<NonZeroU64>,
+    /// Longer runs, a larger transformer, half decades and 3 seeds everywhere: hours instead of
+    /// minutes
+    #[arg(long)]
+    full: bool,
+    /// How many runs at a time, on a thread each
+    #[arg(long, default_value = "2")]
+    threads: NonZeroUsize,
+    /// Folder for runs.csv, curves, table.md and the pictures
+    #[arg(long, value_name = "FOLDER", default_value = "out/lr_study")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    // Runs are small: one thread each, for candle and for the optimizer, is the fastest. What candle
+    // and rayon make of this does not change any result.
+    if env::var_os(THREADS).is_none() {
+        // SAFETY: there are no other threads yet that could read the environment.
+        unsafe { env::set_var(THREADS, "1") };
+    }
+    let mut options = Options::parse();
+    options.tasks.sort();
+    options.tasks.dedup();
+    options.optimizers.sort();
+    options.optimizers.dedup();
+    let results = Results::open(&options.out).context("--out")?;
+    let results = run_all(&options.jobs(), results, options.threads)?;
+    report(&options, &results)
+}
+
+impl Options {
+    fn seeds(&self, task: Task) -> u64 {
+        self.seeds.map_or(task.plan(self.full).seeds, NonZeroU64::get)
+    }
+
+    fn jobs(&self) -> Vec<Job> {
+        let full = self.full;
+        let mut jobs = vec![];
+        for &task in &self.tasks {
+            for &rule in &self.optimizers {
+                let mut rates = task.plan(full).grid();
+                if !rates.contains(&rule.default_lr()) {
+                    rates.push(rule.default_lr());
+                }
+                for lr in rates {
+                    let job = |seed| Job { task, full, rule, lr, seed };
+                    jobs.extend((0..self.seeds(task)).map(job));
+                }
+            }
+        }
+        jobs
+    }
+}
+
+/// Runs what is not among the results yet.
+fn run_all(jobs: &[Job], results: Results, threads: NonZeroUsize) -> Result<Results> {
+    let open: Vec<Job> = jobs.iter().copied().filter(|&job| results.find(job).is_none()).collect();
+    let style = "[{bar:40}] {pos}/{len} runs, {elapsed}, {msg}";
+    let bar = ProgressBar::new(jobs.len() as u64)
+        .with_style(ProgressStyle::with_template(style)?.progress_chars("=> "))
+        .with_position((jobs.len() - open.len()) as u64);
+    let results = Mutex::new(results);
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<()> {
+        while let Some(&job) = open.get(next.fetch_add(1, Ordering::Relaxed)) {
+            bar.set_message(job.to_string());
+            let (run, curve) = job.run().with_context(|| {
+                // The other workers stop too.
+                next.store(open.len(), Ordering::Relaxed);
+                job.to_string()
+            })?;
+            let mut results = results.lock().map_err(|_| anyhow!("another thread panicked"))?;
+            let drawn = job == Job::drawn(job.task, job.full, job.rule);
+            results.add(run, drawn.then_some(&curve))?;
+            bar.inc(1);
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.get()).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| match worker.join() {
+            Ok(result) => result,
+            Err(_) => Err(anyhow!("a run panicked")),
+        })
+    })?;
+    bar.finish_with_message("done");
+    results.into_inner().map_err(|_| anyhow!("a run panicked"))
+}
+
+fn report(options: &Options, results: &Results) -> Result<()> {
+    let summary = |task, rule| Summary::new(results, task, options.full, rule, options.seeds(task));
+    let summaries =
+        |&task: &Task| (task, options.optimizers.iter().map(|&rule| summary(task, rule)).collect());
+    let studies: Vec<(Task, Vec<Summary>)> = options.tasks.iter().map(summaries).collect();
+    let text = table::markdown(&studies, options.full, options.seeds.map(NonZeroU64::get))?;
+    println!("{text}");
+    let path = options.out.join("table.md");
+    fs::write(&path, text).with_context(|| path.display().to_string())?;
+    println!("wrote {}", path.display());
+    for path in plot::draw(&options.out, &studies, results, options.full)? {
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
