@@ -11,7 +11,7 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{ParamsSrkl, Srkl};
+use candle_srkl::{Curvature, ParamsSrkl, Srkl};
 use clap::Parser;
 
 /// Counts the host's time of one optimizer step on the first CUDA device.
@@ -33,9 +33,10 @@ fn main() -> Result<()> {
     let device = Device::new_cuda(0)?;
     println!("Microseconds of the host a step, median of {}:\n", options.samples);
     println!(
-        "| tensors | SRKL | SRKL, gradients at new addresses | candle SGD | candle AdamW | SGD / SRKL, new |"
+        "| tensors | SRKL | SRKL, gradients at new addresses | braked Adam, new | candle SGD | candle AdamW \
+         | SGD / SRKL, new | AdamW / braked Adam |"
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     for tensors in [1, 100, 1000, 10_000] {
         let ones = || Tensor::ones(options.elements, DType::F32, &device);
         let mut vars = vec![];
@@ -55,11 +56,21 @@ fn main() -> Result<()> {
         let mut srkl = Srkl::new(vars.clone(), ParamsSrkl::reference())?;
         let same = time(&device, &options, |_| Ok(srkl.step(other(0))?))?;
         let new = time(&device, &options, |i| Ok(srkl.step(other(i))?))?;
+        let curvature = Curvature::Step { every: u64::MAX, first: 1, decay: 0.95 };
+        let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+        let mut braked = Srkl::new(vars.clone(), params)?;
+        braked.step(other(0))?;
+        braked.observe(other(1))?;
+        let braked = time(&device, &options, |i| Ok(braked.step(other(i))?))?;
         let mut sgd = SGD::new(vars.clone(), 1e-3)?;
         let sgd = time(&device, &options, |i| Ok(sgd.step(other(i))?))?;
         let mut adamw = AdamW::new(vars.clone(), ParamsAdamW::default())?;
         let adamw = time(&device, &options, |i| Ok(adamw.step(other(i))?))?;
-        println!("| {tensors} | {same:.1} | {new:.1} | {sgd:.1} | {adamw:.1} | {:.1} |", sgd / new);
+        println!(
+            "| {tensors} | {same:.1} | {new:.1} | {braked:.1} | {sgd:.1} | {adamw:.1} | {:.1} | {:.1} |",
+            sgd / new,
+            adamw / braked
+        );
     }
     Ok(())
 }

@@ -8,20 +8,22 @@
 //! ```
 //!
 //! Bandwidth counts the bytes that a step cannot avoid moving: 12 a parameter, for f32 (read w and g, write
-//! w) as for bf16 with f32 masters (read g, read and write the master, write w). The copy, of 512 MiB, reads
-//! and writes every byte.
+//! w) as for bf16 with f32 masters (read g, read and write the master, write w), and 28 for braked Adam (both
+//! moments are read and written too) on a step that doesn't measure. The copy, of 512 MiB, reads and writes
+//! every byte.
 
 mod lists;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
+use candle_srkl::{Curvature, NonFinite, ParamsSrkl, Srkl};
 use clap::Parser;
 use lists::List;
 use serde_json::{Value, json};
@@ -42,15 +44,17 @@ struct Options {
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
     /// With --steps: what is done about gradients that are not finite
-    #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block"])]
+    #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block", "propagate"])]
     policy: String,
+    /// With --steps: the settings; braked Adam measures at the first step
+    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam"])]
+    preset: String,
     /// What cargo bench passes
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 const COPY_BYTES: usize = 512 << 20;
-const BYTES: f64 = 12.;
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -60,8 +64,8 @@ fn main() -> Result<()> {
     if let Some(steps) = options.steps {
         for list in lists {
             let (vars, grads) = list.tensors(&device)?;
-            let mut srkl = Srkl::new(vars, reference(&options.policy))?;
-            (0..steps).try_for_each(|_| srkl.step(&grads))?;
+            let mut srkl = Srkl::new(vars, settings(&options.preset, &options.policy))?;
+            (0..steps).try_for_each(|_| step(&mut srkl, &grads))?;
             let taken = srkl.steps()?;
             ensure!(taken == steps as u64, "{}: {taken} of {steps} steps taken", list.name);
             println!("{}: {steps} steps of {} parameters", list.name, list.parameters());
@@ -83,19 +87,26 @@ fn main() -> Result<()> {
     let mut rows: Vec<Value> = vec![];
     for list in lists {
         let (vars, grads) = list.tensors(&device)?;
-        let mut seconds: Vec<(&str, f64)> = vec![];
-        for (contender, policy) in [("SRKL", "skip-step"), ("SRKL, SkipBlock", "skip-block")] {
-            let mut srkl = Srkl::new(vars.clone(), reference(policy))?;
-            let time = time(&stream, options.samples, || Ok(srkl.step(&grads)?))?;
-            seconds.push((contender, time));
+        let mut seconds: Vec<(&str, f64, f64)> = vec![];
+        for (contender, bytes, preset, policy) in [
+            ("SRKL", 12., "reference", "skip-step"),
+            ("SRKL, SkipBlock", 12., "reference", "skip-block"),
+            ("braked Adam", 28., "braked-adam", "skip-step"),
+            ("braked Adam, SkipBlock", 28., "braked-adam", "skip-block"),
+            ("braked Adam, Propagate", 28., "braked-adam", "propagate"),
+        ] {
+            let mut srkl = Srkl::new(vars.clone(), settings(preset, policy))?;
+            step(&mut srkl, &grads)?;
+            let time = time(&stream, options.samples, || Ok(step(&mut srkl, &grads)?))?;
+            seconds.push((contender, bytes, time));
         }
         let mut sgd = SGD::new(vars.clone(), 1e-3)?;
         let sgd = time(&stream, options.samples, || Ok(sgd.step(&grads)?))?;
         let mut adamw = AdamW::new(vars, ParamsAdamW::default())?;
         let adamw = time(&stream, options.samples, || Ok(adamw.step(&grads)?))?;
-        seconds.extend([("candle SGD", sgd), ("candle AdamW", adamw)]);
-        for (contender, time) in seconds {
-            let bandwidth = BYTES * list.parameters() as f64 / time;
+        seconds.extend([("candle SGD", 12., sgd), ("candle AdamW", 28., adamw)]);
+        for (contender, bytes, time) in seconds {
+            let bandwidth = bytes * list.parameters() as f64 / time;
             println!(
                 "| {} | {contender} | {:.3} | {:.0} | {:.0}% | {:.1} | {:.1} |",
                 list.name,
@@ -125,12 +136,28 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn reference(policy: &str) -> ParamsSrkl {
+fn settings(preset: &str, policy: &str) -> ParamsSrkl {
+    let preset = match preset {
+        "reference" => ParamsSrkl::reference(),
+        // Measures at its first step alone.
+        _ => ParamsSrkl {
+            curvature: Curvature::Step { every: u64::MAX, first: 1, decay: 0.95 },
+            ..ParamsSrkl::braked_adam()
+        },
+    };
     let nonfinite = match policy {
         "skip-step" => NonFinite::SkipStep,
-        _ => NonFinite::SkipBlock,
+        "skip-block" => NonFinite::SkipBlock,
+        _ => NonFinite::Propagate,
     };
-    ParamsSrkl { nonfinite, ..ParamsSrkl::reference() }
+    ParamsSrkl { nonfinite, ..preset }
+}
+
+/// A step, with its measurement where one is due. (By the same gradients: the work is the same.)
+fn step(srkl: &mut Srkl, grads: &GradStore) -> candle_core::Result<()> {
+    let measures = srkl.measuring();
+    srkl.step(grads)?;
+    if measures { srkl.observe(grads) } else { Ok(()) }
 }
 
 /// The median of the seconds that `step` takes on the device, after three to warm up.

@@ -196,7 +196,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         return !directions || kind(b) == SRKL_STEP;
     };
     if (what == SRKL_SUM_AVERAGE) {
-        for (u64 b = threadIdx.x; b < count; b += SRKL_THREADS) {
+        for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
             if (!takes_part(table, what, b)) continue;
             const double decay = groups[blocks[b].group].decay;
             estimates[b].power = __dmul_rn(estimates[b].power, decay);
@@ -239,16 +239,15 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         total_n = n;
     }
     __syncthreads();
-    for (u64 b = threadIdx.x; b < count; b += SRKL_THREADS) {
+    for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
         const SrklGroup &group = groups[blocks[b].group];
         const bool global = group.scope == SRKL_GLOBAL, part = takes_part(table, what, b);
         const SrklPair own = part ? read_pair(&pairs[b]) : none;
+        const bool measured = global || ((const SrklGradient *)table.gradients)[b].address != 0;
         if (what == SRKL_SUM_STEP) {
-            if (group.curvature == SRKL_STEP &&
-                (global || ((const SrklGradient *)table.gradients)[b].address))
-                observe_step(estimates[b], global ? total : own, group.decay);
+            if (group.curvature == SRKL_STEP) observe_step(estimates[b], global ? total : own, group.decay);
         } else if (what == SRKL_SUM_AVERAGE) {
-            if (group.curvature == SRKL_HUTCHINSON)
+            if (group.curvature == SRKL_HUTCHINSON && measured)
                 observe_rows(estimates[b], state->finite, global ? total.a : estimates[b].own);
         } else if (part) {
             SrklDecision decision = ((const SrklDecision *)table.decisions)[b];

@@ -24,7 +24,7 @@ static const double UNKNOWN = -1.;
 // `H` of what has been measured, or UNKNOWN.
 __device__ inline double curvature_of(const SrklEstimate &estimate, u32 kind) {
     if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
-    if (estimate.power == 1.) return UNKNOWN;
+    if (estimate.taken == 0) return UNKNOWN;
     return kind == SRKL_HUTCHINSON ? __dsqrt_rn(estimate.mean)
                                    : __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
 }

@@ -149,7 +149,7 @@ __device__ inline void decide_all(const SrklTable &table, const Work &work, Lane
     const SrklScalars &scalars = work.scalars;
     const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
     const SrklSums total = total_sums(table, scalars, lanes);
-    for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS)
+    for (u64 b = thread_number(); b < table.block_count; b += SRKL_THREADS)
         decide_block(table, scalars, b, read_sums(&statistics[b].sums), total);
     if (threadIdx.x == 0)
         ((SrklState *)table.state)->grad_norm = norm_of(total, __ddiv_rn(1., scalars.grad_scale));
@@ -212,9 +212,9 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     __syncthreads();
     if (!work.last) return;
     const u64 flags = work.scalars.whole ? 1 : table.block_count;
-    for (u64 b = threadIdx.x; b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
+    for (u64 b = thread_number(); b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
     if (table.stages & SRKL_COUNT)
-        for (u64 b = threadIdx.x; b < table.block_count; b += SRKL_THREADS)
+        for (u64 b = thread_number(); b < table.block_count; b += SRKL_THREADS)
             if (!state->refused) take_powers(table, b);
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -45,7 +45,7 @@ template <typename Item> __device__ SrklSums fold(u64 count, Item item, Lanes &l
     const int NONE = -10000;
     if (count == 1) return item(0);
     int exponent = NONE;
-    for (u64 i = threadIdx.x; i < count; i += SRKL_THREADS) {
+    for (u64 i = thread_number(); i < count; i += SRKL_THREADS) {
         SrklSums x = item(i);
         if (x.sum4 != 0. && (int)x.exponent > exponent) exponent = (int)x.exponent;
     }

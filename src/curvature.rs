@@ -54,7 +54,7 @@ impl Estimate {
         if self.infinite {
             return Some(f64::INFINITY);
         }
-        if self.power == 1. {
+        if self.counts.taken == 0 {
             return None;
         }
         Some(match curvature {
@@ -212,7 +212,8 @@ impl Srkl {
         self.step(&grads)?;
         // Taken out first, so that no step waits for a measurement that has failed.
         if let Some(pending) = self.progress.pending.take() {
-            let again = loss()?.backward()?;
+            let again =
+                loss().and_then(|loss| loss.backward()).inspect_err(|_| self.forget_kept())?;
             self.observe_pending(pending, &again)?;
         }
         Ok(first)
@@ -271,6 +272,7 @@ impl Srkl {
     /// Gives up the measurement that is due: the next step goes on with the estimate there is.
     pub fn skip_measurement(&mut self) {
         self.progress.pending = None;
+        self.forget_kept();
         self.progress.measured = self.measuring() && self.probes();
     }
 
@@ -326,15 +328,15 @@ impl Srkl {
         Ok(())
     }
 
-    /// How measurements went so far, of the parameter that had most.
+    /// How measurements went so far, of the parameter that had most that said something.
     ///
     /// # Errors
     ///
     /// None on the CPU. (The numbers may live on a device.)
     pub fn measurements(&self) -> Result<Measurements> {
         let counts = self.estimates()?.into_iter().map(|estimate| estimate.counts);
-        let sum = |c: &Measurements| c.taken + c.nonfinite + c.without_step;
-        Ok(counts.max_by_key(sum).unwrap_or_default())
+        let told = |c: &Measurements| (c.taken + c.nonfinite, c.without_step);
+        Ok(counts.max_by_key(told).unwrap_or_default())
     }
 
     /// Whether the settings perturb parameters.

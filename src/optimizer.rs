@@ -439,6 +439,7 @@ impl Srkl {
         skipped_steps: u64,
         skipped: &[u64],
     ) -> Result<()> {
+        self.forget_kept();
         (self.steps, self.skipped_steps, self.grad_norm) = (steps, skipped_steps, None);
         for (block, &skipped) in self.blocks.iter_mut().zip(skipped) {
             (block.skipped, block.last) = (skipped, None);
@@ -675,8 +676,8 @@ impl Srkl {
         let total = Pair::fold(&blocks.iter().zip(&pairs).map(counted).collect::<Vec<_>>());
         for (block, own) in blocks.iter_mut().zip(pairs) {
             let global = groups[block.group].params.scope == Scope::Global;
-            let pair = if global { Some(total) } else { own };
-            if let (Some(decay), Some(pair)) = (decay(block), pair) {
+            if let Some(decay) = decay(block) {
+                let pair = if global { total } else { own.unwrap_or(Pair::ZERO) };
                 block.estimate.observe_step(pair, decay);
             }
             block.old = None;
@@ -714,6 +715,7 @@ impl Srkl {
             self.progress.draws += 1;
             return Ok(());
         }
+        self.forget_kept();
         let stages = self.stages();
         let all = vec![Some(()); self.blocks.len()];
         let squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
@@ -777,9 +779,12 @@ impl Srkl {
         }
         let own = |block: &Block| Pair { a: block.estimate.own, b: 0. };
         let total = Pair::fold(&blocks.iter().map(own).collect::<Vec<_>>()).a;
-        for block in blocks.iter_mut().filter(|block| decay(block).is_some()) {
+        for (block, given) in blocks.iter_mut().zip(&given) {
             let global = groups[block.group].params.scope == Scope::Global;
-            block.estimate.observe_rows(finite, if global { total } else { block.estimate.own });
+            if decay(block).is_some() && (global || given.is_some()) {
+                let own = block.estimate.own;
+                block.estimate.observe_rows(finite, if global { total } else { own });
+            }
         }
         Ok(())
     }
@@ -789,6 +794,7 @@ impl Srkl {
         if self.decides_on_device() {
             return self.cuda[0].swap();
         }
+        self.forget_kept();
         let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
         let given: Vec<_> = self.blocks.iter().map(averaged).collect();
         let swapped = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
@@ -802,6 +808,11 @@ impl Srkl {
                 Err(e)
             }
         }
+    }
+
+    /// Drops copies of parameters that nobody waits for any more.
+    pub(crate) fn forget_kept(&mut self) {
+        self.blocks.iter_mut().for_each(|block| block.old = None);
     }
 
     /// Puts back the parameters that were kept.

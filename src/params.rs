@@ -41,7 +41,8 @@ pub struct ParamsSrkl {
     /// Over which elements the curvature `H` is one number. The reference's is [`Scope::Tensor`].
     pub scope: Scope,
     /// The trust clip `tau`: a block's step is shortened to
-    /// `||phi d||_2 = tau * max(||w||_2, 0.01 sqrt(n))`, of its `n` elements, where it is longer.
+    /// `||phi d||_2 = tau * max(||w||_2, 0.01 sqrt(n))`, of its `n` elements, where it is longer (`w` is the
+    /// parameter, not its master).
     /// Finite and above 0; the reference's is `None`, no clip.
     ///
     /// It needs the norm of every block's step before the first element moves, so a step reads
@@ -116,6 +117,9 @@ pub enum Curvature {
     /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move.
     /// A second gradient that is not finite counts as infinite curvature up to the next step that
     /// measures, which is again a small one.
+    ///
+    /// With momentum of 0.8 or more, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and
+    /// conditions ended higher than it began; with less momentum choose `Beta::Tied(1.)`: see the README.
     ///
     /// Costs a second gradient on a step that measures; then also a copy of the parameters.
     Step {
@@ -241,13 +245,16 @@ impl ParamsSrkl {
 
     /// Adam braked by the curvature along its steps: the one to recommend. `lr = 0.03`,
     /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 10th,
-    /// decay 0.95, over all parameters, `beta = lr / 2`.
+    /// decay 0.95, over all parameters, `beta = lr`.
+    ///
+    /// With [`average`](Self::average) half the brake, `Beta::Tied(0.5)`, is faster: averaging takes out
+    /// the noise of longer steps.
     pub fn braked_adam() -> Self {
         Self {
             lr: 0.03,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
             curvature: Curvature::Step { every: 10, first: 10, decay: 0.95 },
-            beta: Beta::Tied(0.5),
+            beta: Beta::Tied(1.),
             scope: Scope::Global,
             ..Self::reference()
         }
@@ -259,6 +266,7 @@ impl ParamsSrkl {
         Self {
             lr: 10.,
             direction: Direction::Momentum { mu: 0.9 },
+            beta: Beta::Tied(0.5),
             trust: Some(0.1),
             ..Self::braked_adam()
         }

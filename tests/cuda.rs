@@ -197,7 +197,7 @@ fn train_measuring(params: &ParamsSrkl, seed: u64, device: &Device) -> Result<Ve
                 let other = noise(var.elem_count(), 0.1, salt + 1);
                 let other = tensor(&other, g.dtype())?.to_device(device)?;
                 let mut second = (&g + other)?;
-                let first = if step == 2 && i == 5 { (&g / 0.)? } else { g };
+                let first = if matches!(step, 1 | 2) && i == 5 { (&g / 0.)? } else { g };
                 if step == 3 && i == 7 {
                     second = (second / 0.)?;
                 }

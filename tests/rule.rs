@@ -6,7 +6,6 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
-use half::{bf16, f16};
 
 /// The example of `ParamsSrkl::reference`, to the last digit of an f32.
 #[test]
@@ -19,18 +18,6 @@ fn fixture() -> Result<()> {
     assert_eq!(telemetry.phi.unwrap() as f32, 7.076801e-4);
     assert_eq!(w.to_vec1::<f32>()?, [0.9996462, -1.9992924, 2.9985847]);
     Ok(())
-}
-
-/// Half the distance between neighbours of `x` in `dtype`, at least that of the smallest normal.
-fn half_ulp(x: f64, dtype: DType) -> f64 {
-    let (digits, min) = match dtype {
-        DType::F64 => (52, f64::MIN_POSITIVE),
-        DType::F32 => (23, f32::MIN_POSITIVE as f64),
-        DType::BF16 => (7, bf16::MIN_POSITIVE.to_f64()),
-        DType::F16 => (10, f16::MIN_POSITIVE.to_f64()),
-        dtype => panic!("no ulp of {dtype:?}"),
-    };
-    2f64.powi(x.abs().max(min).log2().floor() as i32 - digits - 1)
 }
 
 struct Case {

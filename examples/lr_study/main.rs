@@ -1,4 +1,4 @@
-//! How much does the learning rate matter? Trains six small tasks by each of eight optimizers at
+//! How much does the learning rate matter? Trains six small tasks by each of ten optimizers at
 //! learning rates over seven decades, and counts those that do well.
 //!
 //! ```sh

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
-use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Beta, Curvature, ParamsSrkl, Srkl};
 use clap::ValueEnum;
 
 /// How much the averaged weights keep of themselves in a step.
@@ -20,6 +20,10 @@ pub enum Rule {
     BrakedAdam,
     /// Braked Adam, judged by averaged weights
     BrakedAdamAveraged,
+    /// Braked Adam with half the brake
+    BrakedAdamHalf,
+    /// Braked Adam with half the brake, judged by averaged weights
+    BrakedAdamHalfAveraged,
     Hessian,
 }
 
@@ -33,6 +37,8 @@ impl Rule {
             Self::Kinetic => "kinetic",
             Self::BrakedAdam => "braked Adam",
             Self::BrakedAdamAveraged => "braked Adam, averaged",
+            Self::BrakedAdamHalf => "braked Adam, gamma 1/2",
+            Self::BrakedAdamHalfAveraged => "braked Adam, gamma 1/2, averaged",
             Self::Hessian => "hessian",
         }
     }
@@ -43,11 +49,13 @@ impl Rule {
     }
 
     pub fn averages(self) -> bool {
-        matches!(self, Self::AdamwAveraged | Self::BrakedAdamAveraged)
+        let braked = matches!(self, Self::BrakedAdamAveraged | Self::BrakedAdamHalfAveraged);
+        braked || self == Self::AdamwAveraged
     }
 
     /// SRKL's settings but for the learning rate; `None` for candle's own optimizers.
     fn preset(self) -> Option<ParamsSrkl> {
+        let half = ParamsSrkl { beta: Beta::Tied(0.5), ..ParamsSrkl::braked_adam() };
         match self {
             Self::Sgd | Self::Adamw | Self::AdamwAveraged => None,
             Self::Reference => Some(ParamsSrkl::reference()),
@@ -56,6 +64,8 @@ impl Rule {
             Self::BrakedAdamAveraged => {
                 Some(ParamsSrkl { average: Some(AVERAGE), ..ParamsSrkl::braked_adam() })
             }
+            Self::BrakedAdamHalf => Some(half),
+            Self::BrakedAdamHalfAveraged => Some(ParamsSrkl { average: Some(AVERAGE), ..half }),
             Self::Hessian => Some(ParamsSrkl::hessian()),
         }
     }

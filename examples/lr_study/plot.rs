@@ -216,10 +216,15 @@ impl Panel {
     }
 }
 
-/// In a row.
+/// In rows.
 fn legend(area: &Area, rules: Vec<Rule>) -> Result<()> {
-    let (mut x, y) = (30, LEGEND as i32 / 2);
+    const ROW: i32 = 22;
+    let (mut x, mut y) = (30, LEGEND as i32 / 3);
     for rule in rules {
+        let width = 60 + 8 * rule.name().len() as i32;
+        if x + width > area.dim_in_pixel().0 as i32 {
+            (x, y) = (30, y + ROW);
+        }
         let style = stroke(rule);
         let dashes: &[i32] = if rule.averages() { &[0, 16] } else { &[0] };
         let length = if rule.averages() { 10 } else { 26 };
@@ -227,7 +232,7 @@ fn legend(area: &Area, rules: Vec<Rule>) -> Result<()> {
             area.draw(&PathElement::new([(x + dash, y), (x + dash + length, y)], style))?;
         }
         area.draw(&Text::new(rule.name(), (x + 32, y - 7), ("sans-serif", 15)))?;
-        x += 60 + 8 * rule.name().len() as i32;
+        x += width;
     }
     Ok(())
 }
@@ -240,6 +245,7 @@ fn stroke(rule: Rule) -> ShapeStyle {
         Rule::Reference => RGBColor(204, 121, 167),
         Rule::Kinetic => RGBColor(0, 158, 115),
         Rule::BrakedAdam | Rule::BrakedAdamAveraged => RGBColor(0, 114, 178),
+        Rule::BrakedAdamHalf | Rule::BrakedAdamHalfAveraged => RGBColor(86, 180, 233),
         Rule::Hessian => RGBColor(230, 159, 0),
     };
     // SGD's line is often under the reference's.

@@ -1,9 +1,13 @@
 //! What the tests share: tensors of any dtype, and the rule written in f64 from its formula.
 #![allow(dead_code)] // Each test file uses its part.
 
+use std::ops::Range;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_srkl::{Beta, ParamsSrkl, Scope};
+use candle_nn::Optimizer;
+use candle_srkl::{Beta, Curvature, DEFAULT_GROUP, ParamsSrkl, Scope, Srkl};
+use half::{bf16, f16};
 
 pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
 
@@ -31,14 +35,22 @@ pub fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     Ok(match tensor.dtype() {
         DType::F64 => tensor.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect(),
         DType::F32 => tensor.to_vec1::<f32>()?.into_iter().map(|x| x.to_bits() as u64).collect(),
-        DType::BF16 => {
-            tensor.to_vec1::<half::bf16>()?.into_iter().map(|x| x.to_bits() as u64).collect()
-        }
-        DType::F16 => {
-            tensor.to_vec1::<half::f16>()?.into_iter().map(|x| x.to_bits() as u64).collect()
-        }
+        DType::BF16 => tensor.to_vec1::<bf16>()?.into_iter().map(|x| x.to_bits() as u64).collect(),
+        DType::F16 => tensor.to_vec1::<f16>()?.into_iter().map(|x| x.to_bits() as u64).collect(),
         dtype => panic!("no bits of {dtype:?}"),
     })
+}
+
+/// Half the distance between neighbours of `x` in `dtype`, at least that of the smallest normal.
+pub fn half_ulp(x: f64, dtype: DType) -> f64 {
+    let (digits, min) = match dtype {
+        DType::F64 => (52, f64::MIN_POSITIVE),
+        DType::F32 => (23, f32::MIN_POSITIVE as f64),
+        DType::BF16 => (7, bf16::MIN_POSITIVE.to_f64()),
+        DType::F16 => (10, f16::MIN_POSITIVE.to_f64()),
+        dtype => panic!("no ulp of {dtype:?}"),
+    };
+    2f64.powi(x.abs().max(min).log2().floor() as i32 - digits - 1)
 }
 
 pub fn grads<'a>(pairs: impl IntoIterator<Item = (&'a Var, Tensor)>) -> GradStore {
@@ -112,4 +124,123 @@ pub fn oracle(
         }
     }
     phis
+}
+
+/// One step of a loop of one's own: `gradient`, of the same batch each time it is called, is asked for
+/// a second time where the step measures.
+pub fn measured_step(opt: &mut Srkl, gradient: impl Fn() -> Result<GradStore>) -> Result<()> {
+    let perturbs = opt
+        .params(DEFAULT_GROUP)
+        .is_some_and(|params| matches!(params.curvature, Curvature::Hutchinson { .. }));
+    let measures = opt.measuring();
+    let grads = gradient()?;
+    if measures && perturbs {
+        let perturbed = opt.perturb()?;
+        let again = gradient()?;
+        perturbed.observe(&grads, &again)?;
+    }
+    opt.step(&grads)?;
+    if measures && !perturbs {
+        opt.observe(&gradient()?)?;
+    }
+    Ok(())
+}
+
+pub fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+/// A square matrix by its rows.
+pub type Matrix = Vec<Vec<f64>>;
+
+pub fn times(matrix: &Matrix, x: &[f64]) -> Vec<f64> {
+    matrix.iter().map(|row| dot(row, x)).collect()
+}
+
+/// A symmetric matrix of these eigenvalues, its axes turned at random.
+pub fn symmetric(eigenvalues: &[f64], salt: u64) -> Matrix {
+    let n = eigenvalues.len();
+    let mut axes: Matrix = vec![];
+    for mut axis in noise(n * n, 1., salt).chunks(n).map(<[f64]>::to_vec) {
+        // Gram and Schmidt, twice: the second time takes out what rounding left.
+        for other in axes.iter().chain(&axes) {
+            let along = dot(&axis, other);
+            axis.iter_mut().zip(other).for_each(|(x, y)| *x -= along * y);
+        }
+        let length = norm(&axis);
+        axes.push(axis.iter().map(|x| x / length).collect());
+    }
+    let mut matrix = vec![vec![0.; n]; n];
+    for (axis, eigenvalue) in axes.iter().zip(eigenvalues) {
+        for i in 0..n {
+            for j in 0..n {
+                matrix[i][j] += eigenvalue * axis[i] * axis[j];
+            }
+        }
+    }
+    matrix
+}
+
+/// `w' A w / 2` of a symmetric matrix `A`, with `w` cut into tensors.
+pub struct Quadratic {
+    pub matrix: Matrix,
+    pub vars: Vec<Var>,
+}
+
+impl Quadratic {
+    /// Starting at `w`, in tensors of these sizes.
+    pub fn new(matrix: Matrix, w: &[f64], sizes: &[usize], dtype: DType) -> Result<Self> {
+        assert_eq!((sizes.iter().sum(), w.len()), (matrix.len(), matrix.len()));
+        let mut rest = w;
+        let mut cut = |&size: &usize| {
+            let (own, others) = rest.split_at(size);
+            rest = others;
+            var(own, dtype)
+        };
+        let vars = sizes.iter().map(&mut cut).collect::<Result<_>>()?;
+        Ok(Self { matrix, vars })
+    }
+
+    /// The numbers of each tensor's elements in `w`.
+    pub fn places(&self) -> Vec<Range<usize>> {
+        let mut start = 0;
+        let place = |var: &Var| {
+            let place = start..start + var.elem_count();
+            start = place.end;
+            place
+        };
+        self.vars.iter().map(place).collect()
+    }
+
+    pub fn w(&self) -> Result<Vec<f64>> {
+        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
+        Ok(each.concat())
+    }
+
+    pub fn set(&self, w: &[f64]) -> Result<()> {
+        for (var, place) in self.vars.iter().zip(self.places()) {
+            if !place.is_empty() {
+                var.set(&tensor(&w[place], var.dtype())?)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn loss(&self) -> Result<f64> {
+        let w = self.w()?;
+        Ok(dot(&w, &times(&self.matrix, &w)) / 2.)
+    }
+
+    pub fn gradient(&self) -> Result<GradStore> {
+        let g = times(&self.matrix, &self.w()?);
+        let mut store = grads([]);
+        for (var, place) in self.vars.iter().zip(self.places()) {
+            store.insert(var, tensor(&g[place], var.dtype())?);
+        }
+        Ok(store)
+    }
+
+    pub fn step(&self, opt: &mut Srkl) -> Result<()> {
+        measured_step(opt, || self.gradient())
+    }
 }

@@ -1,0 +1,454 @@
+//! The estimates of curvature against the exact Hessian of a small network: 3-4-2, tanh, 8 samples, f64.
+
+mod common;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Tensor, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{Beta, Curvature, Direction, ParamsSrkl, Scope, Srkl};
+use common::*;
+
+struct Network {
+    vars: Vec<Var>,
+    x: Tensor,
+    y: Tensor,
+}
+
+impl Network {
+    fn new() -> Result<Self> {
+        let matrix = |rows: usize, columns: usize, salt| {
+            tensor(&noise(rows * columns, 1., salt), DType::F64)?.reshape((rows, columns))
+        };
+        let vars = vec![
+            Var::from_tensor(&matrix(4, 3, 1)?)?,
+            var(&noise(4, 0.3, 2), DType::F64)?,
+            Var::from_tensor(&matrix(2, 4, 3)?)?,
+            var(&noise(2, 0.3, 4), DType::F64)?,
+        ];
+        Ok(Self { vars, x: matrix(8, 3, 5)?, y: matrix(8, 2, 6)? })
+    }
+
+    fn loss(&self) -> Result<Tensor> {
+        let [w1, b1, w2, b2] = &self.vars[..] else { unreachable!() };
+        let hidden = self.x.matmul(&w1.t()?)?.broadcast_add(b1)?.tanh()?;
+        let out = hidden.matmul(&w2.t()?)?.broadcast_add(b2)?;
+        (out - &self.y)?.sqr()?.sum_all()? / 8.
+    }
+
+    fn gradient(&self) -> Result<GradStore> {
+        self.loss()?.backward()
+    }
+
+    /// The gradient as one vector.
+    fn g(&self) -> Result<Vec<f64>> {
+        let grads = self.gradient()?;
+        let each = self.vars.iter().map(|var| values(grads.get(var).unwrap()));
+        Ok(each.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    /// The parameters as one vector.
+    fn w(&self) -> Result<Vec<f64>> {
+        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
+        Ok(each.concat())
+    }
+
+    fn set(&self, w: &[f64]) -> Result<()> {
+        let mut rest = w;
+        for var in &self.vars {
+            let (own, others) = rest.split_at(var.elem_count());
+            var.set(&tensor(own, DType::F64)?.reshape(var.shape())?)?;
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// The gradient somewhere else.
+    fn g_at(&self, w: &[f64]) -> Result<Vec<f64>> {
+        let here = self.w()?;
+        self.set(w)?;
+        let g = self.g();
+        self.set(&here)?;
+        g
+    }
+
+    /// The Hessian at `w`, by central differences of the gradient.
+    fn hessian(&self, w: &[f64]) -> Result<Matrix> {
+        const STEP: f64 = 1e-5;
+        let row = |i: usize| {
+            let moved = |by: f64| {
+                let mut w = w.to_vec();
+                w[i] += by;
+                self.g_at(&w)
+            };
+            let (up, down) = (moved(STEP)?, moved(-STEP)?);
+            Ok(up.iter().zip(down).map(|(up, down)| (up - down) / (2. * STEP)).collect())
+        };
+        (0..w.len()).map(row).collect()
+    }
+
+    /// Where each tensor is in a vector of all.
+    fn blocks(&self) -> [std::ops::Range<usize>; 4] {
+        [0..12, 12..16, 16..24, 24..26]
+    }
+}
+
+fn minus(x: &[f64], y: &[f64]) -> Vec<f64> {
+    x.iter().zip(y).map(|(x, y)| x - y).collect()
+}
+
+#[track_caller]
+fn assert_close(got: f64, exact: f64, relative: f64) {
+    assert!((got - exact).abs() <= relative * exact.abs(), "{got}, not {exact}");
+}
+
+/// What the other tests stand on.
+#[test]
+fn the_exact_hessian_is_symmetric_and_far_from_diagonal() -> Result<()> {
+    let network = Network::new()?;
+    let hessian = network.hessian(&network.w()?)?;
+    let (mut all, mut apart, mut beside) = (0., 0., 0.);
+    for (i, row) in hessian.iter().enumerate() {
+        for (j, entry) in row.iter().enumerate() {
+            all += entry.powi(2);
+            apart += (entry - hessian[j][i]).powi(2);
+            if i != j {
+                beside += entry.powi(2);
+            }
+        }
+    }
+    assert!(apart.sqrt() < 1e-8 * all.sqrt(), "{}", apart.sqrt() / all.sqrt());
+    assert!(beside > 0.3 * all, "{}", beside / all);
+    Ok(())
+}
+
+// -- Hutchinson --
+
+fn hutchinson(decay: f64, scope: Scope) -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 10.,
+        beta: Beta::Fixed(2.),
+        curvature: Curvature::Hutchinson { every: 1, first: 1, decay, delta: 1e-6, seed: 11 },
+        scope,
+        ..ParamsSrkl::reference()
+    }
+}
+
+/// Measures once at the network's place, steps, and gives the random vector of the measurement.
+fn probe(network: &Network, opt: &mut Srkl) -> Result<Vec<f64>> {
+    let (before, grads) = (network.w()?, network.gradient()?);
+    let perturbed = opt.perturb()?;
+    let moved = minus(&network.w()?, &before);
+    perturbed.observe(&grads, &network.gradient()?)?;
+    assert_eq!(network.w()?, before);
+    opt.step(&grads)?;
+    let rms = norm(&before) / (before.len() as f64).sqrt();
+    let sign = |moved: &f64| {
+        assert_close(moved.abs(), 1e-6 * rms.max(0.01), 1e-8);
+        moved.signum()
+    };
+    Ok(moved.iter().map(sign).collect())
+}
+
+/// A measurement is the product with its random vector: for each tensor, and over all.
+#[test]
+fn one_product_with_the_hessian() -> Result<()> {
+    let network = Network::new()?;
+    let hessian = network.hessian(&network.w()?)?;
+    for scope in [Scope::Tensor, Scope::Global] {
+        let mut opt = Srkl::new(network.vars.clone(), hutchinson(0., scope))?;
+        opt.set_learning_rate(0.);
+        for _ in 0..20 {
+            let product = times(&hessian, &probe(&network, &mut opt)?);
+            for (telemetry, place) in opt.telemetry()?.iter().zip(network.blocks()) {
+                let exact = norm(if scope == Scope::Global { &product } else { &product[place] });
+                assert_close(telemetry.curvature.unwrap(), exact, 1e-4);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The random vectors are of +-1 with mean 0, and no two of their elements go together. That makes the
+/// expectation of `(H z)_i^2` the squared norm of row i.
+#[test]
+fn probes_are_unbiased() -> Result<()> {
+    const N: usize = 4000;
+    let network = Network::new()?;
+    let mut opt = Srkl::new(network.vars.clone(), hutchinson(0., Scope::Global))?;
+    opt.set_learning_rate(0.);
+    let (mut sums, mut products) = ([0.; 26], [[0.; 26]; 26]);
+    for _ in 0..N {
+        let z = probe(&network, &mut opt)?;
+        for i in 0..26 {
+            sums[i] += z[i];
+            for j in 0..i {
+                products[i][j] += z[i] * z[j];
+            }
+        }
+    }
+    // 351 sums of N signs each, five standard deviations.
+    let limit = 5. * (N as f64).sqrt();
+    for (i, row) in products.iter().enumerate() {
+        assert!(sums[i].abs() < limit, "{i}: {}", sums[i]);
+        for (j, sum) in row[..i].iter().enumerate() {
+            assert!(sum.abs() < limit, "{i} and {j}: {sum}");
+        }
+    }
+    Ok(())
+}
+
+/// The mean of many measurements is the squared norm of the rows, within 4 standard errors.
+#[test]
+fn block_norms_are_unbiased() -> Result<()> {
+    const N: usize = 3000;
+    let network = Network::new()?;
+    let rows: Vec<f64> = network.hessian(&network.w()?)?.iter().map(|row| norm(row)).collect();
+    for scope in [Scope::Tensor, Scope::Global] {
+        let mut opt = Srkl::new(network.vars.clone(), hutchinson(0., scope))?;
+        opt.set_learning_rate(0.);
+        let mut squares = vec![vec![]; 4];
+        for _ in 0..N {
+            measured_step(&mut opt, || network.gradient())?;
+            for (telemetry, squares) in opt.telemetry()?.iter().zip(&mut squares) {
+                squares.push(telemetry.curvature.unwrap().powi(2));
+            }
+        }
+        for (squares, place) in squares.iter().zip(network.blocks()) {
+            let exact = norm(if scope == Scope::Global { &rows } else { &rows[place] }).powi(2);
+            let mean = squares.iter().sum::<f64>() / N as f64;
+            let variance = squares.iter().map(|q| (q - mean).powi(2)).sum::<f64>() / N as f64;
+            let error = (variance / N as f64).sqrt();
+            assert!((mean - exact).abs() < 4. * error, "{mean} +- {error}, not {exact}");
+            assert!(error < 0.05 * exact, "{error} of {exact} says little");
+        }
+    }
+    Ok(())
+}
+
+/// Row norms of elements, as their steps show them, after an average over many measurements at rest.
+#[test]
+fn row_norms_are_unbiased() -> Result<()> {
+    const N: usize = 4000;
+    let network = Network::new()?;
+    let (w, g) = (network.w()?, network.g()?);
+    let rows: Vec<f64> = network.hessian(&w)?.iter().map(|row| norm(row)).collect();
+    // Without a decay to speak of the average weighs all alike.
+    let params = hutchinson(1. - 1e-9, Scope::Element);
+    let mut opt = Srkl::new(network.vars.clone(), params.clone())?;
+    opt.set_learning_rate(0.);
+    for _ in 1..N {
+        measured_step(&mut opt, || network.gradient())?;
+    }
+    opt.set_learning_rate(params.lr);
+    measured_step(&mut opt, || network.gradient())?;
+    for (i, step) in minus(&w, &network.w()?).into_iter().enumerate() {
+        let r = (params.lr / (step / g[i]) - 1.) / params.beta_value();
+        // (H z)_i^2 has at most sqrt(2) of its mean as its standard deviation; 4.5 standard errors.
+        assert_close(r * r, rows[i] * rows[i], 4.5 * (2. / N as f64).sqrt());
+    }
+    Ok(())
+}
+
+/// Scopes of elements, and the bias-corrected average, as their formulas have it for the products that
+/// were really measured.
+#[test]
+fn scopes_and_averages_of_hutchinson() -> Result<()> {
+    let eighths = (0..=8).map(|eighths| Scope::Mixed(eighths as f64 / 8.));
+    for scope in [Scope::Element, Scope::Tensor, Scope::Global].into_iter().chain(eighths) {
+        for decay in [0., 0.6, 0.95] {
+            let network = Network::new()?;
+            let params = ParamsSrkl { lr: 0.5, ..hutchinson(decay, scope) };
+            let (lr, beta) = (params.lr, params.beta_value());
+            let mut opt = Srkl::new(network.vars.clone(), params)?;
+            let mut q = [0.; 26];
+            for t in 1..=4 {
+                let (w, g) = (network.w()?, network.g()?);
+                let hessian = network.hessian(&w)?;
+                let product = times(&hessian, &probe(&network, &mut opt)?);
+                let mut r = [0.; 26];
+                for ((q, r), product) in q.iter_mut().zip(&mut r).zip(product) {
+                    *q = decay * *q + (1. - decay) * product * product;
+                    *r = (*q / (1. - decay.powi(t))).sqrt();
+                }
+                let after = network.w()?;
+                let step = minus(&w, &after);
+                for place in network.blocks() {
+                    let of_block = norm(&r[place.clone()]);
+                    for i in place {
+                        let h = match scope {
+                            Scope::Element => r[i],
+                            Scope::Tensor => of_block,
+                            Scope::Global => norm(&r),
+                            Scope::Mixed(p) => r[i].powf(1. - p) * of_block.powf(p),
+                        };
+                        let exact = lr / (1. + beta * h) * g[i];
+                        // Beside the error of a difference of gradients, that of one of rounded numbers.
+                        let relative = 1e-5 * (1. + norm(&r) / r[i]);
+                        let rounding = 2. * f64::EPSILON * w[i].abs().max(after[i].abs());
+                        let error = (step[i] - exact).abs();
+                        assert!(
+                            error <= relative * exact.abs() + rounding,
+                            "{scope:?}, decay {decay}: {}, not {exact}",
+                            step[i]
+                        );
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+// -- Along the step --
+
+fn along(decay: f64, scope: Scope, direction: Direction) -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 0.5,
+        direction,
+        beta: Beta::Tied(0.5),
+        curvature: Curvature::Step { every: 1, first: 1, decay },
+        scope,
+        ..ParamsSrkl::reference()
+    }
+}
+
+const ADAM: Direction = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-4 };
+
+/// `P = sqrt(v^) + eps` of `ADAM` after these gradients, one vector a step.
+fn metric(gradients: &[Vec<f64>]) -> Vec<f64> {
+    let mut v = vec![0.; gradients[0].len()];
+    for g in gradients {
+        v.iter_mut().zip(g).for_each(|(v, g)| *v = 0.99 * *v + 0.01 * g * g);
+    }
+    let correction = 1. - 0.99f64.powi(gradients.len() as i32);
+    v.iter().map(|v| (v / correction).sqrt() + 1e-4).collect()
+}
+
+/// `sqrt(sum G^2 / P / sum D^2 P)`
+fn ratio(change: &[f64], step: &[f64], p: &[f64]) -> f64 {
+    let over: f64 = change.iter().zip(p).map(|(g, p)| g * g / p).sum();
+    let under: f64 = step.iter().zip(p).map(|(d, p)| d * d * p).sum();
+    (over / under).sqrt()
+}
+
+/// The estimate is that of the mean Hessian along the step, here by Simpson's rule over the exact one.
+#[test]
+fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
+    for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM] {
+        for scope in [Scope::Global, Scope::Tensor] {
+            let network = Network::new()?;
+            let mut opt = Srkl::new(network.vars.clone(), along(0., scope, direction))?;
+            let mut gradients = vec![];
+            let (mut estimates, mut longest) = (vec![], 0f64);
+            for _ in 0..8 {
+                let w = network.w()?;
+                gradients.push(network.g()?);
+                measured_step(&mut opt, || network.gradient())?;
+                // The step by the estimate of the one before.
+                for (telemetry, exact) in opt.telemetry()?.iter().zip(&estimates) {
+                    assert_close(telemetry.curvature.unwrap(), *exact, 0.01);
+                }
+                let step = minus(&network.w()?, &w);
+                longest = longest.max(norm(&step) / norm(&w));
+                let mut change = vec![0.; 26];
+                for (at, weight) in [(0., 1.), (0.25, 4.), (0.5, 2.), (0.75, 4.), (1., 1.)] {
+                    let on_the_way: Vec<f64> =
+                        w.iter().zip(&step).map(|(w, d)| w + at * d).collect();
+                    let product = times(&network.hessian(&on_the_way)?, &step);
+                    change.iter_mut().zip(product).for_each(|(g, hd)| *g += weight / 12. * hd);
+                }
+                let p = if direction == ADAM { metric(&gradients) } else { vec![1.; 26] };
+                let of = |place: std::ops::Range<usize>| {
+                    ratio(&change[place.clone()], &step[place.clone()], &p[place])
+                };
+                estimates = match scope {
+                    Scope::Global => vec![of(0..26); 4],
+                    _ => network.blocks().map(of).to_vec(),
+                };
+            }
+            assert!(longest > 0.02, "steps of {longest} of the weights prove little");
+        }
+    }
+    Ok(())
+}
+
+/// The brake uses the bias-corrected average of the estimates; a loss scale, clipping and weight decay
+/// change the step but not what curvature is.
+#[test]
+fn average_of_step_curvature() -> Result<()> {
+    for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM] {
+        for (grad_scale, max_grad_norm, weight_decay) in
+            [(1., None, 0.), (1024., None, 0.), (3., None, 0.1), (1., Some(0.3), 0.1)]
+        {
+            let network = Network::new()?;
+            let decay = 0.8;
+            let params = ParamsSrkl {
+                max_grad_norm,
+                weight_decay,
+                ..along(decay, Scope::Global, direction)
+            };
+            let mut opt = Srkl::new(network.vars.clone(), params)?;
+            opt.set_grad_scale(grad_scale)?;
+            let mut gradients = vec![];
+            let mut average = 0.;
+            for t in 0..8 {
+                let (w, g) = (network.w()?, network.g()?);
+                let clip = max_grad_norm.map_or(1., |max| f64::min(1., max / norm(&g)));
+                // What the direction is made of is clipped.
+                gradients.push(g.iter().map(|g| clip * g).collect());
+                measured_step(&mut opt, || (network.loss()? * grad_scale)?.backward())?;
+                if t > 0 {
+                    let exact = average / (1. - f64::powi(decay, t));
+                    for telemetry in opt.telemetry()? {
+                        assert_close(telemetry.curvature.unwrap(), exact, 1e-9);
+                        let phi = 1. / (1. / 0.5 + 0.5 * exact);
+                        assert_close(telemetry.phi.unwrap(), phi, 1e-9);
+                    }
+                }
+                let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
+                let p = if direction == ADAM { metric(&gradients) } else { vec![1.; 26] };
+                average = decay * average + (1. - decay) * ratio(&change, &step, &p);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `D` is the step as parameters of 16 bits took it, not as their masters did.
+#[test]
+fn step_curvature_of_rounded_parameters() -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        let matrix = symmetric(&[0.5, 1., 2., 4., 8., 16., 32., 64.], 1);
+        let quadratic = Quadratic::new(matrix, &noise(8, 1., 2), &[5, 3], dtype)?;
+        let params = along(0., Scope::Global, Direction::Gradient);
+        let mut opt = Srkl::new(quadratic.vars.clone(), params)?;
+        // As the optimizer is given it: rounded.
+        let g = || -> Result<Vec<f64>> {
+            let grads = quadratic.gradient()?;
+            let each = quadratic.vars.iter().map(|var| values(grads.get(var).unwrap()));
+            Ok(each.collect::<Result<Vec<_>>>()?.concat())
+        };
+        let mut exact = None;
+        let mut differs = false;
+        for _ in 0..6 {
+            let before = (quadratic.w()?, g()?, masters(&opt, 2)?);
+            quadratic.step(&mut opt)?;
+            if let Some(exact) = exact {
+                assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-6);
+            }
+            let step = norm(&minus(&quadratic.w()?, &before.0));
+            let of_masters = norm(&minus(&masters(&opt, 2)?, &before.2));
+            differs |= (step / of_masters - 1.).abs() > 1e-3;
+            exact = Some(norm(&minus(&g()?, &before.1)) / step);
+        }
+        assert!(differs, "{dtype:?}: rounding changed no step");
+    }
+    Ok(())
+}
+
+/// The masters of the first `n` parameters, as one vector.
+fn masters(opt: &Srkl, n: usize) -> Result<Vec<f64>> {
+    let of = |i: usize| Ok(opt.master(&i.to_string())?.unwrap());
+    let all: Vec<Vec<f32>> = (0..n).map(of).collect::<Result<_>>()?;
+    Ok(all.concat().into_iter().map(f64::from).collect())
+}

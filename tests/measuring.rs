@@ -1,0 +1,612 @@
+//! How a measurement is taken: when it is due, the small first step, what is refused, what is restored,
+//! and measurements that fail.
+
+mod common;
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
+use candle_nn::Optimizer;
+use candle_srkl::{
+    Beta, Curvature, Direction, MasterWeights, Measurements, NonFinite, ParamsSrkl, Scope, Srkl,
+};
+use common::*;
+use half::{bf16, f16};
+
+fn along(every: u64, first: u64) -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 10.,
+        beta: Beta::Tied(0.5),
+        curvature: Curvature::Step { every, first, decay: 0. },
+        scope: Scope::Global,
+        ..ParamsSrkl::reference()
+    }
+}
+
+fn hutchinson(every: u64, first: u64) -> ParamsSrkl {
+    ParamsSrkl {
+        lr: 10.,
+        beta: Beta::Tied(1.),
+        curvature: Curvature::Hutchinson { every, first, decay: 0., delta: 3e-3, seed: 5 },
+        ..ParamsSrkl::reference()
+    }
+}
+
+/// The message of an error that must come and must name all of `parts`.
+#[track_caller]
+fn assert_error<T>(result: Result<T>, parts: &[&str]) {
+    let message = match result {
+        Ok(_) => panic!("no error, expected one with {parts:?}"),
+        Err(e) => e.to_string(),
+    };
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+}
+
+#[track_caller]
+fn assert_close(got: f64, exact: f64, relative: f64) {
+    assert!((got - exact).abs() <= relative * exact.abs(), "{got}, not {exact}");
+}
+
+/// `|w|^2` in the parameter's dtype.
+fn square(w: &Var) -> Result<Tensor> {
+    w.sqr()?.sum_all()
+}
+
+/// The steps, counted from 1, that measure.
+fn measuring_steps(params: ParamsSrkl, steps: u64, requests: &[u64]) -> Result<Vec<u64>> {
+    let w = var(&[1., -2.], DType::F64)?;
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    let mut measuring = vec![];
+    for step in 1..=steps {
+        if requests.contains(&step) {
+            opt.request_measurement();
+        }
+        let calls = Cell::new(0);
+        if opt.measuring() {
+            measuring.push(step);
+        }
+        let expected = 1 + opt.measuring() as u64;
+        opt.backward_step_with(|| {
+            calls.set(calls.get() + 1);
+            square(&w)
+        })?;
+        assert_eq!(calls.get(), expected);
+    }
+    assert_eq!(opt.measurements()?.taken, measuring.len() as u64);
+    Ok(measuring)
+}
+
+/// Each of the `first` steps and every `every`-th; one more when asked for; never without a curvature
+/// that is measured.
+#[test]
+fn the_steps_that_measure() -> Result<()> {
+    for kind in [along, hutchinson] {
+        assert_eq!(measuring_steps(kind(4, 3), 13, &[])?[..3], [1, 2, 3]);
+        let later = measuring_steps(kind(4, 3), 40, &[])?[3..].to_vec();
+        assert!(later.windows(2).all(|pair| pair[1] - pair[0] == 4), "{later:?}");
+        assert!(later.len() >= 9, "{later:?}");
+        assert_eq!(measuring_steps(kind(1, 1), 5, &[])?, [1, 2, 3, 4, 5]);
+        assert_eq!(measuring_steps(kind(1 << 40, 1), 9, &[])?, [1]);
+        assert_eq!(measuring_steps(kind(1 << 40, 1), 9, &[1, 4, 5])?, [1, 4, 5]);
+    }
+    assert!(measuring_steps(ParamsSrkl::reference(), 20, &[])?.is_empty());
+    Ok(())
+}
+
+/// `backward_step_with` gives the first loss, and does what the pieces do, bit for bit.
+#[test]
+fn the_closure_and_the_pieces_give_the_same_bits() -> Result<()> {
+    for params in [along(3, 2), hutchinson(3, 2), ParamsSrkl::braked_adam(), ParamsSrkl::hessian()]
+    {
+        for dtype in FLOATS {
+            let start = noise(700, 1., 1);
+            let (a, b) = (var(&start, dtype)?, var(&start, dtype)?);
+            let loss = |w: &Var| w.cos()?.sum_all();
+            let mut with_closure = Srkl::new(vec![a.clone()], params.clone())?;
+            let mut with_pieces = Srkl::new(vec![b.clone()], params.clone())?;
+            for _ in 0..12 {
+                let before = bits(&loss(&b)?)?;
+                measured_step(&mut with_pieces, || loss(&b)?.backward())?;
+                let first = with_closure.backward_step_with(|| loss(&a))?;
+                assert_eq!(bits(&first)?, before);
+                assert_eq!(bits(&a)?, bits(&b)?);
+            }
+            assert_ne!(bits(&a)?, bits(&tensor(&start, dtype)?)?);
+            assert_eq!(with_closure.measurements()?, with_pieces.measurements()?);
+        }
+    }
+    Ok(())
+}
+
+// -- The small first step --
+
+/// `phi = min(s lr, 3e-3 max(RMS(w), 1e-2) / RMS(d))`, RMS over all parameters that move.
+#[test]
+fn the_first_step_is_a_small_one() -> Result<()> {
+    let rms = |x: &[f64]| norm(x) / (x.len() as f64).sqrt();
+    let adam = Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+    for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, adam] {
+        for (lr, schedule) in [(10., 1.), (1e-4, 1.), (10., 1e-6)] {
+            for size in [1., 1e-4, 0.] {
+                for (grad_scale, max_grad_norm) in [(1., None), (8., None), (1., Some(0.5))] {
+                    for scope in [Scope::Global, Scope::Tensor] {
+                        let w = [1., -2., 3.].map(|w| w * size);
+                        let g = [0.5, -1., 2.];
+                        let vars = [
+                            var(&w[..2], DType::F64)?,
+                            var(&[100., 100.], DType::F64)?,
+                            var(&w[2..], DType::F64)?,
+                        ];
+                        let params =
+                            ParamsSrkl { lr, direction, scope, max_grad_norm, ..along(10, 10) };
+                        let mut opt = Srkl::new(vars.to_vec(), params)?;
+                        opt.set_learning_rate(schedule * lr);
+                        opt.set_grad_scale(grad_scale)?;
+                        // The second has no gradient: it does not move, and does not count.
+                        let scaled = g.map(|g| g * grad_scale);
+                        opt.step(&grads([
+                            (&vars[0], tensor(&scaled[..2], DType::F64)?),
+                            (&vars[2], tensor(&scaled[2..], DType::F64)?),
+                        ]))?;
+                        let clip = max_grad_norm.map_or(1., |max| max / norm(&g));
+                        let d = g.map(|g| clip * g);
+                        let d = if direction == adam { d.map(|d| d / (d.abs() + 1e-8)) } else { d };
+                        let phi = f64::min(schedule * lr, 3e-3 * f64::max(rms(&w), 1e-2) / rms(&d));
+                        let after = [values(&vars[0])?, values(&vars[2])?].concat();
+                        for i in 0..3 {
+                            assert_close(
+                                w[i] - after[i],
+                                phi * d[i],
+                                1e-12 * (1. + w[i].abs() / (phi * d[i]).abs()),
+                            );
+                        }
+                        let telemetry = opt.telemetry()?;
+                        assert_close(telemetry[0].phi.unwrap(), phi, 1e-12);
+                        assert_eq!((telemetry[0].curvature, telemetry[1].phi), (None, None));
+                        assert_close(telemetry[2].phi.unwrap(), phi, 1e-12);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The worked number: 0.003 of the size of the parameters.
+#[test]
+fn the_first_step_in_numbers() -> Result<()> {
+    for dtype in FLOATS {
+        let w = var(&[1.; 4], dtype)?;
+        let mut opt = Srkl::new(vec![w.clone()], along(10, 10))?;
+        opt.step(&grads([(&w, tensor(&[50.; 4], dtype)?)]))?;
+        assert_close(opt.telemetry()?[0].phi.unwrap(), 6e-5, 1e-12);
+        let after = opt.master("0")?.map_or(values(&w)?[0], |master| master[0] as f64);
+        assert_close(after, 0.997, 1e-7);
+    }
+    Ok(())
+}
+
+// -- Measurements that fail --
+
+/// A step that moves nothing leaves no estimate, is counted, and the next that measures is again small.
+#[test]
+fn a_step_that_moves_nothing_measures_nothing() -> Result<()> {
+    // No gradient, or bf16 parameters that are too coarse for the step, though their masters took it.
+    let tiny = ParamsSrkl { lr: 1e-6, ..along(1, 1) };
+    for (dtype, params, still) in [
+        (DType::F64, along(1, 1), 0.),
+        (DType::F32, along(1, 1), 0.),
+        (DType::BF16, along(1, 1), 0.),
+        (DType::BF16, tiny.clone(), 1.),
+        (DType::F16, tiny.clone(), 1.),
+        (DType::BF16, ParamsSrkl { master_weights: MasterWeights::None, ..tiny.clone() }, 1.),
+    ] {
+        let w = var(&[1., -1.], dtype)?;
+        let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+        let before = bits(&w)?;
+        for count in 1..=3 {
+            let store = || Ok(grads([(&w, tensor(&[still, still], dtype)?)]));
+            measured_step(&mut opt, store)?;
+            assert_eq!(bits(&w)?, before, "{dtype:?}");
+            let measurements = Measurements { taken: 0, nonfinite: 0, without_step: count };
+            assert_eq!(opt.measurements()?, measurements);
+        }
+        opt.set_learning_rate(10.);
+        measured_step(&mut opt, || Ok(grads([(&w, tensor(&[2., -2.], dtype)?)])))?;
+        assert_close(opt.telemetry()?[0].phi.unwrap(), 1.5e-3, 1e-3);
+        assert_ne!(bits(&w)?, before, "{dtype:?}");
+        assert_eq!(opt.measurements()?.without_step, 3);
+    }
+    Ok(())
+}
+
+/// So does a step that is skipped as a whole.
+#[test]
+fn a_skipped_step_measures_nothing() -> Result<()> {
+    let w = var(&[1.], DType::F64)?;
+    let mut opt = Srkl::new(vec![w.clone()], along(10, 10))?;
+    let gradient = |g: f64| Ok(grads([(&w, tensor(&[g], DType::F64)?)]));
+    measured_step(&mut opt, || gradient(f64::NAN))?;
+    assert_eq!((values(&w)?, opt.skipped_steps()?), (vec![1.], 1));
+    assert_eq!(opt.measurements()?.taken, 0);
+    assert!(opt.measuring());
+    // The first step that is taken is the small one.
+    measured_step(&mut opt, || gradient(2.))?;
+    assert_close(opt.telemetry()?[0].phi.unwrap(), 1.5e-3, 1e-12);
+    Ok(())
+}
+
+/// A second gradient with a NaN or an infinity is an infinite curvature: nothing moves, decay included, up
+/// to the next step that measures, which is again a small one.
+#[test]
+fn a_nonfinite_second_gradient_brakes_to_a_stop() -> Result<()> {
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for dtype in FLOATS {
+            for scope in [Scope::Global, Scope::Tensor] {
+                for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate] {
+                    let params = ParamsSrkl { scope, nonfinite, weight_decay: 0.1, ..along(4, 1) };
+                    let w = var(&[1., -1.], dtype)?;
+                    let mut opt = Srkl::new(vec![w.clone()], params)?;
+                    let good = || Ok(grads([(&w, tensor(&values(&w)?, dtype)?)]));
+                    assert!(opt.measuring());
+                    opt.step(&good()?)?;
+                    opt.observe(&grads([(&w, tensor(&[bad, 1.], dtype)?)]))?;
+                    let counts = opt.measurements()?;
+                    assert_eq!((counts.nonfinite, counts.without_step), (1, 0));
+                    let stopped = (bits(&w)?, opt.master("0")?);
+                    let mut still = 0;
+                    while !opt.measuring() {
+                        opt.step(&good()?)?;
+                        let telemetry = opt.telemetry()?.remove(0);
+                        assert_eq!(telemetry.phi, Some(0.), "{bad} {dtype:?}");
+                        assert_eq!(telemetry.curvature, Some(f64::INFINITY), "{bad} {dtype:?}");
+                        assert_eq!((bits(&w)?, opt.master("0")?), stopped, "{bad} {dtype:?}");
+                        still += 1;
+                    }
+                    assert!(still >= 2);
+                    assert_eq!((opt.skipped_steps()?, opt.telemetry()?[0].skipped), (0, 0));
+                    measured_step(&mut opt, good)?;
+                    let telemetry = opt.telemetry()?.remove(0);
+                    assert_close(telemetry.phi.unwrap(), 3e-3, 0.02);
+                    assert_ne!(bits(&w)?, stopped.0);
+                    // And from there on the curvature of |w|^2 / 2.
+                    opt.step(&good()?)?;
+                    assert_close(opt.telemetry()?[0].curvature.unwrap(), 1., 1e-6);
+                    assert_eq!(opt.measurements()?.nonfinite, 1);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same of Hutchinson: the step that was to use the estimate already stands still, and the next
+/// measurement lets it go on.
+#[test]
+fn a_nonfinite_product_brakes_to_a_stop() -> Result<()> {
+    for bad in [f64::NAN, f64::INFINITY] {
+        for scope in [Scope::Tensor, Scope::Global, Scope::Element, Scope::Mixed(0.5)] {
+            let params = ParamsSrkl { scope, weight_decay: 0.1, ..hutchinson(4, 1) };
+            let w = var(&[1., -1.], DType::F32)?;
+            let mut opt = Srkl::new(vec![w.clone()], params)?;
+            let good = || Ok(grads([(&w, tensor(&values(&w)?, DType::F32)?)]));
+            let store = good()?;
+            opt.perturb()?.observe(&store, &grads([(&w, tensor(&[bad, bad], DType::F32)?)]))?;
+            assert_eq!(opt.measurements()?.nonfinite, 1);
+            opt.step(&store)?;
+            while !opt.measuring() {
+                opt.step(&good()?)?;
+                assert_eq!(values(&w)?, [1., -1.], "{bad} {scope:?}");
+            }
+            measured_step(&mut opt, good)?;
+            assert!(values(&w)?[0] < 1., "{bad} {scope:?}");
+            assert_eq!(
+                opt.measurements()?,
+                Measurements { taken: 1, nonfinite: 1, without_step: 0 }
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A curvature that all share holds for a parameter too that had no gradient when it was measured.
+#[test]
+fn a_shared_estimate_holds_for_all() -> Result<()> {
+    for params in [along(1 << 40, 1), ParamsSrkl { scope: Scope::Global, ..hutchinson(1 << 40, 1) }]
+    {
+        let vars = [var(&[1., -2.], DType::F64)?, var(&[3.], DType::F64)?];
+        let mut opt = Srkl::new(vars.to_vec(), params.clone())?;
+        measured_step(&mut opt, || square(&vars[0])?.backward())?;
+        assert_eq!(values(&vars[1])?, [3.]);
+        opt.step(&(square(&vars[0])? + square(&vars[1])?)?.backward()?)?;
+        let telemetry = opt.telemetry()?;
+        assert_close(telemetry[0].phi.unwrap(), telemetry[1].phi.unwrap(), 0.);
+        assert!(values(&vars[1])?[0] < 3., "{params:?}");
+    }
+    Ok(())
+}
+
+// -- What is refused --
+
+/// A configuration that is due a measurement does not go on without one, says what to call, and has
+/// changed nothing.
+#[test]
+fn going_on_without_a_measurement() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let gradient = || square(&w)?.backward();
+
+    let mut opt = Srkl::new(vec![w.clone()], hutchinson(10, 1))?;
+    let before = bits(&w)?;
+    assert_error(opt.step(&gradient()?), &["perturb", "backward_step_with"]);
+    assert_error(opt.backward_step(&square(&w)?), &["backward_step_with"]);
+    assert_eq!((bits(&w)?, opt.steps()?), (before.clone(), 0));
+    // A guard that is dropped without a measurement is none.
+    drop(opt.perturb()?);
+    assert_error(opt.step(&gradient()?), &["perturb", "backward_step_with"]);
+    assert_eq!(bits(&w)?, before);
+    measured_step(&mut opt, gradient)?;
+    assert_ne!(bits(&w)?, before);
+    // Not due any more.
+    opt.step(&gradient()?)?;
+    opt.backward_step(&square(&w)?)?;
+
+    let mut opt = Srkl::new(vec![w.clone()], along(10, 1))?;
+    let before = bits(&w)?;
+    assert_error(opt.backward_step(&square(&w)?), &["backward_step_with"]);
+    assert_eq!((bits(&w)?, opt.steps()?), (before, 0));
+    opt.step(&gradient()?)?;
+    let after = bits(&w)?;
+    assert_error(opt.step(&gradient()?), &["observe", "backward_step_with"]);
+    assert_eq!((bits(&w)?, opt.steps()?), (after, 1));
+    opt.observe(&gradient()?)?;
+    opt.step(&gradient()?)?;
+    opt.backward_step(&square(&w)?)?;
+    assert_eq!(opt.steps()?, 3);
+    Ok(())
+}
+
+/// Calls that don't belong to the configuration, or come at the wrong time.
+#[test]
+fn calls_out_of_place() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let gradient = || square(&w)?.backward();
+    let mut reference = Srkl::new(vec![w.clone()], ParamsSrkl::reference())?;
+    assert!(reference.observe(&gradient()?).is_err());
+    assert!(reference.perturb().is_err());
+    let mut step = Srkl::new(vec![w.clone()], along(10, 1))?;
+    assert!(step.perturb().is_err());
+    assert!(step.observe(&gradient()?).is_err(), "before the step");
+    let mut hutchinson = Srkl::new(vec![w.clone()], hutchinson(10, 1))?;
+    assert!(hutchinson.observe(&gradient()?).is_err());
+    // An average that nobody asked for.
+    assert_error(reference.swap_averaged().map(|_| ()), &["average"]);
+    Ok(())
+}
+
+/// A closure whose loss differs from call to call, as with dropout, is found.
+#[test]
+fn repeatable_and_other_closures() -> Result<()> {
+    for params in [along(10, 1), hutchinson(10, 1), ParamsSrkl::reference()] {
+        let w = var(&[1., -2.], DType::F32)?;
+        let opt = Srkl::new(vec![w.clone()], params)?;
+        let before = bits(&w)?;
+        opt.check_repeatable(|| square(&w))?;
+        let calls = Cell::new(0);
+        let drifting = || {
+            calls.set(calls.get() + 1);
+            square(&w)? * (1. + 1e-3 * calls.get() as f64)
+        };
+        assert!(opt.check_repeatable(drifting).is_err());
+        // A failing closure fails.
+        assert_error(opt.check_repeatable(|| bail!("no batch")), &["no batch"]);
+        assert_eq!((bits(&w)?, opt.steps()?), (before, 0));
+    }
+    Ok(())
+}
+
+// -- What is restored --
+
+/// Parameters with every kind of bits in them.
+fn awkward_bits(dtype: DType) -> Result<Vec<Var>> {
+    let n = 1025;
+    let plain = var(&noise(n, 1., 1), dtype)?;
+    let awkward = match dtype {
+        DType::F32 => {
+            let bits = [0x7fc0_1234u32, 0xffc0_0001, 0x7f80_0001, 0x8000_0000, 1, 0x7f80_0000];
+            Tensor::new(&bits.map(f32::from_bits), &Device::Cpu)?
+        }
+        DType::F64 => {
+            let bits = [0x7ff8_0000_0000_1234u64, 0xfff8_0000_0000_0001, 1 << 63, 1, 0x7ff0 << 48];
+            Tensor::new(&bits.map(f64::from_bits), &Device::Cpu)?
+        }
+        DType::BF16 => {
+            let bits = [0x7fc1u16, 0xffc0, 0xff81, 0x8000, 1, 0x7f80];
+            Tensor::new(&bits.map(bf16::from_bits), &Device::Cpu)?
+        }
+        _ => {
+            let bits = [0x7e01u16, 0xfe00, 0xfc01, 0x8000, 1, 0x7c00];
+            Tensor::new(&bits.map(f16::from_bits), &Device::Cpu)?
+        }
+    };
+    Ok(vec![plain, Var::from_tensor(&awkward)?, var(&[], dtype)?])
+}
+
+/// The bits of a parameter and of its masters.
+type Stored = (Vec<u64>, Option<Vec<u32>>);
+
+fn everything(vars: &[Var], opt: &Srkl) -> Result<Vec<Stored>> {
+    let of = |(i, var): (usize, &Var)| {
+        let master = opt.master(&i.to_string())?;
+        Ok((bits(var)?, master.map(|m| m.into_iter().map(f32::to_bits).collect())))
+    };
+    vars.iter().enumerate().map(of).collect()
+}
+
+/// A perturbation is taken back bit for bit: by a measurement, a dropped guard, a closure that fails, and
+/// one that panics.
+#[test]
+fn the_perturbation_is_taken_back() -> Result<()> {
+    for dtype in FLOATS {
+        for masters in [MasterWeights::Auto, MasterWeights::None] {
+            for with_nan in [false, true] {
+                let mut vars = awkward_bits(dtype)?;
+                if !with_nan {
+                    vars.remove(1);
+                }
+                // With bf16 alone a small perturbation is lost.
+                let curvature =
+                    Curvature::Hutchinson { every: 1, first: 1, decay: 0., delta: 0.1, seed: 5 };
+                let params = ParamsSrkl { curvature, master_weights: masters, ..hutchinson(1, 1) };
+                let mut opt = Srkl::new(vars.clone(), params)?;
+                let before = everything(&vars, &opt)?;
+                let loss = || vars[0].sqr()?.sum_all();
+
+                // What `perturb` makes of a NaN is its own affair, but not what it leaves.
+                if let Ok(guard) = opt.perturb() {
+                    let moved = bits(&vars[0])? != before[0].0;
+                    assert!(moved || with_nan, "{dtype:?}: nothing was perturbed");
+                    drop(guard);
+                } else {
+                    assert!(with_nan);
+                }
+                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: dropped");
+
+                let calls = Cell::new(0);
+                let failing = |how: fn() -> Result<Tensor>| {
+                    calls.set(0);
+                    let (loss, calls) = (&loss, &calls);
+                    move || {
+                        calls.set(calls.get() + 1);
+                        if calls.get() == 2 { how() } else { loss() }
+                    }
+                };
+                let failed = opt.backward_step_with(failing(|| bail!("no memory")));
+                if !with_nan {
+                    assert_error(failed, &["no memory"]);
+                    assert_eq!(calls.get(), 2);
+                }
+                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: failed");
+                assert_eq!(opt.steps()?, 0);
+
+                let panicked = catch_unwind(AssertUnwindSafe(|| {
+                    opt.backward_step_with(failing(|| panic!("of the test")))
+                }));
+                assert_eq!(panicked.is_err(), !with_nan || calls.get() == 2);
+                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: panicked");
+                assert_eq!(opt.steps()?, 0);
+
+                if !with_nan {
+                    let store = loss()?.backward()?;
+                    let perturbed = opt.perturb()?;
+                    let again = loss()?.backward()?;
+                    perturbed.observe(&store, &again)?;
+                    assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: measured");
+                    // After all that a step is as ever.
+                    opt.step(&store)?;
+                    assert_ne!(everything(&vars, &opt)?, before);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A bad second gradient is an error of the measurement; the parameters are as they were.
+#[test]
+fn the_perturbation_is_taken_back_when_a_gradient_is_refused() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], hutchinson(1, 1))?;
+    let before = bits(&w)?;
+    let good = square(&w)?.backward()?;
+    let bad = grads([(&w, tensor(&[1., 2.], DType::F32)?)]);
+    assert_error(opt.perturb()?.observe(&good, &bad), &["`0`", "[3]", "[2]"]);
+    assert_eq!(bits(&w)?, before);
+    assert_error(opt.perturb()?.observe(&bad, &good), &["`0`", "[3]", "[2]"]);
+    assert_eq!(bits(&w)?, before);
+    measured_step(&mut opt, || square(&w)?.backward())
+}
+
+/// A second call that fails after the step: the step is taken, and goes without its measurement. There is
+/// still no estimate then, and no step into the blind.
+#[test]
+fn a_second_call_that_fails_after_the_step() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], along(3, 1))?;
+    let before = bits(&w)?;
+    let calls = Cell::new(0);
+    let failed = opt.backward_step_with(|| {
+        calls.set(calls.get() + 1);
+        if calls.get() == 2 { bail!("no memory") } else { square(&w) }
+    });
+    assert_error(failed, &["no memory"]);
+    assert_eq!((opt.steps()?, opt.measurements()?), (1, Measurements::default()));
+    let after = bits(&w)?;
+    assert_ne!(after, before);
+    while !opt.measuring() {
+        opt.backward_step_with(|| square(&w))?;
+        assert_eq!(bits(&w)?, after);
+    }
+    opt.backward_step_with(|| square(&w))?;
+    assert_ne!(bits(&w)?, after);
+    assert_eq!(opt.measurements()?.taken, 1);
+    Ok(())
+}
+
+/// A measurement can be given up.
+#[test]
+fn skipping_a_measurement() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let gradient = || square(&w)?.backward();
+    let mut opt = Srkl::new(vec![w.clone()], along(1, 1))?;
+    opt.step(&gradient()?)?;
+    opt.skip_measurement();
+    opt.step(&gradient()?)?;
+    assert!(opt.observe(&gradient()?).is_ok());
+    assert_eq!(opt.measurements()?.taken, 1);
+    let mut opt = Srkl::new(vec![w.clone()], hutchinson(1, 1))?;
+    measured_step(&mut opt, gradient)?;
+    opt.skip_measurement();
+    let before = bits(&w)?;
+    opt.step(&gradient()?)?;
+    assert_ne!(bits(&w)?, before);
+    assert_eq!(opt.measurements()?.taken, 1);
+    Ok(())
+}
+
+/// Nothing of a measurement that was given up comes back later: not when averages, which only one group has,
+/// are swapped out.
+#[test]
+fn a_measurement_given_up_leaves_nothing_behind() -> Result<()> {
+    for closure_fails in [false, true] {
+        let vars = [var(&[1., -2.], DType::F32)?, var(&[3.], DType::F32)?];
+        let averaged = ParamsSrkl { average: Some(0.9), ..along(10, 2) };
+        let mut opt = Srkl::builder()
+            .default_group(along(10, 2))
+            .group("averaged", averaged, |name, _| name == "b")
+            .build([("a".to_string(), vars[0].clone()), ("b".to_string(), vars[1].clone())])?;
+        let loss = || square(&vars[0])? + square(&vars[1])?;
+        opt.backward_step_with(loss)?;
+        if closure_fails {
+            let calls = Cell::new(0);
+            let failed = opt.backward_step_with(|| {
+                calls.set(calls.get() + 1);
+                if calls.get() == 2 { bail!("no memory") } else { loss() }
+            });
+            assert_error(failed, &["no memory"]);
+        } else {
+            opt.step(&loss()?.backward()?)?;
+            opt.skip_measurement();
+        }
+        opt.backward_step_with(loss)?;
+        let before = (bits(&vars[0])?, bits(&vars[1])?);
+        let guard = opt.swap_averaged()?;
+        assert_eq!(bits(&vars[0])?, before.0);
+        assert_ne!(bits(&vars[1])?, before.1);
+        drop(guard);
+        assert_eq!((bits(&vars[0])?, bits(&vars[1])?), before);
+    }
+    Ok(())
+}
