@@ -175,9 +175,14 @@ fn saved(opt: &mut Srkl) -> Result<Vec<String>> {
 }
 
 /// What is left of a training that measures, by gradients that are noise.
-fn train_measuring(params: &ParamsSrkl, seed: u64, device: &Device) -> Result<Vec<String>> {
+fn train_measuring(
+    params: &ParamsSrkl,
+    sizes: &[usize],
+    seed: u64,
+    device: &Device,
+) -> Result<Vec<String>> {
     let mut vars = vec![];
-    for (i, &n) in SIZES.iter().chain(&SIZES[4..]).enumerate() {
+    for (i, &n) in sizes.iter().enumerate() {
         let value = tensor(&noise(n, 0.5, seed + i as u64), FLOATS[(i + seed as usize) % 4])?;
         vars.push(Var::from_tensor(&value.to_device(device)?)?);
     }
@@ -293,10 +298,27 @@ fn the_same_bits_of_measured_curvature() -> Result<()> {
                 nonfinite,
             };
             let seed = seed + (10 * case + variant) as u64;
-            let cpu = train_measuring(&params, seed, &Device::Cpu)?;
-            let cuda = train_measuring(&params, seed, &device)?;
+            let sizes: Vec<usize> = SIZES.into_iter().chain(SIZES[4..].iter().copied()).collect();
+            let cpu = train_measuring(&params, &sizes, seed, &Device::Cpu)?;
+            let cuda = train_measuring(&params, &sizes, seed, &device)?;
             assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
         }
+    }
+    Ok(())
+}
+
+/// The presets, with few elements: for checks of every access.
+#[test]
+fn the_same_bits_of_small_presets() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    println!("seed {seed}");
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
+        let params = ParamsSrkl { average: Some(0.9), ..params };
+        let sizes = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 5];
+        let cpu = train_measuring(&params, &sizes, seed, &Device::Cpu)?;
+        let cuda = train_measuring(&params, &sizes, seed, &device)?;
+        assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
     }
     Ok(())
 }
@@ -467,6 +489,16 @@ struct Learner {
 
 impl Learner {
     fn new(device: &Device) -> Result<Self> {
+        let params = ParamsSrkl {
+            lr: 0.1,
+            weight_decay: 0.01,
+            max_grad_norm: Some(0.5),
+            ..ParamsSrkl::reference()
+        };
+        Self::with(params, device)
+    }
+
+    fn with(params: ParamsSrkl, device: &Device) -> Result<Self> {
         let matrix = |rows: usize, columns: usize, salt| {
             tensor(&noise(rows * columns, 0.3, salt), DType::F32)?
                 .reshape((rows, columns))?
@@ -477,20 +509,17 @@ impl Learner {
             Var::from_tensor(&matrix(1, 40, 2)?)?,
             Var::from_tensor(&matrix(40, 3, 3)?)?,
         ];
-        let params = ParamsSrkl {
-            lr: 0.1,
-            weight_decay: 0.01,
-            max_grad_norm: Some(0.5),
-            ..ParamsSrkl::reference()
-        };
         Ok(Self { opt: Srkl::new(vars.clone(), params)?, vars, x: matrix(16, 12, 4)? })
     }
 
     /// Forward, backward and step, of a loss that is scaled by 4.
     fn train(&mut self) -> Result<()> {
-        let h = self.x.matmul(&self.vars[0])?.broadcast_add(&self.vars[1])?.tanh()?;
-        let loss = h.matmul(&self.vars[2])?.sqr()?.mean_all()?;
-        self.opt.backward_step(&(loss * 4.)?)
+        let Self { vars, x, opt } = self;
+        opt.backward_step_with(|| {
+            let h = x.matmul(&vars[0])?.broadcast_add(&vars[1])?.tanh()?;
+            h.matmul(&vars[2])?.sqr()?.mean_all()? * 4.
+        })?;
+        Ok(())
     }
 
     fn state(&self) -> Result<String> {
@@ -528,6 +557,44 @@ fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
         assert_eq!(eager.state()?, replayed.state()?, "step {step}");
     }
     assert_eq!(replayed.opt.steps()?, 7);
+    Ok(())
+}
+
+/// Steps that measure are taken outside of the graph, the others replayed.
+#[test]
+fn measuring_steps_between_replays() -> Result<()> {
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9 };
+    let params = ParamsSrkl { curvature, average: Some(0.9), ..ParamsSrkl::braked_adam() };
+    for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
+        let mut eager = Learner::with(params.clone(), &device)?;
+        let mut replayed = Learner::with(params, &device)?;
+        for _ in 0..2 {
+            eager.train()?;
+            replayed.train()?;
+        }
+        let (graph, captured) = capture(&device, || replayed.train())?;
+        captured?;
+        for step in 2..10 {
+            if step % 4 == 0 {
+                replayed.opt.request_measurement();
+                replayed.train()?;
+            } else {
+                graph.launch().w()?;
+            }
+            eager.train()?;
+            assert_eq!(eager.state()?, replayed.state()?, "step {step}");
+        }
+        assert_eq!(eager.opt.measurements()?.taken, 4);
+        let grads = grads(replayed.vars.iter().map(|var| (var, var.ones_like().unwrap())));
+        let (_, refused) = capture(&device, || {
+            replayed.opt.request_measurement();
+            replayed.opt.step(&grads)
+        })?;
+        let error = refused.expect_err("a measurement in a capture").to_string();
+        assert!(error.contains("can't be captured"), "{error}");
+    }
     Ok(())
 }
 
