@@ -13,7 +13,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 8] = [
+const KERNELS: [&str; 10] = [
     "abi.h",
     "numerics.cuh",
     "access.cuh",
@@ -21,6 +21,8 @@ const KERNELS: [&str; 8] = [
     "statistics.cuh",
     "decide.cuh",
     "update.cuh",
+    "curvature.cuh",
+    "replace.cuh",
     "srkl.cu",
 ];
 

@@ -56,6 +56,11 @@
 #define SRKL_SUM_PROBE 4      // whether a product with the Hessian is finite
 #define SRKL_SUM_AVERAGE 5    // its average
 
+// What a product with the Hessian comes to: `Probe` in src/curvature.rs.
+#define SRKL_FINITE 0
+#define SRKL_INFINITE 1
+#define SRKL_NOTHING 2
+
 // What srkl_replace does with parameters.
 #define SRKL_PERTURB 0
 #define SRKL_SWAP 1    // by their averages
@@ -183,7 +188,7 @@ typedef struct {
     unsigned int refused;               // whether a block wants the step skipped; 0 between steps
     unsigned int skipped;               // whether the last step was skipped
     unsigned int has_norm;              // whether it has computed grad_norm
-    unsigned int finite;                // whether the last product with the Hessian was
+    unsigned int probe;                 // what the last product with the Hessian came to
 } SrklState;
 
 // All that a step works on.
@@ -225,6 +230,6 @@ static_assert(sizeof(SrklEstimate) == 56 && offsetof(SrklEstimate, without_step)
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 80 && offsetof(SrklDecision, step) == 72, "SrklDecision");
-static_assert(sizeof(SrklState) == 72 && offsetof(SrklState, finite) == 68, "SrklState");
+static_assert(sizeof(SrklState) == 72 && offsetof(SrklState, probe) == 68, "SrklState");
 static_assert(sizeof(SrklTable) == 168 && offsetof(SrklTable, stages) == 160, "SrklTable");
 #endif

@@ -5,10 +5,10 @@
 //   block    SRKL_THREADS threads
 //   shared   static
 //   table    as srkl_step has it. SRKL_SUM_DIRECTIONS and SRKL_SUM_MEASURING come between the launch that
-//            decides and the one that updates; SRKL_SUM_MEASURING writes every `old`. SRKL_SUM_STEP,
-//            SRKL_SUM_PROBE and SRKL_SUM_AVERAGE read the first gradients of the last step, or of the next
-//            one, from `gradients`, the second ones from `again`, and SRKL_SUM_STEP also `old`.
-//            SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
+//            decides and the one that updates; SRKL_SUM_MEASURING writes `old` where curvature is measured
+//            along the step. SRKL_SUM_STEP, SRKL_SUM_PROBE and SRKL_SUM_AVERAGE read the first gradients of
+//            the last step, or of the next one, from `gradients`, the second ones from `again`, and
+//            SRKL_SUM_STEP also `old`. SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
 //   order    launches that share a table follow each other on one stream
 //
 // Nobody waits: whoever finishes a block's last chunk adds up the block, and whoever adds up the last block
@@ -63,13 +63,19 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
         pair.b = __dmul_rn(moved, moved);
         if (direction == SRKL_ADAM) {
             double metric = (double)k.moments.metric(part.v()[at]);
-            pair.a = __ddiv_rn(pair.a, metric);
-            pair.b = __dmul_rn(pair.b, metric);
+            // Beyond its range an element moves no more, and has nothing to say.
+            pair.a = is_finite(metric) ? __ddiv_rn(pair.a, metric) : 0.;
+            pair.b = is_finite(metric) ? __dmul_rn(pair.b, metric) : 0.;
         }
         return pair;
     }
     double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
-    pair.a = __dmul_rn(product, product);
+    // As q can hold it.
+    C square;
+    from_f64(__dmul_rn(product, product), square);
+    pair.a = (double)square;
+    // Not finite where the first gradient isn't.
+    pair.b = __dmul_rn((double)g, (double)g);
     return pair;
 }
 
@@ -91,6 +97,7 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
                 double q = __dadd_rn(keep, __dmul_rn(__dsub_rn(1., group.decay), pair.a));
                 from_f64(q, part.q()[at]);
                 pair.a = (double)part.q()[at];
+                pair.b = 0.;
             }
             if (what == SRKL_SUM_MEASURING) ((P *)block.old)[start + at] = part.w()[at];
             a = __dadd_rn(a, pair.a);
@@ -108,6 +115,7 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
 // The sum of `count` pairs, by rule 4; `item(i)` reads one.
 template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
     if (count == 1) return item(0);
+    __syncthreads(); // The lanes may have been read just now.
     const int width = lane_count(count);
     for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
         double a = 0., b = 0.;
@@ -144,8 +152,9 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
     switch (what) {
     case SRKL_SUM_STEP: return first && moves && !state->skipped && curvature == SRKL_STEP;
     case SRKL_SUM_PROBE: return first && curvature == SRKL_HUTCHINSON;
-    case SRKL_SUM_AVERAGE: return first && curvature == SRKL_HUTCHINSON && state->finite;
-    default: return first && moves;
+    case SRKL_SUM_AVERAGE: return first && curvature == SRKL_HUTCHINSON && state->probe == SRKL_FINITE;
+    default:
+        return first && moves && (group.trust > 0. || (what == SRKL_SUM_MEASURING && curvature == SRKL_STEP));
     }
 }
 
@@ -168,8 +177,10 @@ __device__ inline void observe_step(SrklEstimate &estimate, const SrklPair &pair
 }
 
 // Takes a measurement by random vectors: `Estimate::observe_rows`.
-__device__ inline void observe_rows(SrklEstimate &estimate, bool finite, double squared) {
-    if (!finite || !is_finite(squared)) {
+__device__ inline void observe_rows(SrklEstimate &estimate, u32 probe, double squared) {
+    if (probe == SRKL_NOTHING) {
+        estimate.without_step++;
+    } else if (probe == SRKL_INFINITE || !is_finite(squared)) {
         estimate.infinite = 1;
         estimate.nonfinite++;
     } else {
@@ -217,28 +228,28 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
             return own;
         },
         lanes);
+    // Elements: whole numbers, exact in any order.
+    const double total_n = fold_pairs(
+                               count,
+                               [=](u64 b) {
+                                   SrklPair n = none;
+                                   n.a = counts(b) ? (double)blocks[b].n : 0.;
+                                   return n;
+                               },
+                               lanes)
+                               .a;
     if (what == SRKL_SUM_SQUARES) {
-        if (threadIdx.x == 0) {
-            double n = 0.;
-            for (u64 b = 0; b < count; b++) n = __dadd_rn(n, (double)blocks[b].n);
-            double rms = __dsqrt_rn(__ddiv_rn(total.a, n));
-            state->probe_size = __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
-        }
+        double rms = __dsqrt_rn(__ddiv_rn(total.a, total_n));
+        if (threadIdx.x == 0) state->probe_size = __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
         return;
     }
     if (what == SRKL_SUM_PROBE) {
-        if (threadIdx.x == 0) state->finite = is_finite(total.a);
+        const u32 probe = !is_finite(total.b)  ? SRKL_NOTHING
+                          : is_finite(total.a) ? SRKL_FINITE
+                                               : SRKL_INFINITE;
+        if (threadIdx.x == 0) state->probe = probe;
         return;
     }
-    // Whole numbers, exact in any order.
-    __shared__ double total_n;
-    if (threadIdx.x == 0) {
-        double n = 0.;
-        if (what == SRKL_SUM_MEASURING)
-            for (u64 b = 0; b < count; b++) n = __dadd_rn(n, counts(b) ? (double)blocks[b].n : 0.);
-        total_n = n;
-    }
-    __syncthreads();
     for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
         const SrklGroup &group = groups[blocks[b].group];
         const bool global = group.scope == SRKL_GLOBAL, part = takes_part(table, what, b);
@@ -248,7 +259,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
             if (group.curvature == SRKL_STEP) observe_step(estimates[b], global ? total : own, group.decay);
         } else if (what == SRKL_SUM_AVERAGE) {
             if (group.curvature == SRKL_HUTCHINSON && measured)
-                observe_rows(estimates[b], state->finite, global ? total.a : estimates[b].own);
+                observe_rows(estimates[b], state->probe, global ? total.a : estimates[b].own);
         } else if (part) {
             SrklDecision decision = ((const SrklDecision *)table.decisions)[b];
             const bool measures = what == SRKL_SUM_MEASURING;

@@ -90,6 +90,7 @@ struct Numbers {
 // `r = sqrt(row_correction * q)`.
 __device__ inline double element_phi(const Numbers &numbers, double g, double q) {
     double curvature;
+    if (numbers.decision.phi == 0.) return 0.;
     if (numbers.group.curvature == SRKL_GRAD_SQUARE) {
         double d = __dmul_rn(numbers.decision.c, g);
         curvature = __dmul_rn(d, d);

@@ -35,8 +35,8 @@ pub struct Measurements {
     /// How many met a NaN or an infinity, and count as infinite curvature up to the next step that
     /// measures.
     pub nonfinite: u64,
-    /// How many came after a step that moved nothing, for instance one that was skipped, and say
-    /// nothing.
+    /// How many say nothing, of a step that moved nothing: one that was skipped, or by
+    /// [`Curvature::Hutchinson`] one whose gradient is not finite.
     pub without_step: u64,
 }
 
@@ -61,6 +61,15 @@ impl Estimate {
             Curvature::Hutchinson { .. } => self.mean.sqrt(),
             _ => self.mean / (1. - self.power),
         })
+    }
+
+    /// Whether a checkpoint may have it.
+    pub fn is_valid(&self) -> bool {
+        let Self { mean, own, power, counts, .. } = *self;
+        mean >= 0.
+            && own >= 0.
+            && (0. ..=1.).contains(&power)
+            && (power < 1. || counts.taken == 0 || own == 0.)
     }
 
     /// As a checkpoint has it.
@@ -95,16 +104,40 @@ impl Estimate {
     }
 }
 
+/// What a product with the Hessian came to.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Probe {
+    Finite,
+    /// A NaN or an infinity in the second gradient.
+    Infinite,
+    /// One in the first gradient, whose step says nothing.
+    Nothing,
+}
+
+impl Probe {
+    /// By the sums of [`probe_sums`](crate::backend::cpu::probe_sums) over all blocks.
+    pub fn of(total: Pair) -> Self {
+        match (total.b.is_finite(), total.a.is_finite()) {
+            (false, _) => Self::Nothing,
+            (true, false) => Self::Infinite,
+            (true, true) => Self::Finite,
+        }
+    }
+}
+
 impl Estimate {
-    /// Takes a measurement by random vectors: `squared` is H squared. Not `finite` is one that met a NaN or
-    /// an infinity.
-    pub fn observe_rows(&mut self, finite: bool, squared: f64) {
-        self.infinite = !(finite && squared.is_finite());
-        match self.infinite {
-            true => self.counts.nonfinite += 1,
-            false => {
+    /// Takes a measurement by random vectors: `squared` is H squared.
+    pub fn observe_rows(&mut self, probe: Probe, squared: f64) {
+        match probe {
+            Probe::Nothing => self.counts.without_step += 1,
+            Probe::Finite if squared.is_finite() => {
+                self.infinite = false;
                 self.mean = squared;
                 self.counts.taken += 1;
+            }
+            _ => {
+                self.infinite = true;
+                self.counts.nonfinite += 1;
             }
         }
     }
@@ -269,11 +302,13 @@ impl Srkl {
         self.progress.requested = true;
     }
 
-    /// Gives up the measurement that is due: the next step goes on with the estimate there is.
+    /// Gives up the measurement that the last step waits for; if it waits for none, the one that the next step is
+    /// due. Steps go on with the estimate there is; without any, `phi` is 0.
     pub fn skip_measurement(&mut self) {
-        self.progress.pending = None;
-        self.forget_kept();
-        self.progress.measured = self.measuring() && self.probes();
+        match self.progress.pending.take() {
+            Some(_) => self.forget_kept(),
+            None => self.progress.measured = self.measuring(),
+        }
     }
 
     /// The second half of a step that measures with [`Curvature::Step`]: takes the gradients of the **same

@@ -16,7 +16,7 @@ use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::{Block, Last, Powers, STATE, has_state};
-use crate::curvature::{Estimate, Pending, Plan, Progress, no_second_gradient};
+use crate::curvature::{Estimate, Pending, Plan, Probe, Progress, no_second_gradient};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -33,7 +33,7 @@ const PARALLEL_WORK: usize = cpu::PIECE;
 /// The work of a block beside that of its elements, in elements.
 const BLOCK_WORK: usize = 256;
 
-/// The SRKL optimizer: `w <- w - phi * g` with `phi = lr / (1 + beta * H)`.
+/// The SRKL optimizer: `w <- w - phi * d` with `phi = lr / (1 + beta * H)`.
 ///
 /// It is a [`candle_nn::Optimizer`]; [`ParamsSrkl`] has the formula and the settings.
 ///
@@ -164,7 +164,7 @@ impl Optimizer for Srkl {
         if self.measuring() {
             bail!(
                 "`backward_step`: this step measures the curvature, for which the loss must be computed \
-                 twice; use `backward_step_with(|| loss)`, or `step` and `observe`"
+                 twice; use `backward_step_with(|| loss)`, or the pieces that `measuring` describes"
             )
         }
         self.step(&loss.backward()?)
@@ -271,9 +271,11 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// A scale that is not finite and above 0, or whose reciprocal is not finite. The old one stays.
+    /// A scale that is not finite and above 0, or whose reciprocal is not finite, or a step that waits for its
+    /// measurement, which is of the old scale. The old one stays.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
         check_grad_scale(grad_scale)?;
+        self.refuse_pending()?;
         let old = std::mem::replace(&mut self.grad_scale, grad_scale);
         self.send_settings().inspect_err(|_| self.grad_scale = old)
     }
@@ -360,6 +362,9 @@ impl Srkl {
         let changed = |g: &Group| g.name == group;
         let others = self.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);
         let plan = Plan::of_all(others.chain([&params]))?;
+        if !self.cuda.is_empty() && !self.decides_on_device() {
+            check_on_several_devices(&params)?;
+        }
         let Some(group) = self.groups.iter_mut().find(|g| changed(g)) else {
             bail!("no parameter group `{group}`")
         };
@@ -511,7 +516,9 @@ impl Srkl {
             let blocks = &mut self.blocks[run];
             if let Some(pending) = &mut pending {
                 for (i, block) in blocks.iter_mut().enumerate() {
-                    if let (Some(found), Some(_)) = (gradients[i], decisions[i]) {
+                    let params = &self.groups[block.group].params;
+                    let by_step = matches!(params.curvature, Curvature::Step { .. });
+                    if let (true, Some(found), Some(_)) = (by_step, gradients[i], decisions[i]) {
                         block.keep()?;
                         pending[i] = Some(found.gradient.clone());
                     }
@@ -623,14 +630,21 @@ impl Srkl {
     ) -> Result<()> {
         let Self { blocks, groups, .. } = self;
         let blocks = &mut blocks[run];
-        let both = gradients.iter().zip(&*decisions);
-        let given: Vec<_> = both.map(|(found, decision)| Some(((*found)?, (*decision)?))).collect();
+        let by_step =
+            |block: &Block| matches!(groups[block.group].params.curvature, Curvature::Step { .. });
+        let needs = |block: &Block| {
+            measures && by_step(block) || groups[block.group].params.trust.is_some()
+        };
+        let all = blocks.iter().zip(gradients).zip(&*decisions);
+        let given = all.map(|((block, found), decision)| {
+            let both = ((*found)?, (*decision)?);
+            needs(block).then_some(both)
+        });
+        let given: Vec<_> = given.collect();
         let pairs = stages.each(blocks, &given, |scratch, block, (found, decision)| {
             let params = &groups[block.group].params;
             cpu::directions(block, found.gradient, params, decision, stages.simd, scratch)
         })?;
-        let by_step =
-            |block: &Block| matches!(groups[block.group].params.curvature, Curvature::Step { .. });
         let counted = |(block, pair): (&Block, &Option<Pair>)| pair.filter(|_| by_step(block));
         let moving: Vec<Option<Pair>> = blocks.iter().zip(&pairs).map(counted).collect();
         let sizes = blocks.iter().zip(&moving).filter(|(_, pair)| pair.is_some());
@@ -711,7 +725,7 @@ impl Srkl {
         };
         let draw = self.progress.draws;
         if self.decides_on_device() {
-            self.cuda[0].perturb(delta, seed, draw)?;
+            self.cuda[0].perturb(&self.blocks, delta, seed, draw)?;
             self.progress.draws += 1;
             return Ok(());
         }
@@ -749,7 +763,11 @@ impl Srkl {
         let stages = self.stages();
         let size = self.progress.size;
         stages.check(&self.blocks, grads)?;
-        let measured = self.measured(&stages, |_, block| grads.get_id(block.id), again)?;
+        let by_rows = |block: &Block| {
+            matches!(self.groups[block.group].params.curvature, Curvature::Hutchinson { .. })
+        };
+        let first = |_, block: &Block| grads.get_id(block.id).filter(|_| by_rows(block));
+        let measured = self.measured(&stages, first, again)?;
         let Self { blocks, groups, .. } = self;
         let decay = |block: &Block| match groups[block.group].params.curvature {
             Curvature::Hutchinson { decay, .. } => Some(decay),
@@ -764,10 +782,10 @@ impl Srkl {
             cpu::probe_sums(block, measured, size, stages.simd, scratch)
         })?;
         let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
-        let finite = Pair::fold(&squares).a.is_finite();
-        let sums = match finite {
-            false => given.iter().map(|_| None).collect(),
-            true => stages.each(blocks, &given, |scratch, block, (measured, decay)| {
+        let probe = Probe::of(Pair::fold(&squares));
+        let sums = match probe {
+            Probe::Infinite | Probe::Nothing => given.iter().map(|_| None).collect(),
+            Probe::Finite => stages.each(blocks, &given, |scratch, block, (measured, decay)| {
                 cpu::average_probe(block, measured, size, *decay, scratch)
             })?,
         };
@@ -783,7 +801,7 @@ impl Srkl {
             let global = groups[block.group].params.scope == Scope::Global;
             if decay(block).is_some() && (global || given.is_some()) {
                 let own = block.estimate.own;
-                block.estimate.observe_rows(finite, if global { total } else { own });
+                block.estimate.observe_rows(probe, if global { total } else { own });
             }
         }
         Ok(())
@@ -792,7 +810,7 @@ impl Srkl {
     /// Puts the averages in the place of the parameters.
     pub(crate) fn swap_all(&mut self) -> Result<()> {
         if self.decides_on_device() {
-            return self.cuda[0].swap();
+            return self.cuda[0].swap(&self.blocks);
         }
         self.forget_kept();
         let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
@@ -813,12 +831,13 @@ impl Srkl {
     /// Drops copies of parameters that nobody waits for any more.
     pub(crate) fn forget_kept(&mut self) {
         self.blocks.iter_mut().for_each(|block| block.old = None);
+        self.cuda.iter_mut().for_each(Cuda::forget);
     }
 
     /// Puts back the parameters that were kept.
     pub(crate) fn restore_all(&mut self) -> Result<()> {
         if self.decides_on_device() {
-            return self.cuda[0].restore();
+            return self.cuda[0].restore(&self.blocks);
         }
         self.blocks.iter_mut().try_for_each(Block::restore)
     }
@@ -838,6 +857,17 @@ impl Srkl {
         }
         Ok(self.blocks.iter().map(|block| block.estimate).collect())
     }
+}
+
+/// What parameters on several devices can't have.
+pub(crate) fn check_on_several_devices(params: &ParamsSrkl) -> Result<()> {
+    if keeps_parameters(params) || params.trust.is_some() {
+        bail!(
+            "parameters on several devices: expected settings with `Curvature::GradSquare`, no `trust` and \
+             no `average`, whose steps need no more than one sum over each gradient; got {params:?}"
+        )
+    }
+    Ok(())
 }
 
 /// Whether parameters are kept while something else is in their place, or until a step is measured.

@@ -57,7 +57,8 @@ pub struct ParamsSrkl {
     pub max_grad_norm: Option<f64>,
     /// Keeps an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after
     /// step `t` of the block, for [`Srkl::swap_averaged`]. The decay `c`, 0 or above and below 1;
-    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64).
+    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64), and on a CUDA device room for a copy
+    /// of all parameters.
     ///
     /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
     pub average: Option<f64>,
@@ -92,7 +93,7 @@ pub enum Direction {
         beta1: f64,
         /// 0 or above and below 1.
         beta2: f64,
-        /// Finite and above 0.
+        /// Finite and above 0, in f32 too.
         eps: f64,
     },
 }
@@ -103,7 +104,8 @@ pub enum Direction {
 /// same batch, on each of the `first` steps and on every `every`-th after them:
 /// [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups of one optimizer
 /// may differ in `decay`, but those that measure must agree in the kind, `every`, `first`, `delta` and
-/// `seed`.
+/// `seed` (which can't be changed later where there are several). Steps are counted from 0, skipped ones too,
+/// and `every` divides the numbers of those that measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Curvature {
@@ -132,7 +134,8 @@ pub enum Curvature {
     },
     /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
     /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
-    /// says what `H` is made of it. `H z` is the difference `(g(w + e z) - g(w)) / e` with
+    /// says what `H` is made of it. A first gradient that is not finite says nothing; a second one counts as
+    /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
     /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
     ///
     /// Costs a second gradient and a copy of the parameters on a step that measures. State: q, 4 bytes a
@@ -170,7 +173,8 @@ pub enum Scope {
     /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule),
     /// `||G_b||_2 / ||D_b||_2`, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
     Tensor,
-    /// All parameters of the optimizer, whatever their group, whose curvature is of this kind.
+    /// All parameters of the optimizer, whatever their group; of curvature that is measured those whose
+    /// group measures it.
     Global,
     /// Each element: `g^2`, or `r_i = sqrt(q_i)`, the norm of its row. Not for [`Curvature::Step`].
     Element,
@@ -319,7 +323,8 @@ impl ParamsSrkl {
             Direction::Adam { beta1, beta2, eps } => {
                 check_decay("beta1", beta1)?;
                 check_decay("beta2", beta2)?;
-                check("eps", eps, Above::Zero)?;
+                // Where nothing has ever moved it stands alone under a fraction, in f32.
+                check("eps (in f32)", f64::from(eps as f32), Above::Zero)?;
             }
         }
         match self.curvature {

@@ -7,6 +7,7 @@
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
 //! | metadata | `attempts`, `draws` | steps asked for and random vectors drawn, decimal |
+//! | metadata | `requested`, `measured` | whether the next step measures whatever its number, and whether it has been measured, 0 or 1 |
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
@@ -84,6 +85,8 @@ impl Srkl {
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
             ("attempts".to_string(), self.progress.attempts.to_string()),
             ("draws".to_string(), self.progress.draws.to_string()),
+            ("requested".to_string(), (self.progress.requested as u8).to_string()),
+            ("measured".to_string(), (self.progress.measured as u8).to_string()),
         ]);
         let mut tensors = vec![];
         let numbers = self.telemetry()?.into_iter().zip(self.powers()?).zip(self.estimates()?);
@@ -141,8 +144,8 @@ impl Srkl {
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
-        let Loaded { attempts, draws, .. } = loaded;
-        self.progress = Progress { attempts, draws, ..Default::default() };
+        let Loaded { attempts, draws, requested, measured, .. } = loaded;
+        self.progress = Progress { attempts, draws, requested, measured, ..Default::default() };
         self.send_settings()?;
         let skipped: Vec<u64> = loaded.blocks.iter().map(|block| block.skipped).collect();
         self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
@@ -157,6 +160,8 @@ struct Loaded {
     grad_scale: f64,
     attempts: u64,
     draws: u64,
+    requested: bool,
+    measured: bool,
     blocks: Vec<LoadedBlock>,
 }
 
@@ -205,6 +210,8 @@ impl Loaded {
             grad_scale,
             attempts: number(metadata, "attempts")?,
             draws: number(metadata, "draws")?,
+            requested: number::<u8>(metadata, "requested")? != 0,
+            measured: number::<u8>(metadata, "measured")? != 0,
             blocks: loaded.collect::<Result<_>>()?,
         })
     }
@@ -229,6 +236,9 @@ fn load_block(
         bail!("`powers.{name}`: expected numbers from 0 to 1, got {powers:?}")
     }
     let estimate = Estimate::from_numbers(numbers(metadata, &format!("estimate.{name}"))?);
+    if !estimate.is_valid() {
+        bail!("`estimate.{name}`: expected what `save` writes, got {estimate:?}")
+    }
     let mut state = vec![];
     for (kind, buffer) in block.state.named() {
         let tensor = tensors.tensor(&format!("{name}.{kind}"))?;
@@ -288,10 +298,10 @@ fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T
 /// Several numbers with spaces between them.
 fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Result<[f64; N]> {
     let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
-    let parsed: Vec<f64> = text.split(' ').filter_map(|number| number.parse().ok()).collect();
-    match parsed.try_into() {
-        Ok(numbers) => Ok(numbers),
-        Err(_) => bail!("`{key}`: expected {N} numbers, got {text:?}"),
+    let parsed: Option<Vec<f64>> = text.split(' ').map(|number| number.parse().ok()).collect();
+    match parsed.and_then(|numbers| numbers.try_into().ok()) {
+        Some(numbers) => Ok(numbers),
+        None => bail!("`{key}`: expected {N} numbers, got {text:?}"),
     }
 }
 

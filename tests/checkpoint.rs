@@ -179,7 +179,7 @@ fn file(metadata: &[(&str, &str)], bias: (&[usize], f32)) -> Vec<u8> {
 }
 
 const BIAS: &str = "dtype=bf16 shape=[70] state=master";
-const HEADER: [(&str, &str); 8] = [
+const HEADER: [(&str, &str); 10] = [
     ("format", "candle-srkl"),
     ("version", "1"),
     ("steps", "7"),
@@ -188,6 +188,8 @@ const HEADER: [(&str, &str); 8] = [
     ("grad_scale", "2.0"),
     ("attempts", "8"),
     ("draws", "0"),
+    ("requested", "0"),
+    ("measured", "0"),
 ];
 
 /// `HEADER` and the entry of `layer.bias`, with some entries replaced, or left out where `None`.
@@ -274,6 +276,9 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     check(&[("powers.layer.bias", Some("1.0 1.0"))], good, "`powers.layer.bias`: expected 3");
     check(&[("powers.layer.bias", Some("1.0 2.0 1.0"))], good, "from 0 to 1");
     check(&[("estimate.layer.bias", Some("0.0"))], good, "`estimate.layer.bias`: expected 7");
+    for wrong in ["-1.0 0.0 1.0 0 0 0 0", "1.0 1.0 1.0 0 1 0 0", "0.0 NaN 1.0 0 0 0 0"] {
+        check(&[("estimate.layer.bias", Some(wrong))], good, "`estimate.layer.bias`");
+    }
     check(&[], (&[69], 1.), "master of `layer.bias`");
     check(&[], (&[70, 1], 1.), "master of `layer.bias`");
     check(&[], (&[70], 1.5), "load the model's parameters");

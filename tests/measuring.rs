@@ -555,6 +555,55 @@ fn a_second_call_that_fails_after_the_step() -> Result<()> {
     Ok(())
 }
 
+/// A first gradient that is not finite says nothing of the curvature; nor does an element whose second moment
+/// is beyond its range.
+#[test]
+fn what_says_nothing() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let gradient =
+        |x: f64, y: f64| -> Result<_> { Ok(grads([(&w, tensor(&[x, y], DType::F32)?)])) };
+    let mut opt = Srkl::new(vec![w.clone()], hutchinson(1, 1))?;
+    for first in [1., f64::INFINITY, 1.] {
+        let perturbed = opt.perturb()?;
+        perturbed.observe(&gradient(first, 1.)?, &gradient(1.01, 1.01)?)?;
+        opt.step(&gradient(first, 1.)?)?;
+    }
+    let counts = opt.measurements()?;
+    assert_eq!((counts.taken, counts.nonfinite, counts.without_step), (2, 0, 1));
+    assert!(opt.telemetry()?[0].phi.is_some_and(|phi| phi > 0.));
+
+    let curvature = Curvature::Step { every: 1, first: 1, decay: 0. };
+    let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    for _ in 0..3 {
+        opt.step(&gradient(1e30, 1.)?)?;
+        opt.observe(&gradient(1e30, 2.)?)?;
+    }
+    assert_eq!((opt.measurements()?.taken, opt.measurements()?.nonfinite), (3, 0));
+    assert!(opt.telemetry()?[0].phi.is_some_and(|phi| phi > 0.));
+    Ok(())
+}
+
+/// A product that q can't hold is not finite, and leaves q as it was; elements of no curvature stay where they
+/// are meanwhile.
+#[test]
+fn a_product_beyond_the_range_of_its_average() -> Result<()> {
+    let w = var(&[1., -2.], DType::F32)?;
+    let gradient = |x: f64| -> Result<_> { Ok(grads([(&w, tensor(&[x, 0.], DType::F32)?)])) };
+    let params = ParamsSrkl { scope: Scope::Mixed(0.5), ..hutchinson(1, 1) };
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    for (again, nonfinite) in [(1.01, 0), (1e20, 1), (1.01, 1)] {
+        let before = bits(&w)?;
+        let perturbed = opt.perturb()?;
+        perturbed.observe(&gradient(1.)?, &gradient(again)?)?;
+        opt.step(&gradient(1.)?)?;
+        assert_eq!(opt.measurements()?.nonfinite, nonfinite);
+        assert_eq!(bits(&w)? == before, again == 1e20);
+    }
+    assert!(values(&w)?.iter().all(|w| w.is_finite()));
+    Ok(())
+}
+
 /// A measurement can be given up.
 #[test]
 fn skipping_a_measurement() -> Result<()> {
@@ -565,6 +614,10 @@ fn skipping_a_measurement() -> Result<()> {
     opt.skip_measurement();
     opt.step(&gradient()?)?;
     assert!(opt.observe(&gradient()?).is_ok());
+    assert_eq!(opt.measurements()?.taken, 1);
+    // Before the step: it goes by the estimate there is.
+    opt.skip_measurement();
+    opt.backward_step(&square(&w)?)?;
     assert_eq!(opt.measurements()?.taken, 1);
     let mut opt = Srkl::new(vec![w.clone()], hutchinson(1, 1))?;
     measured_step(&mut opt, gradient)?;

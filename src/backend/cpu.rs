@@ -1,7 +1,7 @@
 //! The mathematics of the step, on the CPU.
 //!
 //! Top to bottom: the stages `statistics`, `decide` and `update`, each with the loop over elements
-//! that it runs. The order of operations in this file is part of the contract in
+//! that it runs; then sums over directions, measured curvature and perturbations. The order of operations in this file is part of the contract in
 //! [`numerics`](crate::numerics).
 
 use std::cell::Cell;
@@ -427,6 +427,9 @@ impl ElementCurvature {
 impl ElementBrake {
     #[inline(always)]
     fn phi(&self, g: f64, q: f64) -> f64 {
+        if self.lr == 0. {
+            return 0.;
+        }
         let curvature = match self.curvature {
             ElementCurvature::GradSquare { c } => {
                 let d = c * g;
@@ -867,15 +870,18 @@ impl<C: FromGradient> Terms for StepTerms<'_, C> {
         }
         if let Some((v, correction2, eps)) = self.metric {
             for ((a, b), v) in a.iter_mut().zip(b).zip(&v[start..start + len]) {
+                // Beyond its range an element moves no more, and has nothing to say.
                 let metric = correction2.mul(*v).sqrt().add(eps).to_f64();
-                *a /= metric;
-                *b *= metric;
+                let says = metric < f64::INFINITY;
+                *a = if says { *a / metric } else { 0. };
+                *b = if says { *b * metric } else { 0. };
             }
         }
     }
 }
 
-/// [`Curvature::Hutchinson`]: a block's sum of `(H z)^2`, with `H z = c * (again - first) / size`.
+/// [`Curvature::Hutchinson`]: a block's sums of `(H z)^2`, with `H z = c * (again - first) / size`, and of the
+/// squares of its first gradient.
 pub(crate) fn probe_sums(
     block: &Block,
     measured: &Measured,
@@ -916,9 +922,11 @@ impl<C: FromGradient> Terms for ProbeTerms<'_, C> {
         let again = self.again.row::<C>(start, a.len(), again);
         for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
             let product = self.c * (again.to_f64() - first.to_f64()) / self.size;
-            *a = product * product;
+            // As q can hold it.
+            *a = C::from_f64(product * product).to_f64();
         }
-        b.fill(0.);
+        // Not finite where the first gradient isn't.
+        b.iter_mut().zip(first).for_each(|(b, first)| *b = first.to_f64() * first.to_f64());
     }
 }
 

@@ -28,7 +28,10 @@ use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
 use crate::curvature::{Estimate, Measurements, no_second_gradient};
 use crate::numerics::{CHUNK, LANES, Sums};
-use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
+use crate::optimizer::{
+    Group, check_on_several_devices, keeps_parameters, steps_whole, uses_norm, uses_sums,
+    uses_total,
+};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
@@ -92,7 +95,7 @@ pub(crate) struct Cuda {
     captures: Captures,
     /// The gradients of a step that waits for its measurement.
     pending: Vec<Tensor>,
-    /// Whether the settings allow to decide without statistics.
+    /// Masters are compared with their parameters in the launch that does statistics.
     has_masters: bool,
 }
 
@@ -164,15 +167,8 @@ pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>
         }
     }
     let several = devices.len() > 1 || !devices.is_empty() && blocks.iter().any(|b| b.on_cpu);
-    let plain = |group: &Group| {
-        let ParamsSrkl { curvature, trust, .. } = group.params;
-        curvature == Curvature::GradSquare && trust.is_none()
-    };
-    if several && !groups.iter().all(plain) {
-        bail!(
-            "parameters on several devices: expected settings with `Curvature::GradSquare` and no `trust`, \
-             whose steps need no more than one sum over each gradient"
-        )
+    if several {
+        groups.iter().try_for_each(|group| check_on_several_devices(&group.params))?;
     }
     devices.into_iter().map(|device| Cuda::new(device, blocks, groups)).collect()
 }
@@ -348,6 +344,7 @@ impl Cuda {
     ///
     /// Whatever can be wrong with a gradient, or one that is missing.
     pub fn observe(&mut self, again: &Inputs) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
         let _alive = self.send_again(again)?;
         self.send(Settings::new(again.groups, again.scalars))?;
         self.launch_sums(&self.table, abi::SRKL_SUM_STEP, 0.)?;
@@ -356,18 +353,23 @@ impl Cuda {
     }
 
     /// Keeps the parameters and perturbs them.
-    pub fn perturb(&mut self, delta: f64, seed: u64, draw: u64) -> Result<()> {
+    pub fn perturb(&mut self, blocks: &[Block], delta: f64, seed: u64, draw: u64) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
+        self.check_addresses(blocks)?;
         self.launch_sums(&self.table, abi::SRKL_SUM_SQUARES, delta)?;
         self.launch_replace(abi::SRKL_PERTURB, seed, draw)
     }
 
     /// Keeps the parameters and puts their averages in their place.
-    pub fn swap(&mut self) -> Result<()> {
+    pub fn swap(&mut self, blocks: &[Block]) -> Result<()> {
+        self.refuse_capture("`swap_averaged`")?;
+        self.check_addresses(blocks)?;
         self.launch_replace(abi::SRKL_SWAP, 0, 0)
     }
 
     /// Puts back what was kept.
-    pub fn restore(&mut self) -> Result<()> {
+    pub fn restore(&mut self, blocks: &[Block]) -> Result<()> {
+        self.check_addresses(blocks)?;
         self.launch_replace(abi::SRKL_RESTORE, 0, 0)
     }
 
@@ -377,6 +379,7 @@ impl Cuda {
     ///
     /// As [`Cuda::observe`].
     pub fn observe_probe(&mut self, first: &Inputs, again: &Inputs) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
         let (gradients, _alive) = self.find(first)?;
         self.send_gradients(gradients)?;
         let _alive_too = self.send_again(again)?;
@@ -533,15 +536,26 @@ impl Cuda {
         self.places.len() == block_count
     }
 
+    /// Drops what waits for a measurement.
+    pub fn forget(&mut self) {
+        self.pending.clear();
+    }
+
     // -- What a step is made of --
 
-    /// Finds and checks the gradient of every block. The tensors that come along are what is read: the
-    /// gradients, or contiguous copies of them.
-    fn find(&self, inputs: &Inputs) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
-        let mut alive = Vec::with_capacity(self.places.len());
-        let mut gradients = Vec::with_capacity(self.places.len());
-        for (&place, entry) in self.places.iter().zip(&self.blocks) {
-            let block = &inputs.blocks[place];
+    fn refuse_capture(&self, what: &str) -> Result<()> {
+        if self.is_capturing()? {
+            bail!("{what} can't be part of a capture: a replay would not know of it")
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    ///
+    /// A variable whose memory is not where `new` found it.
+    fn check_addresses(&self, blocks: &[Block]) -> Result<()> {
+        self.places.iter().zip(&self.blocks).try_for_each(|(&place, entry)| {
+            let block = &blocks[place];
             let (storage, layout) = block.var.storage_and_layout();
             if address_of(&storage, layout, &self.stream)? != entry.w {
                 bail!(
@@ -550,7 +564,18 @@ impl Cuda {
                     block.name
                 )
             }
-            drop(storage);
+            Ok(())
+        })
+    }
+
+    /// Finds and checks the gradient of every block. The tensors that come along are what is read: the
+    /// gradients, or contiguous copies of them.
+    fn find(&self, inputs: &Inputs) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
+        let mut alive = Vec::with_capacity(self.places.len());
+        let mut gradients = Vec::with_capacity(self.places.len());
+        self.check_addresses(inputs.blocks)?;
+        for &place in &self.places {
+            let block = &inputs.blocks[place];
             let Some(gradient) = inputs.grads.get_id(block.id) else {
                 gradients.push(NO_GRADIENT);
                 continue;
@@ -584,8 +609,10 @@ impl Cuda {
     fn send_again(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
         let (again, alive) = self.find(inputs)?;
         for (&place, (first, again)) in self.places.iter().zip(self.gradients.iter().zip(&again)) {
-            if first.address != 0 && again.address == 0 {
-                return Err(no_second_gradient(&inputs.blocks[place]));
+            let block = &inputs.blocks[place];
+            let measures = inputs.groups[block.group].params.curvature != Curvature::GradSquare;
+            if measures && first.address != 0 && again.address == 0 {
+                return Err(no_second_gradient(block));
             }
         }
         self.upload(&again, |memory| &mut memory.again)?;
@@ -660,7 +687,7 @@ impl Cuda {
         //    the contract asks for them, and `memory` keeps it;
         // 3. the addresses in `gradients` are of contiguous tensors on this device of the parameter's size
         //    (`find`), which its callers keep, and none is of a parameter (`check_alias`);
-        // 4. those in `blocks` are what candle has for the variables, as `find` has seen in this step, and
+        // 4. those in `blocks` are what candle has for the variables, as `check_addresses` has just seen, and
         //    of the masters that `Block` keeps; both are memory of their own, which CUDA aligns to 256
         //    bytes, at offset 0 (`Block::new`);
         // 5. all launches go to the stream that candle's own work on these tensors goes to, and one follows

@@ -25,19 +25,23 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn perturb(&mut self, _: f64, _: u64, _: u64) -> Result<()> {
+    pub fn perturb(&mut self, _: &[Block], _: f64, _: u64, _: u64) -> Result<()> {
         match *self {}
     }
 
-    pub fn swap(&mut self) -> Result<()> {
+    pub fn swap(&mut self, _: &[Block]) -> Result<()> {
         match *self {}
     }
 
-    pub fn restore(&mut self) -> Result<()> {
+    pub fn restore(&mut self, _: &[Block]) -> Result<()> {
         match *self {}
     }
 
     pub fn observe_probe(&mut self, _: &Inputs, _: &Inputs) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn forget(&mut self) {
         match *self {}
     }
 

@@ -32,6 +32,9 @@ pub const SRKL_SUM_STEP: u32 = 2;
 pub const SRKL_SUM_SQUARES: u32 = 3;
 pub const SRKL_SUM_PROBE: u32 = 4;
 pub const SRKL_SUM_AVERAGE: u32 = 5;
+pub const SRKL_FINITE: u32 = 0;
+pub const SRKL_INFINITE: u32 = 1;
+pub const SRKL_NOTHING: u32 = 2;
 pub const SRKL_PERTURB: u32 = 0;
 pub const SRKL_SWAP: u32 = 1;
 pub const SRKL_RESTORE: u32 = 2;
@@ -298,7 +301,7 @@ pub struct SrklState {
     pub refused: ::std::os::raw::c_uint,
     pub skipped: ::std::os::raw::c_uint,
     pub has_norm: ::std::os::raw::c_uint,
-    pub finite: ::std::os::raw::c_uint,
+    pub probe: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -321,7 +324,7 @@ const _: () = {
     ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 56usize];
     ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 60usize];
     ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 64usize];
-    ["Offset of field: SrklState::finite"][::std::mem::offset_of!(SrklState, finite) - 68usize];
+    ["Offset of field: SrklState::probe"][::std::mem::offset_of!(SrklState, probe) - 68usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
