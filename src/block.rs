@@ -33,7 +33,7 @@ pub(crate) struct Block {
     pub powers: Powers,
     pub estimate: Estimate,
     /// The parameter as it was, while it is perturbed or replaced, or until the step is measured.
-    pub old: Option<Tensor>,
+    pub old: Kept,
     /// How often it was skipped alone.
     pub skipped: u64,
     pub last: Last,
@@ -41,6 +41,13 @@ pub(crate) struct Block {
 
 /// Curvature and brake of the last step, if it moved the block.
 pub(crate) type Last = Option<(f64, f64)>;
+
+/// Room for the parameter as it was, used again and again: new memory costs more than the copy.
+#[derive(Default)]
+pub(crate) struct Kept {
+    memory: Option<Var>,
+    pub valid: bool,
+}
 
 /// What a block has beside its parameter: a number an element, where its settings ask for it.
 #[derive(Default)]
@@ -167,7 +174,7 @@ impl Block {
             state,
             powers,
             estimate,
-            old: None,
+            old: Kept::default(),
             skipped,
             last,
         })
@@ -215,16 +222,29 @@ impl Block {
 
     /// Keeps a copy of the parameter as it is.
     pub fn keep(&mut self) -> Result<()> {
-        self.old = Some(self.var.copy()?);
+        let Kept { memory, valid } = &mut self.old;
+        match memory {
+            Some(memory) => cpu::copy(&self.var, memory)?,
+            None => *memory = Some(Var::from_tensor(&self.var.copy()?)?),
+        }
+        *valid = true;
         Ok(())
+    }
+
+    /// The parameter as it was kept.
+    pub fn kept(&self) -> Option<&Tensor> {
+        let Kept { memory, valid } = &self.old;
+        memory.as_deref().filter(|_| *valid)
     }
 
     /// Puts what was kept back, bit for bit.
     pub fn restore(&mut self) -> Result<()> {
-        match self.old.take() {
-            Some(old) if self.n > 0 => self.var.set(&old),
-            _ => Ok(()),
-        }
+        let restored = match self.kept() {
+            Some(old) => cpu::copy(old, &self.var),
+            None => Ok(()),
+        };
+        self.old.valid = false;
+        restored
     }
 
     /// The masters, on the host.

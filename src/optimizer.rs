@@ -515,14 +515,14 @@ impl Srkl {
             }
             let blocks = &mut self.blocks[run];
             if let Some(pending) = &mut pending {
-                for (i, block) in blocks.iter_mut().enumerate() {
+                for (i, block) in blocks.iter().enumerate() {
                     let params = &self.groups[block.group].params;
                     let by_step = matches!(params.curvature, Curvature::Step { .. });
                     if let (true, Some(found), Some(_)) = (by_step, gradients[i], decisions[i]) {
-                        block.keep()?;
                         pending[i] = Some(found.gradient.clone());
                     }
                 }
+                stages.each(blocks, pending, |_, block, _| block.keep())?;
             }
             stages.update(blocks, &gradients, &decisions, &self.groups)?;
         }
@@ -632,8 +632,13 @@ impl Srkl {
         let blocks = &mut blocks[run];
         let by_step =
             |block: &Block| matches!(groups[block.group].params.curvature, Curvature::Step { .. });
+        let small =
+            |block: &Block, decision: &Decision| measures && by_step(block) && !decision.is_known();
+        // A small step goes by the directions of all.
+        let any = blocks.iter().zip(&*decisions);
+        let any_small = any.filter_map(|(b, d)| d.as_ref().map(|d| small(b, d))).any(|small| small);
         let needs = |block: &Block| {
-            measures && by_step(block) || groups[block.group].params.trust.is_some()
+            any_small && by_step(block) || groups[block.group].params.trust.is_some()
         };
         let all = blocks.iter().zip(gradients).zip(&*decisions);
         let given = all.map(|((block, found), decision)| {
@@ -674,7 +679,7 @@ impl Srkl {
         let Self { blocks, groups, .. } = self;
         let pairs = stages.each(blocks, &measured, |scratch, block, measured| {
             let params = &groups[block.group].params;
-            match &block.old {
+            match block.kept() {
                 Some(old) => {
                     cpu::step_curvature(block, old, measured, params, stages.simd, scratch)
                 }
@@ -694,7 +699,7 @@ impl Srkl {
                 let pair = if global { total } else { own.unwrap_or(Pair::ZERO) };
                 block.estimate.observe_step(pair, decay);
             }
-            block.old = None;
+            block.old.valid = false;
         }
         Ok(())
     }
@@ -830,7 +835,7 @@ impl Srkl {
 
     /// Drops copies of parameters that nobody waits for any more.
     pub(crate) fn forget_kept(&mut self) {
-        self.blocks.iter_mut().for_each(|block| block.old = None);
+        self.blocks.iter_mut().for_each(|block| block.old.valid = false);
         self.cuda.iter_mut().for_each(Cuda::forget);
     }
 

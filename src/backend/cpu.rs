@@ -190,6 +190,13 @@ pub(crate) struct Decision {
 /// The curvature of a block that has not been measured.
 pub(crate) const UNKNOWN: f64 = -1.;
 
+impl Decision {
+    /// Whether there is an estimate to go by, where curvature is measured.
+    pub fn is_known(&self) -> bool {
+        (0. ..f64::INFINITY).contains(&self.curvature)
+    }
+}
+
 /// `own` are the block's sums, `total` those over all blocks, where `params` use them; `powers` are those
 /// after this step.
 pub(crate) fn decide(
@@ -285,7 +292,7 @@ pub(crate) fn adjust(
 ) {
     let Directions { own, n, total, total_n } = directions;
     let is_step = matches!(params.curvature, Curvature::Step { .. });
-    if is_step && measures && !(0. ..f64::INFINITY).contains(&decision.curvature) {
+    if is_step && measures && !decision.is_known() {
         let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
         let rms_d = (total.a / total_n).sqrt();
         let small = SMALL_STEP * rms_w / rms_d;
@@ -563,6 +570,29 @@ impl<P: Parameter> Kernel for Update<'_, P> {
             let Rows { tensors: [row, ..], d, .. } = rows;
             let g = g.row(start + at, w.len(), row);
             let d: &[P::Compute] = match (moments.direction, m, v) {
+                (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
+                    // In one loop: it has enough to compute while memory is waited for.
+                    let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
+                        *m = moments.first(*m, g);
+                        *v = moments.second(*v, g);
+                        descend(w, m.div(moments.metric(*v)), phi_d, keep)
+                    };
+                    let state = m.iter_mut().zip(v).zip(g);
+                    match &mut master {
+                        Some(x) => {
+                            for ((w, x), ((m, v), g)) in w.iter_mut().zip(x.iter_mut()).zip(state) {
+                                *x = step(*x, m, v, *g);
+                                *w = P::narrow(*x);
+                            }
+                        }
+                        None => {
+                            for (w, ((m, v), g)) in w.iter_mut().zip(state) {
+                                *w = P::narrow(step(w.widen(), m, v, *g));
+                            }
+                        }
+                    }
+                    &[]
+                }
                 (Direction::Momentum { .. }, Some(m), _) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first(*m, *g));
                     m
@@ -579,6 +609,7 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                 _ => g,
             };
             match element {
+                None if d.is_empty() => {}
                 None => for_each(w, master.as_deref_mut(), d, |w, d| descend(w, d, phi_d, keep)),
                 Some(brake) => {
                     for i in 0..w.len() {
@@ -860,21 +891,27 @@ impl<C: FromGradient> Terms for StepTerms<'_, C> {
         let new = self.tensors[1].row::<C>(start, len, new);
         let first = self.tensors[2].row::<C>(start, len, first);
         let again = self.tensors[3].row::<C>(start, len, again);
-        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
-            let change = self.c * (again.to_f64() - first.to_f64());
-            *a = change * change;
-        }
-        for ((b, old), new) in b.iter_mut().zip(old).zip(new) {
-            let change = new.to_f64() - old.to_f64();
-            *b = change * change;
-        }
-        if let Some((v, correction2, eps)) = self.metric {
-            for ((a, b), v) in a.iter_mut().zip(b).zip(&v[start..start + len]) {
-                // Beyond its range an element moves no more, and has nothing to say.
-                let metric = correction2.mul(*v).sqrt().add(eps).to_f64();
-                let says = metric < f64::INFINITY;
-                *a = if says { *a / metric } else { 0. };
-                *b = if says { *b * metric } else { 0. };
+        let squares = |i: usize| {
+            let change = self.c * (again[i].to_f64() - first[i].to_f64());
+            let moved = new[i].to_f64() - old[i].to_f64();
+            (change * change, moved * moved)
+        };
+        match self.metric {
+            None => {
+                for i in 0..len {
+                    (a[i], b[i]) = squares(i);
+                }
+            }
+            Some((v, correction2, eps)) => {
+                let v = &v[start..start + len];
+                for i in 0..len {
+                    let metric = correction2.mul(v[i]).sqrt().add(eps).to_f64();
+                    let (change, moved) = squares(i);
+                    // Beyond its range an element moves no more, and has nothing to say.
+                    let says = metric < f64::INFINITY;
+                    a[i] = if says { change / metric } else { 0. };
+                    b[i] = if says { moved * metric } else { 0. };
+                }
             }
         }
     }
@@ -1027,6 +1064,29 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
             CpuStorage::BF16(w) => add(w, size, bits),
             CpuStorage::F16(w) => add(w, size, bits),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
+
+/// Copies a parameter to a variable like it.
+pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
+    fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
+        let pieces = to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE));
+        pieces.for_each(|(to, from)| to.copy_from_slice(from));
+    }
+    if from.elem_count() == 0 {
+        return Ok(());
+    }
+    let (storage, _) = from.storage_and_layout();
+    let from = cpu_storage(&storage)?;
+    with_storage_mut(to, |to| {
+        match (from, to) {
+            (CpuStorage::F32(from), CpuStorage::F32(to)) => pieces(from, to),
+            (CpuStorage::F64(from), CpuStorage::F64(to)) => pieces(from, to),
+            (CpuStorage::BF16(from), CpuStorage::BF16(to)) => pieces(from, to),
+            (CpuStorage::F16(from), CpuStorage::F16(to)) => pieces(from, to),
+            _ => bail!("expected two parameters of f32, f64, bf16 or f16"),
         }
         Ok(())
     })
