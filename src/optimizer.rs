@@ -508,7 +508,7 @@ impl Srkl {
                 self.adjust(&stages, run.clone(), &gradients, &mut decisions, scalars, measures)?;
             }
             for cuda in &mut self.cuda {
-                cuda.send_decisions(&decisions)?;
+                cuda.send_decisions(&decisions, &self.blocks, &self.groups)?;
             }
             for cuda in &mut self.cuda {
                 cuda.update()?;
@@ -601,9 +601,8 @@ impl Srkl {
         let mut decisions = Vec::with_capacity(blocks.len());
         for (block, found) in blocks.iter().zip(gradients) {
             let params = self.params_of(block);
-            let powers = block.powers.next(params);
             let decision = found.map(|Found { sums, .. }| {
-                cpu::decide(params, scalars, &sums, &total, &block.estimate, &powers)
+                cpu::decide(params, scalars, &sums, &total, &block.estimate)
             });
             match decision {
                 Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {

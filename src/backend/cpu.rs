@@ -31,26 +31,24 @@ pub(crate) const PIECE: usize = 8 * CHUNK;
 // ---------------------------------------------------------------------------------------------
 // Stage 1: statistics
 
-/// Working memory of one thread.
+/// Working memory of one thread. (Not on the stack: threads nest.)
 pub(crate) struct Scratch {
     rows: Rows,
     /// Lanes of two sums.
-    lanes: [[f64; LANES]; 2],
+    lanes: [Vec<f64>; 2],
 }
 
 /// Rows of numbers: converted tensors, the direction, the terms of two sums.
+#[derive(Default)]
 pub(crate) struct Rows {
     tensors: [RowBuffer; 4],
     d: RowBuffer,
-    terms: [[f64; LANES]; 2],
+    terms: [RowBuffer; 2],
 }
 
 impl Scratch {
-    pub fn new() -> Box<Self> {
-        let row = RowBuffer::new;
-        let rows =
-            Rows { tensors: [row(), row(), row(), row()], d: row(), terms: [[0.; LANES]; 2] };
-        Box::new(Self { rows, lanes: [[0.; LANES]; 2] })
+    pub fn new() -> Self {
+        Self { rows: Rows::default(), lanes: [vec![0.; LANES], vec![0.; LANES]] }
     }
 }
 
@@ -178,11 +176,6 @@ pub(crate) struct Decision {
     /// The brake `s * lr / (1 + beta * H)`; where elements have their own, what they make it from
     /// instead of `s * lr`.
     pub phi: f64,
-    /// `1 / (1 - mu^t)` of the first moment, and of the second.
-    pub correction1: f64,
-    pub correction2: f64,
-    /// `(1 - c) / (1 - c^t)` of the average.
-    pub average: f64,
     /// Whether everything that this block uses is finite.
     pub finite: bool,
 }
@@ -197,15 +190,13 @@ impl Decision {
     }
 }
 
-/// `own` are the block's sums, `total` those over all blocks, where `params` use them; `powers` are those
-/// after this step.
+/// `own` are the block's sums, `total` those over all blocks, where `params` use them.
 pub(crate) fn decide(
     params: &ParamsSrkl,
     scalars: StepScalars,
     own: &Sums,
     total: &Sums,
     estimate: &Estimate,
-    powers: &Powers,
 ) -> Decision {
     let mut c = 1. / scalars.grad_scale;
     if let Some(max_grad_norm) = params.max_grad_norm {
@@ -231,14 +222,28 @@ pub(crate) fn decide(
         },
     };
     let phi = if has_element_brakes(params) && phi != 0. { lr } else { phi };
-    Decision {
-        c,
-        curvature,
-        phi,
-        correction1: correction(powers.first),
-        correction2: correction(powers.second),
-        average: params.average.map_or(0., |c| (1. - c) * correction(powers.average)),
-        finite,
+    Decision { c, curvature, phi, finite }
+}
+
+/// What the averages of a block need in a step.
+#[derive(Clone, Copy)]
+pub(crate) struct Corrections {
+    /// `1 / (1 - mu^t)` of the first moment, and of the second.
+    pub first: f64,
+    pub second: f64,
+    /// `(1 - c) / (1 - c^t)` of the parameter's average.
+    pub average: f64,
+}
+
+impl Corrections {
+    /// `powers` are those before the step.
+    pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
+        let powers = powers.next(params);
+        Self {
+            first: correction(powers.first),
+            second: correction(powers.second),
+            average: params.average.map_or(0., |c| (1. - c) * correction(powers.average)),
+        }
     }
 }
 
@@ -325,9 +330,10 @@ struct Coefficients<C> {
 }
 
 impl<C: Real> Coefficients<C> {
-    fn new(params: &ParamsSrkl, decision: &Decision, estimate: &Estimate) -> Self {
+    fn new(params: &ParamsSrkl, decision: &Decision, powers: &Powers, estimate: &Estimate) -> Self {
         let beta = params.beta_value();
-        let Decision { c, phi, correction1, average, .. } = *decision;
+        let Decision { c, phi, .. } = *decision;
+        let corrections = Corrections::new(params, powers);
         let element = match (params.scope, params.curvature) {
             (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
             (Scope::Element, _) => Some(ElementCurvature::rows(estimate, 0)),
@@ -335,11 +341,11 @@ impl<C: Real> Coefficients<C> {
             _ => None,
         };
         Self {
-            moments: Moments::new(params, decision),
-            scale: if params.direction == Direction::Gradient { c } else { correction1 },
+            moments: Moments::new(params, c, corrections.second),
+            scale: if params.direction == Direction::Gradient { c } else { corrections.first },
             phi,
             weight_decay: params.weight_decay,
-            average: C::from_f64(average),
+            average: C::from_f64(corrections.average),
             element: element.map(|curvature| ElementBrake { lr: phi, beta, curvature }),
         }
     }
@@ -366,7 +372,7 @@ struct Moments<C> {
 }
 
 impl<C: Real> Moments<C> {
-    fn new(params: &ParamsSrkl, decision: &Decision) -> Self {
+    fn new(params: &ParamsSrkl, c: f64, correction2: f64) -> Self {
         let (decay1, decay2, eps) = match params.direction {
             Direction::Gradient => (0., 0., 0.),
             Direction::Momentum { mu } => (mu, 0., 0.),
@@ -375,11 +381,11 @@ impl<C: Real> Moments<C> {
         Self {
             direction: params.direction,
             decay1: C::from_f64(decay1),
-            gain1: C::from_f64((1. - decay1) * decision.c),
+            gain1: C::from_f64((1. - decay1) * c),
             decay2: C::from_f64(decay2),
             gain2: C::from_f64(1. - decay2),
-            c: C::from_f64(decision.c),
-            correction2: C::from_f64(decision.correction2),
+            c: C::from_f64(c),
+            correction2: C::from_f64(correction2),
             eps: C::from_f64(eps),
         }
     }
@@ -464,8 +470,9 @@ pub(crate) fn update(
     }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
-    let Block { var, state, estimate, .. } = block;
-    let numbers = (params, decision, &*estimate);
+    let coefficients = (params, decision, block.powers, block.estimate);
+    let Block { var, state, .. } = block;
+    let numbers = &coefficients;
     with_storage_mut(var, |storage| match storage {
         CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
         CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
@@ -479,12 +486,12 @@ fn block_update<P: Parameter>(
     w: &mut [P],
     state: &mut State,
     g: &Gradient,
-    (params, decision, estimate): (&ParamsSrkl, &Decision, &Estimate),
+    (params, decision, powers, estimate): &(&ParamsSrkl, &Decision, Powers, Estimate),
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<()> {
     let n = w.len();
-    let coefficients = Coefficients::new(params, decision, estimate);
+    let coefficients = Coefficients::new(params, decision, powers, estimate);
     let mut block = Part::new(w, state);
     if let Some(master) = &mut block.master
         && probes(n).any(|i| !agree(block.w[i], master[i]))
@@ -734,6 +741,7 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
     fn run(self) -> Pair {
         let Self { terms, start, len, scratch } = self;
         let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b] } = scratch;
+        let (a, b) = (f64::buffer(a), f64::buffer(b));
         let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
         sum_a.fill(0.);
@@ -765,7 +773,8 @@ pub(crate) fn directions(
         simd: Simd,
         scratch: &mut Scratch,
     ) -> Pair {
-        let coefficients = Coefficients::<C>::new(params, decision, &block.estimate);
+        let Block { powers, estimate, .. } = block;
+        let coefficients = Coefficients::<C>::new(params, decision, powers, estimate);
         let [m, v, q] = [&block.state.m, &block.state.v, &block.state.q]
             .map(|buffer| buffer.as_ref().and_then(C::state).unwrap_or_default());
         let terms = DirectionTerms { w, g, m, v, q, coefficients };
@@ -984,6 +993,7 @@ pub(crate) fn average_probe(
         let mut sums = vec![];
         for (chunk, q) in q.chunks_mut(CHUNK).enumerate() {
             let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [lanes, _] } = scratch;
+            let (a, b) = (f64::buffer(a), f64::buffer(b));
             let width = q.len().clamp(MIN_LANES, LANES).next_power_of_two();
             lanes[..width].fill(0.);
             for (row, q) in q.chunks_mut(LANES).enumerate() {

@@ -22,7 +22,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
-use super::cpu::{Decision, PROBES, StepScalars};
+use super::cpu::{Corrections, Decision, PROBES, StepScalars};
 use super::{Counters, Inputs};
 use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
@@ -420,18 +420,23 @@ impl Cuda {
     }
 
     /// Sends decisions of the host, about all blocks of the optimizer.
-    pub fn send_decisions(&mut self, decisions: &[Option<Decision>]) -> Result<()> {
-        let decision = |&place: &usize| match &decisions[place] {
-            Some(decision) => {
-                let Decision { c, curvature, phi, .. } = decision;
-                let Decision { correction1, correction2, average, .. } = decision;
+    pub fn send_decisions(
+        &mut self,
+        decisions: &[Option<Decision>],
+        blocks: &[Block],
+        groups: &[Group],
+    ) -> Result<()> {
+        let decision = |&place: &usize| match decisions[place] {
+            Some(Decision { c, curvature, phi, .. }) => {
+                let Block { group, powers, .. } = &blocks[place];
+                let corrections = Corrections::new(&groups[*group].params, powers);
                 abi::SrklDecision {
-                    c: *c,
-                    curvature: *curvature,
-                    phi: *phi,
-                    correction1: *correction1,
-                    correction2: *correction2,
-                    average: *average,
+                    c,
+                    curvature,
+                    phi,
+                    correction1: corrections.first,
+                    correction2: corrections.second,
+                    average: corrections.average,
                     powers: abi::SrklPowers::default(),
                     step: 1,
                 }

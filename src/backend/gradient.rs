@@ -22,23 +22,18 @@ pub(crate) enum Values<'a> {
     F16(&'a [f16]),
 }
 
-/// Room for one row in either compute type.
+/// Room for one row in either compute type, taken when it is needed.
+#[derive(Default)]
 pub(crate) struct RowBuffer {
-    narrow: [f32; LANES],
-    wide: [f64; LANES],
-}
-
-impl RowBuffer {
-    pub fn new() -> Self {
-        Self { narrow: [0.; LANES], wide: [0.; LANES] }
-    }
+    narrow: Vec<f32>,
+    wide: Vec<f64>,
 }
 
 /// What a row of a gradient becomes in the compute type `Self`.
 pub(crate) trait FromGradient: Real {
     /// The values themselves, where they have this type already.
     fn borrow(values: Values<'_>) -> Option<&[Self]>;
-    fn buffer(buffer: &mut RowBuffer) -> &mut [Self; LANES];
+    fn buffer(buffer: &mut RowBuffer) -> &mut [Self];
     /// The numbers of a block's state, if they are on the CPU.
     fn state(buffer: &Buffer) -> Option<&[Self]>;
     fn state_mut(buffer: &mut Buffer) -> Option<&mut [Self]>;
@@ -53,7 +48,8 @@ impl FromGradient for f32 {
         }
     }
     #[inline(always)]
-    fn buffer(buffer: &mut RowBuffer) -> &mut [f32; LANES] {
+    fn buffer(buffer: &mut RowBuffer) -> &mut [f32] {
+        buffer.narrow.resize(LANES, 0.);
         &mut buffer.narrow
     }
     fn state(buffer: &Buffer) -> Option<&[f32]> {
@@ -79,7 +75,8 @@ impl FromGradient for f64 {
         }
     }
     #[inline(always)]
-    fn buffer(buffer: &mut RowBuffer) -> &mut [f64; LANES] {
+    fn buffer(buffer: &mut RowBuffer) -> &mut [f64] {
+        buffer.wide.resize(LANES, 0.);
         &mut buffer.wide
     }
     fn state(buffer: &Buffer) -> Option<&[f64]> {

@@ -65,7 +65,12 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn send_decisions(&mut self, _: &[Option<Decision>]) -> Result<()> {
+    pub fn send_decisions(
+        &mut self,
+        _: &[Option<Decision>],
+        _: &[Block],
+        _: &[Group],
+    ) -> Result<()> {
         match *self {}
     }
 

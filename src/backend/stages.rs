@@ -191,8 +191,11 @@ impl Stages {
         let (large, small): (Vec<_>, Vec<_>) = items.into_iter().partition(|(large, _)| *large);
         pool.install(|| {
             large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
-            let work = |scratch: &mut Box<Scratch>, (_, item)| work(scratch, item);
-            small.into_par_iter().try_for_each_init(Scratch::new, work)
+            let work = |scratch: &mut Scratch, (_, item)| work(scratch, item);
+            // Each split has working memory of its own, so not too many of them.
+            let least = (small.len() / (8 * pool.current_num_threads())).max(1);
+            let small = small.into_par_iter().with_min_len(least);
+            small.try_for_each_init(Scratch::new, work)
         })
     }
 }
