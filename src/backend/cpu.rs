@@ -900,6 +900,9 @@ impl<C: FromGradient> Terms for StepTerms<'_, C> {
         let new = self.tensors[1].row::<C>(start, len, new);
         let first = self.tensors[2].row::<C>(start, len, first);
         let again = self.tensors[3].row::<C>(start, len, again);
+        // Of one length, as the compiler must see to leave out its checks.
+        let (old, new, first, again) = (&old[..len], &new[..len], &first[..len], &again[..len]);
+        let (a, b) = (&mut a[..len], &mut b[..len]);
         let squares = |i: usize| {
             let change = self.c * (again[i].to_f64() - first[i].to_f64());
             let moved = new[i].to_f64() - old[i].to_f64();
