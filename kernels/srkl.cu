@@ -159,7 +159,7 @@ __device__ inline void decide_all(const SrklTable &table, const Work &work, Lane
 
 // Stage 1 of a chunk. Who finishes the last chunk of a block adds up the block, and decides.
 __device__ inline void run_statistics(const SrklTable &table, Work &work, int len, Lanes &lanes) {
-    const SrklBlock block = work.block;
+    const SrklBlock &block = work.block;
     SrklSums *of_chunks = (SrklSums *)table.chunk_sums;
     SrklSums sums = {0., 0., 0};
     if (work.gradient.address != 0)
@@ -258,7 +258,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
 }
 
 // The same, for settings where elements have their own brakes.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 5) srkl_step_elements(const SrklTable table) {
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+    srkl_step_elements(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
     step<true>(table, lanes, work);
