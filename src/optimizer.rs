@@ -517,7 +517,7 @@ impl Srkl {
             if let Some(pending) = &mut pending {
                 for (i, block) in blocks.iter().enumerate() {
                     let params = &self.groups[block.group].params;
-                    let by_step = matches!(params.curvature, Curvature::Step { .. });
+                    let by_step = measures_steps(params);
                     if let (true, Some(found), Some(_)) = (by_step, gradients[i], decisions[i]) {
                         pending[i] = Some(found.gradient.clone());
                     }
@@ -629,8 +629,7 @@ impl Srkl {
     ) -> Result<()> {
         let Self { blocks, groups, .. } = self;
         let blocks = &mut blocks[run];
-        let by_step =
-            |block: &Block| matches!(groups[block.group].params.curvature, Curvature::Step { .. });
+        let by_step = |block: &Block| measures_steps(&groups[block.group].params);
         let small =
             |block: &Block, decision: &Decision| measures && by_step(block) && !decision.is_known();
         // A small step goes by the directions of all.
@@ -861,6 +860,11 @@ impl Srkl {
         }
         Ok(self.blocks.iter().map(|block| block.estimate).collect())
     }
+}
+
+/// Whether curvature is measured along the step.
+pub(crate) fn measures_steps(params: &ParamsSrkl) -> bool {
+    matches!(params.curvature, Curvature::Step { .. })
 }
 
 /// What parameters on several devices can't have.

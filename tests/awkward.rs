@@ -11,18 +11,6 @@ fn steep() -> ParamsSrkl {
     ParamsSrkl { lr: 0.1, beta: Beta::Fixed(0.5), weight_decay: 0.1, ..ParamsSrkl::reference() }
 }
 
-/// The message of an error that must come and must name all of `parts`.
-#[track_caller]
-fn assert_error<T>(result: Result<T>, parts: &[&str]) {
-    let message = match result {
-        Ok(_) => panic!("no error, expected one with {parts:?}"),
-        Err(e) => e.to_string(),
-    };
-    for part in parts {
-        assert!(message.contains(part), "{part:?} is not in {message:?}");
-    }
-}
-
 #[test]
 fn no_variables() -> Result<()> {
     let mut opt = Srkl::new(vec![], ParamsSrkl::reference())?;

@@ -20,21 +20,6 @@ fn params() -> ParamsSrkl {
     }
 }
 
-const NAMES: [(&str, &[usize]); 4] =
-    [("layer.weight", &[70, 130]), ("layer.bias", &[70]), ("scalar", &[]), ("empty", &[0, 3])];
-
-/// The same model every time.
-fn model(dtype: DType) -> Result<VarMap> {
-    let varmap = VarMap::new();
-    for (salt, (name, shape)) in NAMES.iter().enumerate() {
-        varmap.get(*shape, name, Init::Const(0.), dtype, &Device::Cpu)?;
-        let n = shape.iter().product();
-        let values = tensor(&noise(n, 1., salt as u64), dtype)?.reshape(*shape)?;
-        varmap.data().lock().unwrap()[*name].set(&values)?;
-    }
-    Ok(varmap)
-}
-
 /// Step number `step`: a schedule, a loss scale, a missing gradient and one with a NaN.
 fn step(varmap: &VarMap, opt: &mut Srkl, step: u64) -> Result<()> {
     if step == 2 {

@@ -5,8 +5,8 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use candle_core::{DType, Device, Result, Var};
-use candle_nn::{AdamW, Init, Optimizer, ParamsAdamW, VarMap};
+use candle_core::{DType, Result, Var};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 
@@ -513,23 +513,6 @@ fn averages_are_swapped_out_after_a_panic() -> Result<()> {
 }
 
 // -- Checkpoints --
-
-const NAMES: [(&str, &[usize]); 4] =
-    [("layer.weight", &[70, 130]), ("layer.bias", &[70]), ("scalar", &[]), ("empty", &[0, 3])];
-
-/// The same model every time.
-fn model(dtype: DType) -> Result<VarMap> {
-    let varmap = VarMap::new();
-    for (salt, (name, shape)) in NAMES.iter().enumerate() {
-        varmap.get(*shape, name, Init::Const(0.), dtype, &Device::Cpu)?;
-        let n = shape.iter().product();
-        let values = tensor(&noise(n, 1., salt as u64), dtype)?.reshape(*shape)?;
-        if n > 0 {
-            varmap.data().lock().unwrap()[*name].set(&values)?;
-        }
-    }
-    Ok(varmap)
-}
 
 /// Step number `step` on a quadratic that differs from batch to batch; some gradients are missing, and one
 /// step is asked to measure.

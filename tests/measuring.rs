@@ -33,18 +33,6 @@ fn hutchinson(every: u64, first: u64) -> ParamsSrkl {
     }
 }
 
-/// The message of an error that must come and must name all of `parts`.
-#[track_caller]
-fn assert_error<T>(result: Result<T>, parts: &[&str]) {
-    let message = match result {
-        Ok(_) => panic!("no error, expected one with {parts:?}"),
-        Err(e) => e.to_string(),
-    };
-    for part in parts {
-        assert!(message.contains(part), "{part:?} is not in {message:?}");
-    }
-}
-
 #[track_caller]
 fn assert_close(got: f64, exact: f64, relative: f64) {
     assert!((got - exact).abs() <= relative * exact.abs(), "{got}, not {exact}");

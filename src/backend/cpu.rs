@@ -19,6 +19,7 @@ use crate::numerics::{
     CHUNK, LANES, MIN_LANES, Pair, Real, Sums, bf16_to_f32, eighths, f16_to_f32, f32_to_bf16,
     f32_to_f16, pow2, random_bits, scale_exponent, tree,
 };
+use crate::optimizer::measures_steps;
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
@@ -296,8 +297,7 @@ pub(crate) fn adjust(
     measures: bool,
 ) {
     let Directions { own, n, total, total_n } = directions;
-    let is_step = matches!(params.curvature, Curvature::Step { .. });
-    if is_step && measures && !decision.is_known() {
+    if measures_steps(params) && measures && !decision.is_known() {
         let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
         let rms_d = (total.a / total_n).sqrt();
         let small = SMALL_STEP * rms_w / rms_d;

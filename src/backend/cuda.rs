@@ -285,9 +285,8 @@ impl Cuda {
     }
 
     /// One step, decided on the device: one launch, two where it needs no statistics, or three where it needs
-    /// the directions; no
-    /// synchronisation, nothing copied to the host. `measures` says whether [`Cuda::observe`] follows. Returns
-    /// whether it was captured instead.
+    /// the directions; no synchronisation, nothing copied to the host. `measures` says whether
+    /// [`Cuda::observe`] follows. Returns whether it was captured instead.
     ///
     /// # Errors
     ///

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::Optimizer;
+use candle_nn::{Init, Optimizer, VarMap};
 use candle_srkl::{Beta, Curvature, DEFAULT_GROUP, ParamsSrkl, Scope, Srkl};
 use half::{bf16, f16};
 
@@ -243,4 +243,34 @@ impl Quadratic {
     pub fn step(&self, opt: &mut Srkl) -> Result<()> {
         measured_step(opt, || self.gradient())
     }
+}
+
+/// The message of an error that must come and must name all of `parts`.
+#[track_caller]
+pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
+    let message = match result {
+        Ok(_) => panic!("no error, expected one with {parts:?}"),
+        Err(e) => e.to_string(),
+    };
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+}
+
+/// The parameters of `model`: of every rank, and an empty one.
+pub const NAMES: [(&str, &[usize]); 4] =
+    [("layer.weight", &[70, 130]), ("layer.bias", &[70]), ("scalar", &[]), ("empty", &[0, 3])];
+
+/// The same model every time.
+pub fn model(dtype: DType) -> Result<VarMap> {
+    let varmap = VarMap::new();
+    for (salt, (name, shape)) in NAMES.iter().enumerate() {
+        varmap.get(*shape, name, Init::Const(0.), dtype, &Device::Cpu)?;
+        let n = shape.iter().product();
+        let values = tensor(&noise(n, 1., salt as u64), dtype)?.reshape(*shape)?;
+        if n > 0 {
+            varmap.data().lock().unwrap()[*name].set(&values)?;
+        }
+    }
+    Ok(varmap)
 }
