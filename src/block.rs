@@ -32,8 +32,10 @@ pub(crate) struct Block {
     pub state: State,
     pub powers: Powers,
     pub estimate: Estimate,
-    /// The parameter as it was, while it is perturbed or replaced, or until the step is measured.
+    /// The parameter as it was, while it is perturbed or replaced.
     pub old: Kept,
+    /// The sum of `D^2 P` of the step that waits for its measurement, where it was made on the CPU.
+    pub moved: f64,
     /// How often it was skipped alone.
     pub skipped: u64,
     pub last: Last,
@@ -175,6 +177,7 @@ impl Block {
             powers,
             estimate,
             old: Kept::default(),
+            moved: 0.,
             skipped,
             last,
         })

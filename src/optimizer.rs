@@ -522,9 +522,8 @@ impl Srkl {
                         pending[i] = Some(found.gradient.clone());
                     }
                 }
-                stages.each(blocks, pending, |_, block, _| block.keep())?;
             }
-            stages.update(blocks, &gradients, &decisions, &self.groups)?;
+            stages.update(blocks, &gradients, &decisions, &self.groups, measures)?;
         }
         *(if skipped { &mut self.skipped_steps } else { &mut self.steps }) += 1;
         self.count_attempt(pending);
@@ -677,12 +676,7 @@ impl Srkl {
         let Self { blocks, groups, .. } = self;
         let pairs = stages.each(blocks, &measured, |scratch, block, measured| {
             let params = &groups[block.group].params;
-            match block.kept() {
-                Some(old) => {
-                    cpu::step_curvature(block, old, measured, params, stages.simd, scratch)
-                }
-                None => Ok(Pair::ZERO),
-            }
+            cpu::step_curvature(block, measured, params, stages.simd, scratch)
         })?;
         let decay = |block: &Block| match groups[block.group].params.curvature {
             Curvature::Step { decay, .. } => Some(decay),
@@ -697,7 +691,6 @@ impl Srkl {
                 let pair = if global { total } else { own.unwrap_or(Pair::ZERO) };
                 block.estimate.observe_step(pair, decay);
             }
-            block.old.valid = false;
         }
         Ok(())
     }

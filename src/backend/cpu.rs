@@ -456,29 +456,33 @@ impl ElementBrake {
     }
 }
 
-/// Moves a block by its gradient, in place.
+/// Moves a block by its gradient, in place. If the step `measures`, the block's `moved` becomes what
+/// [`step_curvature`] needs of it.
 pub(crate) fn update(
     block: &mut Block,
     gradient: &Tensor,
-    params: &ParamsSrkl,
-    decision: &Decision,
+    (params, decision): (&ParamsSrkl, &Decision),
+    measures: bool,
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<()> {
+    block.moved = 0.;
     if block.n == 0 {
         return Ok(()); // candle refuses to write to an empty tensor.
     }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
-    let coefficients = (params, decision, block.powers, block.estimate);
-    let Block { var, state, .. } = block;
-    let numbers = &coefficients;
-    with_storage_mut(var, |storage| match storage {
-        CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
-        CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
-        CpuStorage::BF16(w) => block_update(w, state, &g, numbers, simd, scratch),
-        CpuStorage::F16(w) => block_update(w, state, &g, numbers, simd, scratch),
-        _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+    let numbers = &(params, decision, block.powers, block.estimate, measures);
+    let Block { var, state, moved, .. } = block;
+    with_storage_mut(var, |storage| {
+        *moved = match storage {
+            CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
+            CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
+            CpuStorage::BF16(w) => block_update(w, state, &g, numbers, simd, scratch),
+            CpuStorage::F16(w) => block_update(w, state, &g, numbers, simd, scratch),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        };
+        Ok(())
     })
 }
 
@@ -486,10 +490,16 @@ fn block_update<P: Parameter>(
     w: &mut [P],
     state: &mut State,
     g: &Gradient,
-    (params, decision, powers, estimate): &(&ParamsSrkl, &Decision, Powers, Estimate),
+    (params, decision, powers, estimate, measures): &(
+        &ParamsSrkl,
+        &Decision,
+        Powers,
+        Estimate,
+        bool,
+    ),
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<()> {
+) -> f64 {
     let n = w.len();
     let coefficients = Coefficients::new(params, decision, powers, estimate);
     let mut block = Part::new(w, state);
@@ -500,16 +510,16 @@ fn block_update<P: Parameter>(
         master.iter_mut().zip(block.w.iter()).for_each(|(master, w)| *master = w.widen());
     }
     let update = |scratch: &mut Scratch, start, part| {
-        simd.run(Update { start, part, g, coefficients, rows: &mut scratch.rows });
+        simd.run(Update { start, part, g, coefficients, measures: *measures, scratch })
     };
-    if n <= PIECE {
-        update(scratch, 0, block);
-        return Ok(());
-    }
-    let pieces = block.pieces(PIECE);
-    let pieces = pieces.into_par_iter().enumerate();
-    pieces.for_each_init(Scratch::new, |scratch, (i, part)| update(scratch, i * PIECE, part));
-    Ok(())
+    let moved = if n <= PIECE {
+        update(scratch, 0, block)
+    } else {
+        let pieces = block.pieces(PIECE).into_par_iter().enumerate();
+        let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
+        pieces.map_init(Scratch::new, update).flatten_iter().collect()
+    };
+    Pair::fold(&moved).b
 }
 
 /// Neighbouring elements of a block: the parameter and its state.
@@ -554,29 +564,38 @@ impl<'a, P: Parameter> Part<'a, P> {
     }
 }
 
-/// The update of the elements of a part, which begins at `start`.
+/// The update of the elements of a part, which begins at `start`, that of a chunk.
 struct Update<'a, P: Parameter> {
     start: usize,
     part: Part<'a, P>,
     g: &'a Gradient<'a>,
     coefficients: Coefficients<P::Compute>,
-    rows: &'a mut Rows,
+    /// Whether to sum up what it moves.
+    measures: bool,
+    scratch: &'a mut Scratch,
 }
 
 impl<P: Parameter> Kernel for Update<'_, P> {
-    type Output = ();
+    /// Of every chunk the sum of `D^2 P`, in `b`, if it measures.
+    type Output = Vec<Pair>;
 
     #[inline(always)]
-    fn run(self) {
-        let Self { start, mut part, g, coefficients, rows } = self;
+    fn run(self) -> Vec<Pair> {
+        let Self { start, mut part, g, coefficients, measures, scratch } = self;
+        let Scratch { rows: Rows { tensors: [row, before, ..], d, .. }, lanes: [lanes, _] } =
+            scratch;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (phi_d, keep) = coefficients.of_phi(phi);
         let n = part.w.len();
+        let mut sums = vec![];
         for at in (0..n).step_by(LANES) {
-            let Part { w, mut master, m, v, average: a, q } = part.take(LANES.min(n - at));
-            let Rows { tensors: [row, ..], d, .. } = rows;
+            let Part { w, mut master, m, mut v, average: a, q } = part.take(LANES.min(n - at));
+            let before = &mut P::Compute::buffer(before)[..w.len()];
+            if measures {
+                before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
+            }
             let g = g.row(start + at, w.len(), row);
-            let d: &[P::Compute] = match (moments.direction, m, v) {
+            let d: &[P::Compute] = match (moments.direction, m, v.as_deref_mut()) {
                 (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
                     // In one loop: it has enough to compute while memory is waited for.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
@@ -634,11 +653,55 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                     a.iter_mut().zip(x).for_each(|(a, x)| *a = approach(*a, *x, average));
                 }
                 (Some(a), None) => {
-                    a.iter_mut().zip(w).for_each(|(a, w)| *a = approach(*a, w.widen(), average));
+                    a.iter_mut().zip(&*w).for_each(|(a, w)| *a = approach(*a, w.widen(), average));
+                }
+            }
+            if measures {
+                let len = CHUNK.min(n - at / CHUNK * CHUNK);
+                let lanes = &mut lanes[..len.clamp(MIN_LANES, LANES).next_power_of_two()];
+                if at % CHUNK == 0 {
+                    lanes.fill(0.);
+                }
+                add_moved(lanes, before, w, v.as_deref(), &moments);
+                if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
+                    sums.push(Pair { a: 0., b: tree(lanes) });
                 }
             }
         }
+        sums
     }
+}
+
+/// Adds the terms of `D^2 P` of a row: `D` is the step as the parameter took it, rounded to its dtype, and `P`
+/// the metric of its direction.
+#[inline(always)]
+fn add_moved<P: Parameter>(
+    lanes: &mut [f64],
+    before: &[P::Compute],
+    w: &[P],
+    v: Option<&[P::Compute]>,
+    moments: &Moments<P::Compute>,
+) {
+    let square = |w: &P, before: &P::Compute| {
+        let moved = w.widen().to_f64() - before.to_f64();
+        moved * moved
+    };
+    let rows = lanes.iter_mut().zip(before).zip(w);
+    match v {
+        None => rows.for_each(|((lane, before), w)| *lane += square(w, before)),
+        Some(v) => {
+            for (((lane, before), w), v) in rows.zip(v) {
+                let metric = moments.metric(*v).to_f64();
+                *lane += if says(metric) { square(w, before) * metric } else { 0. };
+            }
+        }
+    }
+}
+
+/// Whether a measurement hears an element of this metric: beyond its range one moves no more.
+#[inline(always)]
+fn says(metric: f64) -> bool {
+    metric < f64::INFINITY
 }
 
 /// `w <- keep * w - phi_d * d`
@@ -714,8 +777,10 @@ impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits
 // ---------------------------------------------------------------------------------------------
 // Sums of two terms, for what a step needs to know beside its gradient
 
-/// The terms of two sums over a block.
+/// The terms of two sums over a block, or of `a` alone.
 trait Terms: Sync {
+    const BOTH: bool = true;
+
     /// Writes the terms of elements `start..start + a.len()`.
     fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]);
 }
@@ -745,14 +810,18 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
         let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
         sum_a.fill(0.);
-        sum_b.fill(0.);
+        if T::BOTH {
+            sum_b.fill(0.);
+        }
         for at in (0..len).step_by(LANES) {
             let row = LANES.min(len - at);
             terms.row(start + at, tensors, &mut a[..row], &mut b[..row]);
             sum_a.iter_mut().zip(&a[..row]).for_each(|(sum, a)| *sum += a);
-            sum_b.iter_mut().zip(&b[..row]).for_each(|(sum, b)| *sum += b);
+            if T::BOTH {
+                sum_b.iter_mut().zip(&b[..row]).for_each(|(sum, b)| *sum += b);
+            }
         }
-        Pair { a: tree(sum_a), b: tree(sum_b) }
+        Pair { a: tree(sum_a), b: if T::BOTH { tree(sum_b) } else { 0. } }
     }
 }
 
@@ -845,84 +914,65 @@ pub(crate) struct Measured<'a> {
     pub c: f64,
 }
 
-/// [`Curvature::Step`]: a block's sums of `G^2 / P` and `D^2 P`, with `P` the metric of its direction.
-/// `old` is the parameter before the step.
+/// [`Curvature::Step`]: a block's sums of `G^2 / P` and `D^2 P`, with `P` the metric of its direction; the
+/// second one is what the update has left.
 pub(crate) fn step_curvature(
     block: &Block,
-    old: &Tensor,
     measured: &Measured,
     params: &ParamsSrkl,
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<Pair> {
-    fn sums<C: FromGradient>(
-        tensors: [&Gradient; 4],
+    fn changes<C: FromGradient>(
+        [first, again]: [&Gradient; 2],
         block: &Block,
         (params, c): (&ParamsSrkl, f64),
         simd: Simd,
         scratch: &mut Scratch,
-    ) -> Pair {
-        let metric = match params.direction {
-            Direction::Adam { eps, .. } => block.state.v.as_ref().and_then(C::state).map(|v| {
-                let correction2 = C::from_f64(correction(block.powers.second));
-                (v, correction2, C::from_f64(eps))
-            }),
-            _ => None,
-        };
-        pair_sums(block.n, &StepTerms { tensors, metric, c }, simd, scratch)
+    ) -> f64 {
+        let v = block.state.v.as_ref().and_then(C::state);
+        let moments = Moments::new(params, c, correction(block.powers.second));
+        pair_sums(block.n, &StepTerms { first, again, v, moments, c }, simd, scratch).a
     }
-    let storages = [old, block.var.as_tensor(), measured.first, measured.again]
-        .map(|tensor| tensor.storage_and_layout());
-    let readers = storages.iter().map(|(storage, layout)| Gradient::new(storage, layout));
-    let readers = readers.collect::<Result<Vec<_>>>()?;
-    let tensors = [&readers[0], &readers[1], &readers[2], &readers[3]];
+    let (first, first_layout) = measured.first.storage_and_layout();
+    let (again, again_layout) = measured.again.storage_and_layout();
+    let gradients = [&Gradient::new(&first, first_layout)?, &Gradient::new(&again, again_layout)?];
     let numbers = (params, measured.c);
-    Ok(match block.dtype {
-        DType::F64 => sums::<f64>(tensors, block, numbers, simd, scratch),
-        _ => sums::<f32>(tensors, block, numbers, simd, scratch),
-    })
+    let changes = match block.dtype {
+        DType::F64 => changes::<f64>(gradients, block, numbers, simd, scratch),
+        _ => changes::<f32>(gradients, block, numbers, simd, scratch),
+    };
+    Ok(Pair { a: changes, b: block.moved })
 }
 
 struct StepTerms<'a, C> {
-    /// Parameter before and after, gradient before and after.
-    tensors: [&'a Gradient<'a>; 4],
-    /// v, what corrects it, and eps.
-    metric: Option<(&'a [C], C, C)>,
+    first: &'a Gradient<'a>,
+    again: &'a Gradient<'a>,
+    v: Option<&'a [C]>,
+    moments: Moments<C>,
     c: f64,
 }
 
 impl<C: FromGradient> Terms for StepTerms<'_, C> {
+    const BOTH: bool = false;
+
     #[inline(always)]
-    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
-        let [old, new, first, again] = tensors;
-        let len = a.len();
-        let old = self.tensors[0].row::<C>(start, len, old);
-        let new = self.tensors[1].row::<C>(start, len, new);
-        let first = self.tensors[2].row::<C>(start, len, first);
-        let again = self.tensors[3].row::<C>(start, len, again);
-        // Of one length, as the compiler must see to leave out its checks.
-        let (old, new, first, again) = (&old[..len], &new[..len], &first[..len], &again[..len]);
-        let (a, b) = (&mut a[..len], &mut b[..len]);
-        let squares = |i: usize| {
-            let change = self.c * (again[i].to_f64() - first[i].to_f64());
-            let moved = new[i].to_f64() - old[i].to_f64();
-            (change * change, moved * moved)
+    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], _: &mut [f64]) {
+        let [first, again, ..] = tensors;
+        let first = self.first.row::<C>(start, a.len(), first);
+        let again = self.again.row::<C>(start, a.len(), again);
+        let square = |first: &C, again: &C| {
+            let change = self.c * (again.to_f64() - first.to_f64());
+            change * change
         };
-        match self.metric {
-            None => {
-                for i in 0..len {
-                    (a[i], b[i]) = squares(i);
-                }
-            }
-            Some((v, correction2, eps)) => {
-                let v = &v[start..start + len];
-                for i in 0..len {
-                    let metric = correction2.mul(v[i]).sqrt().add(eps).to_f64();
-                    let (change, moved) = squares(i);
-                    // Beyond its range an element moves no more, and has nothing to say.
-                    let says = metric < f64::INFINITY;
-                    a[i] = if says { change / metric } else { 0. };
-                    b[i] = if says { moved * metric } else { 0. };
+        let v = self.v.map(|v| &v[start..start + a.len()]);
+        let rows = a.iter_mut().zip(first).zip(again);
+        match v {
+            None => rows.for_each(|((a, first), again)| *a = square(first, again)),
+            Some(v) => {
+                for (((a, first), again), v) in rows.zip(v) {
+                    let metric = self.moments.metric(*v).to_f64();
+                    *a = if says(metric) { square(first, again) / metric } else { 0. };
                 }
             }
         }
@@ -1034,11 +1084,12 @@ pub(crate) fn average_probe(
 pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Result<f64> {
     struct Squares<'a, C>(&'a Gradient<'a>, PhantomData<fn() -> C>);
     impl<C: FromGradient> Terms for Squares<'_, C> {
+        const BOTH: bool = false;
+
         #[inline(always)]
-        fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], b: &mut [f64]) {
+        fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], _: &mut [f64]) {
             let w = self.0.row::<C>(start, a.len(), &mut tensors[0]);
             a.iter_mut().zip(w).for_each(|(a, w)| *a = w.to_f64() * w.to_f64());
-            b.fill(0.);
         }
     }
     let (storage, layout) = block.var.storage_and_layout();

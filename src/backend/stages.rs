@@ -18,7 +18,7 @@ use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Buffer, storage_address};
 use crate::numerics::{LANES, Sums};
-use crate::optimizer::Group;
+use crate::optimizer::{Group, measures_steps};
 
 /// Small blocks are handed to threads in batches of about this many elements, ...
 const BATCH_ELEMENTS: usize = 1 << 15;
@@ -114,7 +114,8 @@ impl Stages {
         Ok(found)
     }
 
-    /// Stage 3: moves every block that has a gradient and a decision. (Stage 2, `decide`, is a few
+    /// Stage 3: moves every block that has a gradient and a decision, of a step that `measures` the curvature
+    /// along it or doesn't. (Stage 2, `decide`, is a few
     /// operations per block.)
     pub fn update(
         &self,
@@ -122,6 +123,7 @@ impl Stages {
         gradients: &[Option<Found>],
         decisions: &[Option<Decision>],
         groups: &[Group],
+        measures: bool,
     ) -> Result<()> {
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
@@ -139,7 +141,9 @@ impl Stages {
                     (Some(Found { gradient, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
                         if block.on_cpu {
-                            cpu::update(block, gradient, params, decision, self.simd, scratch)?;
+                            let measures = measures && measures_steps(params);
+                            let numbers = (params, decision);
+                            cpu::update(block, gradient, numbers, measures, self.simd, scratch)?;
                         }
                         block.powers = block.powers.next(params);
                     }
