@@ -692,16 +692,16 @@ fn add_moved<P: Parameter>(
         Some(v) => {
             for (((lane, before), w), v) in rows.zip(v) {
                 let metric = moments.metric(*v).to_f64();
-                *lane += if says(metric) { square(w, before) * metric } else { 0. };
+                *lane += heard(square(w, before) * metric, metric);
             }
         }
     }
 }
 
-/// Whether a measurement hears an element of this metric: beyond its range one moves no more.
+/// What a measurement hears of an element: nothing where the metric is beyond its range, since it moves no more.
 #[inline(always)]
-fn says(metric: f64) -> bool {
-    metric < f64::INFINITY
+fn heard(term: f64, metric: f64) -> f64 {
+    if metric < f64::INFINITY { term } else { 0. }
 }
 
 /// `w <- keep * w - phi_d * d`
@@ -972,7 +972,7 @@ impl<C: FromGradient> Terms for StepTerms<'_, C> {
             Some(v) => {
                 for (((a, first), again), v) in rows.zip(v) {
                     let metric = self.moments.metric(*v).to_f64();
-                    *a = if says(metric) { square(first, again) / metric } else { 0. };
+                    *a = heard(square(first, again) / metric, metric);
                 }
             }
         }
