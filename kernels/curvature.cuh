@@ -11,6 +11,10 @@
 //            SRKL_SUM_STEP also `old`. SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
 //   order    launches that share a table follow each other on one stream
 //
+//            With SRKL_DECIDE the device goes on by the sums of all blocks; without it `pairs`, for which
+//            there are zeros before the first launch, is for the host, which sends `decisions`, `powers`,
+//            `estimates` and the state before the launches that need them
+//
 // Nobody waits: whoever finishes a block's last chunk adds up the block, and whoever adds up the last block
 // ends the work. Every access of a warp is to neighbouring elements.
 //
@@ -323,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 6)
                 last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
             }
             __syncthreads();
-            if (last) finish(table, what, delta, lanes);
+            if (last && table.stages & SRKL_DECIDE) finish(table, what, delta, lanes);
         }
         __syncthreads();
     }

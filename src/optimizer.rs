@@ -362,9 +362,6 @@ impl Srkl {
         let changed = |g: &Group| g.name == group;
         let others = self.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);
         let plan = Plan::of_all(others.chain([&params]))?;
-        if !self.cuda.is_empty() && !self.decides_on_device() {
-            check_on_several_devices(&params)?;
-        }
         let Some(group) = self.groups.iter_mut().find(|g| changed(g)) else {
             bail!("no parameter group `{group}`")
         };
@@ -449,16 +446,16 @@ impl Srkl {
         for (block, &skipped) in self.blocks.iter_mut().zip(skipped) {
             (block.skipped, block.last) = (skipped, None);
         }
-        if self.decides_on_device() {
-            self.cuda[0].set_counters(steps, skipped_steps, &self.blocks)?;
+        match self.decides_on_device() {
+            true => self.cuda[0].set_counters(steps, skipped_steps, &self.blocks),
+            false => self.send_known(),
         }
-        Ok(())
     }
 
     /// Whether all parameters are on one CUDA device: then a step is decided there, without waiting, and
     /// its counters are there too.
     fn decides_on_device(&self) -> bool {
-        matches!(&self.cuda[..], [cuda] if cuda.has_all(self.blocks.len()))
+        matches!(&self.cuda[..], [cuda] if cuda.decides())
     }
 
     /// Tells the devices of settings that have changed, for replays of captured steps: they find there what
@@ -468,18 +465,22 @@ impl Srkl {
         self.cuda.iter_mut().try_for_each(|cuda| cuda.set(&self.groups, scalars))
     }
 
+    /// Tells devices that don't decide what the host knows of their blocks.
+    fn send_known(&mut self) -> Result<()> {
+        self.cuda.iter_mut().try_for_each(|cuda| cuda.send_known(&self.blocks))
+    }
+
     // -- The order of a step, and its stages --
 
     fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
         let stages = self.stages();
         let measures = self.measuring() && !self.probes();
         let runs = self.runs(measures);
-        // Devices work while the CPU does. What they read must live until they are told to update.
-        let mut _alive = vec![];
+        // Devices work while the CPU does.
         for cuda in &mut self.cuda {
             let (blocks, storages, groups) = (&self.blocks, &self.storages, &self.groups);
             let inputs = Inputs { blocks, storages, groups, grads, scalars };
-            _alive.push(cuda.statistics(&inputs)?);
+            cuda.statistics(&inputs)?;
         }
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.
@@ -524,6 +525,9 @@ impl Srkl {
                 }
             }
             stages.update(blocks, &gradients, &decisions, &self.groups, measures)?;
+        }
+        if !measures {
+            self.cuda.iter_mut().for_each(Cuda::forget);
         }
         *(if skipped { &mut self.skipped_steps } else { &mut self.steps }) += 1;
         self.count_attempt(pending);
@@ -626,7 +630,11 @@ impl Srkl {
         scalars: StepScalars,
         measures: bool,
     ) -> Result<()> {
-        let Self { blocks, groups, .. } = self;
+        let Self { blocks, groups, cuda, .. } = self;
+        for cuda in cuda.iter_mut() {
+            cuda.send_decisions(decisions, blocks, groups)?;
+            cuda.directions(measures)?;
+        }
         let blocks = &mut blocks[run];
         let by_step = |block: &Block| measures_steps(&groups[block.group].params);
         let small =
@@ -643,10 +651,11 @@ impl Srkl {
             needs(block).then_some(both)
         });
         let given: Vec<_> = given.collect();
-        let pairs = stages.each(blocks, &given, |scratch, block, (found, decision)| {
+        let mut pairs = stages.each(blocks, &given, |scratch, block, (found, decision)| {
             let params = &groups[block.group].params;
             cpu::directions(block, found.gradient, params, decision, stages.simd, scratch)
         })?;
+        add_pairs(cuda, &mut pairs, |place| given[place].is_some())?;
         let counted = |(block, pair): (&Block, &Option<Pair>)| pair.filter(|_| by_step(block));
         let moving: Vec<Option<Pair>> = blocks.iter().zip(&pairs).map(counted).collect();
         let sizes = blocks.iter().zip(&moving).filter(|(_, pair)| pair.is_some());
@@ -666,18 +675,25 @@ impl Srkl {
 
     /// Takes the measurement of the last step.
     pub(crate) fn observe_pending(&mut self, pending: Pending, again: &GradStore) -> Result<()> {
+        let scalars = self.scalars()?;
         if self.decides_on_device() {
-            let scalars = self.scalars()?;
             let Self { cuda, blocks, storages, groups, .. } = self;
-            return cuda[0].observe(&Inputs { blocks, storages, groups, grads: again, scalars });
+            cuda[0].observe(&Inputs { blocks, storages, groups, grads: again, scalars })?;
+            cuda[0].forget();
+            return Ok(());
         }
         let stages = self.stages();
         let measured = self.measured(&stages, |i, _| pending[i].as_ref(), again)?;
-        let Self { blocks, groups, .. } = self;
-        let pairs = stages.each(blocks, &measured, |scratch, block, measured| {
+        self.send_known()?;
+        let Self { cuda, blocks, storages, groups, .. } = self;
+        for cuda in cuda.iter_mut() {
+            cuda.observe(&Inputs { blocks, storages, groups, grads: again, scalars })?;
+        }
+        let mut pairs = stages.each(blocks, &measured, |scratch, block, measured| {
             let params = &groups[block.group].params;
             cpu::step_curvature(block, measured, params, stages.simd, scratch)
         })?;
+        add_pairs(cuda, &mut pairs, |place| measured[place].is_some())?;
         let decay = |block: &Block| match groups[block.group].params.curvature {
             Curvature::Step { decay, .. } => Some(decay),
             _ => None,
@@ -692,6 +708,7 @@ impl Srkl {
                 block.estimate.observe_step(pair, decay);
             }
         }
+        self.forget_kept();
         Ok(())
     }
 
@@ -720,24 +737,34 @@ impl Srkl {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
         };
         let draw = self.progress.draws;
+        self.forget_kept();
+        for cuda in &mut self.cuda {
+            cuda.squares(&self.blocks, delta)?;
+        }
         if self.decides_on_device() {
-            self.cuda[0].perturb(&self.blocks, delta, seed, draw)?;
+            self.cuda[0].perturb(seed, draw)?;
             self.progress.draws += 1;
             return Ok(());
         }
-        self.forget_kept();
         let stages = self.stages();
         let all = vec![Some(()); self.blocks.len()];
-        let squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
+        let mut squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
             Ok(Pair { a: cpu::squares(block, stages.simd, scratch)?, b: 0. })
         })?;
+        add_pairs(&self.cuda, &mut squares, |_| true)?;
         let squares = Pair::fold(&squares.into_iter().flatten().collect::<Vec<_>>()).a;
         let n: usize = self.blocks.iter().map(|block| block.n).sum();
         let size = cpu::probe_size(delta, squares, n as f64);
         let places: Vec<_> = (0..self.blocks.len() as u64).map(Some).collect();
-        let perturbed = stages.each(&mut self.blocks, &places, |_, block, place| {
+        let on_cpu = stages.each(&mut self.blocks, &places, |_, block, place| {
             block.keep()?;
             cpu::perturb(block, *place, size, seed, draw)
+        });
+        let perturbed = on_cpu.and_then(|_| {
+            self.cuda.iter_mut().try_for_each(|cuda| {
+                cuda.send_probe(size, Probe::Finite)?;
+                cuda.perturb(seed, draw)
+            })
         });
         if let Err(e) = perturbed {
             self.restore_all()?;
@@ -750,21 +777,24 @@ impl Srkl {
 
     /// Takes a measurement by the last perturbation.
     pub(crate) fn observe_probe(&mut self, grads: &GradStore, again: &GradStore) -> Result<()> {
-        if self.decides_on_device() {
-            let scalars = self.scalars()?;
-            let Self { cuda, blocks, storages, groups, .. } = self;
-            let first = Inputs { blocks, storages, groups, grads, scalars };
-            return cuda[0].observe_probe(&first, &Inputs { grads: again, ..first });
-        }
         let stages = self.stages();
         let size = self.progress.size;
+        let scalars = self.scalars()?;
         stages.check(&self.blocks, grads)?;
+        let Self { cuda, blocks, storages, groups, .. } = self;
+        for cuda in cuda.iter_mut() {
+            let first = Inputs { blocks, storages, groups, grads, scalars };
+            cuda.probe_sums(&first, &Inputs { grads: again, ..first })?;
+        }
+        if self.decides_on_device() {
+            return self.cuda[0].average_probe();
+        }
         let by_rows = |block: &Block| {
             matches!(self.groups[block.group].params.curvature, Curvature::Hutchinson { .. })
         };
         let first = |_, block: &Block| grads.get_id(block.id).filter(|_| by_rows(block));
         let measured = self.measured(&stages, first, again)?;
-        let Self { blocks, groups, .. } = self;
+        let Self { blocks, groups, cuda, .. } = self;
         let decay = |block: &Block| match groups[block.group].params.curvature {
             Curvature::Hutchinson { decay, .. } => Some(decay),
             _ => None,
@@ -774,21 +804,27 @@ impl Srkl {
             .zip(measured)
             .map(|(block, measured)| Some((measured?, decay(block)?)))
             .collect();
-        let squares = stages.each(blocks, &given, |scratch, block, (measured, _)| {
+        let mut squares = stages.each(blocks, &given, |scratch, block, (measured, _)| {
             cpu::probe_sums(block, measured, size, stages.simd, scratch)
         })?;
+        add_pairs(cuda, &mut squares, |place| given[place].is_some())?;
         let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
         let probe = Probe::of(Pair::fold(&squares));
-        let sums = match probe {
-            Probe::Infinite | Probe::Nothing => given.iter().map(|_| None).collect(),
-            Probe::Finite => stages.each(blocks, &given, |scratch, block, (measured, decay)| {
-                cpu::average_probe(block, measured, size, *decay, scratch)
-            })?,
-        };
-        for (block, sum) in blocks.iter_mut().zip(sums) {
-            if let (Some(sum), Some(decay)) = (sum, decay(block)) {
-                block.estimate.power *= decay;
-                block.estimate.own = sum / (1. - block.estimate.power);
+        if probe == Probe::Finite {
+            for cuda in cuda.iter_mut() {
+                cuda.send_probe(size, probe)?;
+                cuda.average_probe()?;
+            }
+            let mut sums = stages.each(blocks, &given, |scratch, block, (measured, decay)| {
+                let a = cpu::average_probe(block, measured, size, *decay, scratch)?;
+                Ok(Pair { a, b: 0. })
+            })?;
+            add_pairs(cuda, &mut sums, |place| given[place].is_some())?;
+            for (block, sum) in blocks.iter_mut().zip(sums) {
+                if let (Some(Pair { a, .. }), Some(decay)) = (sum, decay(block)) {
+                    block.estimate.power *= decay;
+                    block.estimate.own = a / (1. - block.estimate.power);
+                }
             }
         }
         let own = |block: &Block| Pair { a: block.estimate.own, b: 0. };
@@ -800,28 +836,30 @@ impl Srkl {
                 block.estimate.observe_rows(probe, if global { total } else { own });
             }
         }
-        Ok(())
+        self.forget_kept();
+        self.send_known()
     }
 
     /// Puts the averages in the place of the parameters.
     pub(crate) fn swap_all(&mut self) -> Result<()> {
+        self.forget_kept();
         if self.decides_on_device() {
             return self.cuda[0].swap(&self.blocks);
         }
-        self.forget_kept();
+        self.send_known()?;
         let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
         let given: Vec<_> = self.blocks.iter().map(averaged).collect();
-        let swapped = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
+        let on_cpu = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
             block.keep()?;
             cpu::swap_average(block)
         });
-        match swapped {
-            Ok(_) => Ok(()),
-            Err(e) => {
-                self.restore_all()?;
-                Err(e)
-            }
+        let swapped =
+            on_cpu.and_then(|_| self.cuda.iter_mut().try_for_each(|cuda| cuda.swap(&self.blocks)));
+        if let Err(e) = swapped {
+            self.restore_all()?;
+            return Err(e);
         }
+        Ok(())
     }
 
     /// Drops copies of parameters that nobody waits for any more.
@@ -832,9 +870,7 @@ impl Srkl {
 
     /// Puts back the parameters that were kept.
     pub(crate) fn restore_all(&mut self) -> Result<()> {
-        if self.decides_on_device() {
-            return self.cuda[0].restore(&self.blocks);
-        }
+        self.cuda.iter_mut().try_for_each(|cuda| cuda.restore(&self.blocks))?;
         self.blocks.iter_mut().try_for_each(Block::restore)
     }
 
@@ -855,20 +891,23 @@ impl Srkl {
     }
 }
 
+/// Adds what devices have summed up for blocks at places that are `asked` for.
+fn add_pairs(
+    cuda: &[Cuda],
+    pairs: &mut [Option<Pair>],
+    asked: impl Fn(usize) -> bool,
+) -> Result<()> {
+    for cuda in cuda {
+        for (place, pair) in cuda.pairs()?.into_iter().filter(|(place, _)| asked(*place)) {
+            pairs[place] = Some(pair);
+        }
+    }
+    Ok(())
+}
+
 /// Whether curvature is measured along the step.
 pub(crate) fn measures_steps(params: &ParamsSrkl) -> bool {
     matches!(params.curvature, Curvature::Step { .. })
-}
-
-/// What parameters on several devices can't have.
-pub(crate) fn check_on_several_devices(params: &ParamsSrkl) -> Result<()> {
-    if keeps_parameters(params) || params.trust.is_some() {
-        bail!(
-            "parameters on several devices: expected settings with `Curvature::GradSquare`, no `trust` and \
-             no `average`, whose steps need no more than one sum over each gradient; got {params:?}"
-        )
-    }
-    Ok(())
 }
 
 /// Whether parameters are kept while something else is in their place, or until a step is measured.

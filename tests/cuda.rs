@@ -174,17 +174,18 @@ fn saved(opt: &mut Srkl) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// What is left of a training that measures, by gradients that are noise.
+/// What is left of a training that measures, by gradients that are noise, of parameters spread over `devices`.
 fn train_measuring(
     params: &ParamsSrkl,
     sizes: &[usize],
     seed: u64,
-    device: &Device,
+    devices: &[&Device],
 ) -> Result<Vec<String>> {
+    let on = |i: usize| devices[(i / 2) % devices.len()];
     let mut vars = vec![];
     for (i, &n) in sizes.iter().enumerate() {
         let value = tensor(&noise(n, 0.5, seed + i as u64), FLOATS[(i + seed as usize) % 4])?;
-        vars.push(Var::from_tensor(&value.to_device(device)?)?);
+        vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
     }
     let mut opt = Srkl::builder()
         .default_group(params.clone())
@@ -198,9 +199,9 @@ fn train_measuring(
         let (mut store, mut again) = (grads([]), grads([]));
         for (i, var) in vars.iter().enumerate() {
             let salt = seed + 1000 * step + 10 * i as u64;
-            if let Some(g) = gradient(var.elem_count(), var.dtype(), salt, device)? {
+            if let Some(g) = gradient(var.elem_count(), var.dtype(), salt, on(i))? {
                 let other = noise(var.elem_count(), 0.1, salt + 1);
-                let other = tensor(&other, g.dtype())?.to_device(device)?;
+                let other = tensor(&other, g.dtype())?.to_device(on(i))?;
                 let mut second = (&g + other)?;
                 let first = if matches!(step, 1 | 2) && i == 5 { (&g / 0.)? } else { g };
                 if step == 3 && i == 7 {
@@ -251,12 +252,9 @@ fn train_measuring(
     Ok(lines)
 }
 
-/// Every direction, curvature and scope, with and without trust clip, clipping, policy and average.
-#[test]
-fn the_same_bits_of_measured_curvature() -> Result<()> {
-    let device = Device::new_cuda(0)?;
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
-    println!("seed {seed}");
+/// Every direction, curvature and scope, each with every policy, with and without trust clip, clipping and
+/// average.
+fn measuring_settings() -> Vec<ParamsSrkl> {
     let step = Curvature::Step { every: 3, first: 2, decay: 0.9 };
     let rows = Curvature::Hutchinson { every: 3, first: 2, decay: 0.9, delta: 1e-2, seed: 5 };
     let momentum = Direction::Momentum { mu: 0.9 };
@@ -272,15 +270,13 @@ fn the_same_bits_of_measured_curvature() -> Result<()> {
         (adam, rows, Scope::Tensor),
         (momentum, rows, Scope::Global),
     ];
+    // Of Propagate without masters, clip or measurement nothing is asked before the step.
+    let policies = [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate];
+    let mut all = vec![];
     for (case, (direction, curvature, scope)) in cases.into_iter().enumerate() {
-        // Of Propagate without masters, clip or measurement nothing is asked before the step.
-        for (variant, nonfinite) in
-            [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate]
-                .into_iter()
-                .enumerate()
-        {
-            let odd = variant % 2 == 1;
-            let params = ParamsSrkl {
+        for (variant, nonfinite) in policies.into_iter().enumerate() {
+            let masters = [MasterWeights::Auto, MasterWeights::None, MasterWeights::None];
+            all.push(ParamsSrkl {
                 lr: 0.5,
                 direction,
                 curvature,
@@ -288,21 +284,43 @@ fn the_same_bits_of_measured_curvature() -> Result<()> {
                 beta: Beta::Tied(0.5),
                 trust: (case % 2 == variant % 2).then_some(0.05),
                 weight_decay: 0.1,
-                max_grad_norm: odd.then_some(5.),
+                max_grad_norm: (variant == 1).then_some(5.),
                 average: (variant != 1).then_some(0.9),
-                master_weights: if variant == 0 {
-                    MasterWeights::Auto
-                } else {
-                    MasterWeights::None
-                },
+                master_weights: masters[variant],
                 nonfinite,
-            };
-            let seed = seed + (10 * case + variant) as u64;
-            let sizes: Vec<usize> = SIZES.into_iter().chain(SIZES[4..].iter().copied()).collect();
-            let cpu = train_measuring(&params, &sizes, seed, &Device::Cpu)?;
-            let cuda = train_measuring(&params, &sizes, seed, &device)?;
-            assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
+            });
         }
+    }
+    all
+}
+
+#[test]
+fn the_same_bits_of_measured_curvature() -> Result<()> {
+    let device = Device::new_cuda(0)?;
+    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    println!("seed {seed}");
+    let sizes: Vec<usize> = SIZES.into_iter().chain(SIZES[4..].iter().copied()).collect();
+    for (case, params) in measuring_settings().iter().enumerate() {
+        let seed = seed + 10 * case as u64;
+        let cpu = train_measuring(params, &sizes, seed, &[&Device::Cpu])?;
+        let cuda = train_measuring(params, &sizes, seed, &[&device])?;
+        assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, params);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_same_bits_of_measured_curvature_on_several_devices() -> Result<()> {
+    let (a, b) = (Device::new_cuda(0)?, Device::new_cuda(0)?);
+    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    println!("seed {seed}");
+    let sizes = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 16_385, 5];
+    for (case, params) in measuring_settings().iter().enumerate() {
+        let seed = seed + 10 * case as u64;
+        let cpu = train_measuring(params, &sizes, seed, &[&Device::Cpu])?;
+        let places: [&[&Device]; 3] = [&[&Device::Cpu, &a], &[&a, &Device::Cpu, &b], &[&a, &b]];
+        let mixed = train_measuring(params, &sizes, seed, places[case % 3])?;
+        assert_same(&cpu.join("\n"), &mixed.join("\n"), seed, params);
     }
     Ok(())
 }
@@ -316,9 +334,11 @@ fn the_same_bits_of_small_presets() -> Result<()> {
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
         let params = ParamsSrkl { average: Some(0.9), ..params };
         let sizes = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 5];
-        let cpu = train_measuring(&params, &sizes, seed, &Device::Cpu)?;
-        let cuda = train_measuring(&params, &sizes, seed, &device)?;
-        assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
+        let cpu = train_measuring(&params, &sizes, seed, &[&Device::Cpu])?;
+        for devices in [&[&device][..], &[&Device::Cpu, &device]] {
+            let cuda = train_measuring(&params, &sizes, seed, devices)?;
+            assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
+        }
     }
     Ok(())
 }

@@ -26,12 +26,9 @@ use super::cpu::{Corrections, Decision, PROBES, StepScalars};
 use super::{Counters, Inputs};
 use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
-use crate::curvature::{Estimate, Measurements, no_second_gradient};
-use crate::numerics::{CHUNK, LANES, Sums};
-use crate::optimizer::{
-    Group, check_on_several_devices, keeps_parameters, steps_whole, uses_norm, uses_sums,
-    uses_total,
-};
+use crate::curvature::{Estimate, Measurements, Probe, no_second_gradient};
+use crate::numerics::{CHUNK, LANES, Pair, Sums};
+use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
@@ -93,8 +90,12 @@ pub(crate) struct Cuda {
     memory: Memory,
     table: abi::SrklTable,
     captures: Captures,
-    /// The gradients of a step that waits for its measurement.
+    /// Gradients that are read by what follows: an update that the host decides, or a measurement.
     pending: Vec<Tensor>,
+    /// Whether all blocks of the optimizer are here: then the device decides, and otherwise the host.
+    decides: bool,
+    /// Whether something stands in for the parameters, which are kept.
+    keeps: bool,
     /// Masters are compared with their parameters in the launch that does statistics.
     has_masters: bool,
 }
@@ -165,10 +166,6 @@ pub(crate) fn devices_of(blocks: &[Block], groups: &[Group]) -> Result<Vec<Cuda>
         {
             devices.push(device);
         }
-    }
-    let several = devices.len() > 1 || !devices.is_empty() && blocks.iter().any(|b| b.on_cpu);
-    if several {
-        groups.iter().try_for_each(|group| check_on_several_devices(&group.params))?;
     }
     devices.into_iter().map(|device| Cuda::new(device, blocks, groups)).collect()
 }
@@ -279,6 +276,8 @@ impl Cuda {
             memory,
             captures,
             pending: vec![],
+            decides: count == blocks.len(),
+            keeps: false,
             has_masters,
             stream,
         })
@@ -319,7 +318,7 @@ impl Cuda {
         if measures || any(|params| params.trust.is_some()) {
             launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
             let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
-            self.launch_sums(&abi::SrklTable { gradients: address, ..self.table }, what, 0.)?;
+            self.launch_sums(address, what, 0.)?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
         } else if any(uses_sums) || self.has_masters {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
@@ -337,6 +336,9 @@ impl Cuda {
         Ok(capturing)
     }
 
+    // In what follows a device that decides goes on by itself, and [`Cuda::pairs`] tells the host the sums of one
+    // that doesn't.
+
     /// The measurement of the last step, by second gradients.
     ///
     /// # Errors
@@ -346,16 +348,18 @@ impl Cuda {
         self.refuse_capture("a measurement of curvature")?;
         let _alive = self.send_again(again)?;
         self.send(Settings::new(again.groups, again.scalars))?;
-        self.launch_sums(&self.table, abi::SRKL_SUM_STEP, 0.)?;
-        self.pending.clear();
-        Ok(())
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0.)
     }
 
-    /// Keeps the parameters and perturbs them.
-    pub fn perturb(&mut self, blocks: &[Block], delta: f64, seed: u64, draw: u64) -> Result<()> {
+    /// The squares of the parameters, and with `delta` the size of a perturbation.
+    pub fn squares(&mut self, blocks: &[Block], delta: f64) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         self.check_addresses(blocks)?;
-        self.launch_sums(&self.table, abi::SRKL_SUM_SQUARES, delta)?;
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_SQUARES, delta)
+    }
+
+    /// Keeps the parameters and perturbs them, after [`Cuda::squares`].
+    pub fn perturb(&mut self, seed: u64, draw: u64) -> Result<()> {
         self.launch_replace(abi::SRKL_PERTURB, seed, draw)
     }
 
@@ -366,34 +370,53 @@ impl Cuda {
         self.launch_replace(abi::SRKL_SWAP, 0, 0)
     }
 
-    /// Puts back what was kept.
+    /// Puts back what was kept, if anything was.
     pub fn restore(&mut self, blocks: &[Block]) -> Result<()> {
+        if !self.keeps {
+            return Ok(());
+        }
         self.check_addresses(blocks)?;
         self.launch_replace(abi::SRKL_RESTORE, 0, 0)
     }
 
-    /// The measurement by the last perturbation.
+    /// The product with the Hessian by the last perturbation, from the gradients before and at it.
     ///
     /// # Errors
     ///
     /// As [`Cuda::observe`].
-    pub fn observe_probe(&mut self, first: &Inputs, again: &Inputs) -> Result<()> {
+    pub fn probe_sums(&mut self, first: &Inputs, again: &Inputs) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
-        let (gradients, _alive) = self.find(first)?;
+        let (gradients, alive) = self.find(first)?;
         self.send_gradients(gradients)?;
-        let _alive_too = self.send_again(again)?;
+        self.pending = self.send_again(again)?;
+        self.pending.extend(alive);
         self.send(Settings::new(first.groups, first.scalars))?;
-        self.launch_sums(&self.table, abi::SRKL_SUM_PROBE, 0.)?;
-        self.launch_sums(&self.table, abi::SRKL_SUM_AVERAGE, 0.)
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_PROBE, 0.)
     }
 
-    /// Stage 1 alone: launches the statistics, for a step that the host decides. Returns what it
-    /// reads, to be kept until [`Cuda::update`] has returned.
+    /// Its average, after [`Cuda::probe_sums`].
+    pub fn average_probe(&mut self) -> Result<()> {
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_AVERAGE, 0.)?;
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// The sums of each block, by its place. Waits for the device.
+    pub fn pairs(&self) -> Result<Vec<(usize, Pair)>> {
+        let pairs = self.device.clone_dtoh(&self.memory.pairs)?;
+        let pair = |(&place, pair): (&usize, abi::SrklPair)| (place, Pair { a: pair.a, b: pair.b });
+        Ok(self.places.iter().zip(pairs).map(pair).collect())
+    }
+
+    // -- What a device is told that doesn't decide --
+
+    /// Stage 1 alone: launches the statistics, for a step that the host decides. Its gradients are kept until
+    /// [`Cuda::forget`], which comes after [`Cuda::update`], or after [`Cuda::observe`] where that follows.
     ///
     /// # Errors
     ///
     /// As [`Cuda::step`]; and such a step cannot be captured.
-    pub fn statistics(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
+    pub fn statistics(&mut self, inputs: &Inputs) -> Result<()> {
         if self.is_capturing()? {
             bail!(
                 "a step of parameters on several devices is decided on the host, which waits for them; \
@@ -403,8 +426,8 @@ impl Cuda {
         let (gradients, alive) = self.find(inputs)?;
         self.send(Settings::new(inputs.groups, inputs.scalars))?;
         self.send_gradients(gradients)?;
-        self.launch(&self.for_stages(abi::SRKL_STATISTICS))?;
-        Ok(alive)
+        self.pending = alive;
+        self.launch(&self.for_stages(abi::SRKL_STATISTICS))
     }
 
     /// What [`Cuda::statistics`] found: the places of blocks that have a gradient, with their sums. Waits
@@ -444,6 +467,33 @@ impl Cuda {
         };
         let decisions: Vec<_> = self.places.iter().map(decision).collect();
         self.upload(&decisions, |memory| &mut memory.decisions)
+    }
+
+    /// The sums over directions, between a [`Cuda::send_decisions`] and another one; of a step that measures the
+    /// parameters are kept.
+    pub fn directions(&mut self, measures: bool) -> Result<()> {
+        let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
+        self.launch_sums(self.table.gradients, what, 0.)
+    }
+
+    /// Sends the size of a perturbation, and what the product with the Hessian comes to.
+    pub fn send_probe(&mut self, size: f64, probe: Probe) -> Result<()> {
+        let probe = match probe {
+            Probe::Finite => abi::SRKL_FINITE,
+            Probe::Infinite => abi::SRKL_INFINITE,
+            Probe::Nothing => abi::SRKL_NOTHING,
+        };
+        let state = abi::SrklState { probe_size: size, probe, ..Default::default() };
+        self.upload(&[state], |memory| &mut memory.state)
+    }
+
+    /// Sends the products of decays and the estimates of blocks.
+    pub fn send_known(&mut self, blocks: &[Block]) -> Result<()> {
+        let here = self.places.iter().map(|&place| &blocks[place]);
+        let all_powers: Vec<_> = here.clone().map(|block| powers(&block.powers)).collect();
+        let estimates: Vec<_> = here.map(|block| estimate(&block.estimate)).collect();
+        self.upload(&all_powers, |memory| &mut memory.powers)?;
+        self.upload(&estimates, |memory| &mut memory.estimates)
     }
 
     /// Stage 3 alone, by the decisions that were sent. The gradients are those of the last
@@ -525,24 +575,22 @@ impl Cuda {
         let state = abi::SrklState { steps, skipped_steps, ..Default::default() };
         let none = vec![abi::SrklDecision::default(); self.places.len()];
         let skipped: Vec<u64> = blocks.iter().map(|block| block.skipped).collect();
-        let all_powers: Vec<_> = blocks.iter().map(|block| powers(&block.powers)).collect();
-        let estimates: Vec<_> = blocks.iter().map(|block| estimate(&block.estimate)).collect();
         self.pending.clear();
         self.upload(&none, |memory| &mut memory.decisions)?;
         self.upload(&skipped, |memory| &mut memory.skipped)?;
-        self.upload(&all_powers, |memory| &mut memory.powers)?;
-        self.upload(&estimates, |memory| &mut memory.estimates)?;
+        self.send_known(blocks)?;
         self.upload(&[state], |memory| &mut memory.state)
     }
 
-    /// Whether it has as many blocks as this.
-    pub fn has_all(&self, block_count: usize) -> bool {
-        self.places.len() == block_count
+    /// Whether it decides, because it has all blocks of the optimizer.
+    pub fn decides(&self) -> bool {
+        self.decides
     }
 
-    /// Drops what waits for a measurement.
+    /// Drops what waits for a measurement, or for being put back.
     pub fn forget(&mut self) {
         self.pending.clear();
+        self.keeps = false;
     }
 
     // -- What a step is made of --
@@ -700,9 +748,12 @@ impl Cuda {
         Ok(())
     }
 
-    fn launch_sums(&self, table: &abi::SrklTable, what: u32, delta: f64) -> Result<()> {
+    /// `gradients` is where the first gradients are.
+    fn launch_sums(&self, gradients: u64, what: u32, delta: f64) -> Result<()> {
+        let stages = if self.decides { abi::SRKL_DECIDE } else { 0 };
+        let table = abi::SrklTable { gradients, ..self.for_stages(stages) };
         let mut launch = self.stream.launch_builder(&self.sums);
-        launch.arg(table).arg(&what).arg(&delta);
+        launch.arg(&table).arg(&what).arg(&delta);
         // SAFETY: the contract at the top of kernels/curvature.cuh, of which `launch` says what concerns the
         // table. Those who call this launch what must come before it, with the gradients alive and in the
         // table; where `old` is used, settings have asked for it in `new`.
@@ -710,12 +761,13 @@ impl Cuda {
         Ok(())
     }
 
-    fn launch_replace(&self, what: u32, seed: u64, draw: u64) -> Result<()> {
+    fn launch_replace(&mut self, what: u32, seed: u64, draw: u64) -> Result<()> {
         let mut launch = self.stream.launch_builder(&self.replace);
         launch.arg(&self.table).arg(&what).arg(&seed).arg(&draw);
         // SAFETY: the contract at the top of kernels/replace.cuh, of which `launch` says what concerns the
         // table. Its callers come from settings that have asked for `old` in `new`.
         unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
+        self.keeps = what != abi::SRKL_RESTORE;
         Ok(())
     }
 

@@ -1,12 +1,12 @@
 //! What stands in for `cuda.rs` in a build without feature `cuda`: no device, and no way to make one.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::cpu::{Decision, StepScalars};
 use super::{Counters, Inputs};
 use crate::block::{Block, Last, Powers};
-use crate::curvature::Estimate;
-use crate::numerics::Sums;
+use crate::curvature::{Estimate, Probe};
+use crate::numerics::{Pair, Sums};
 use crate::optimizer::Group;
 
 /// There is none.
@@ -25,7 +25,11 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn perturb(&mut self, _: &[Block], _: f64, _: u64, _: u64) -> Result<()> {
+    pub fn squares(&mut self, _: &[Block], _: f64) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn perturb(&mut self, _: u64, _: u64) -> Result<()> {
         match *self {}
     }
 
@@ -37,7 +41,27 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn observe_probe(&mut self, _: &Inputs, _: &Inputs) -> Result<()> {
+    pub fn probe_sums(&mut self, _: &Inputs, _: &Inputs) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn average_probe(&mut self) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn pairs(&self) -> Result<Vec<(usize, Pair)>> {
+        match *self {}
+    }
+
+    pub fn directions(&mut self, _: bool) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn send_probe(&mut self, _: f64, _: Probe) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn send_known(&mut self, _: &[Block]) -> Result<()> {
         match *self {}
     }
 
@@ -53,11 +77,11 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn statistics(&mut self, _: &Inputs) -> Result<Vec<Tensor>> {
+    pub fn statistics(&mut self, _: &Inputs) -> Result<()> {
         match *self {}
     }
 
-    pub fn has_all(&self, _: usize) -> bool {
+    pub fn decides(&self) -> bool {
         match *self {}
     }
 
