@@ -34,7 +34,6 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
                                  u64 start, int at) {
     const u32 direction = numbers.group.direction;
     SrklPair pair = {0., 0.};
-    const double c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
     if (what == SRKL_SUM_SQUARES) {
         double w = (double)widen(part.w()[at]);
         pair.a = __dmul_rn(w, w);
@@ -59,7 +58,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     }
     C g2;
     from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
-    double change = __dmul_rn(c, __dsub_rn((double)g2, (double)g));
+    double change = __dmul_rn(numbers.decision.c, __dsub_rn((double)g2, (double)g));
     if (what == SRKL_SUM_STEP) {
         const P *old = (const P *)block.old + start;
         double moved = __dsub_rn((double)(C)widen(part.w()[at]), (double)(C)widen(old[at]));
@@ -284,33 +283,37 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 6)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
     srkl_sums(const SrklTable table, const u32 what, const double delta) {
     __shared__ Lanes lanes;
     __shared__ Numbers numbers;
+    __shared__ SrklChunk part;
     __shared__ SrklBlock block;
-    __shared__ bool last;
+    __shared__ bool takes, last;
     SrklPair *of_chunks = (SrklPair *)table.chunk_pairs, *pairs = (SrklPair *)table.pairs;
     for (u64 chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
-        const SrklChunk part = ((const SrklChunk *)table.chunks)[chunk];
-        const u64 b = part.block;
         if (threadIdx.x == 0) {
-            block = ((const SrklBlock *)table.blocks)[b];
+            part = ((const SrklChunk *)table.chunks)[chunk];
+            takes = takes_part(table, what, part.block);
+            block = ((const SrklBlock *)table.blocks)[part.block];
             numbers.group = ((const SrklGroup *)table.groups)[block.group];
-            numbers.set_rows(((const SrklEstimate *)table.estimates)[b]);
-            numbers.decision = ((const SrklDecision *)table.decisions)[b];
-            if (what == SRKL_SUM_STEP)
-                numbers.decision.correction2 = correction(((const SrklPowers *)table.powers)[b].second);
+            numbers.set_rows(((const SrklEstimate *)table.estimates)[part.block]);
+            numbers.decision = ((const SrklDecision *)table.decisions)[part.block];
+            if (what != SRKL_SUM_DIRECTIONS && what != SRKL_SUM_MEASURING) {
+                // A change of gradients is unscaled, and not clipped.
+                numbers.decision.c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
+                numbers.decision.correction2 =
+                    correction(((const SrklPowers *)table.powers)[part.block].second);
+            }
         }
         __syncthreads();
         const u64 left = block.n - part.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         SrklPair sums = {0., 0.};
-        if (takes_part(table, what, b))
-            sums = chunk_pair(table, what, b, block, numbers, part.start, len, lanes);
+        if (takes) sums = chunk_pair(table, what, part.block, block, numbers, part.start, len, lanes);
         if (threadIdx.x == 0) {
             of_chunks[chunk] = sums;
-            last = arrives_last(&((u32 *)table.chunks_done)[b], block.chunk_count);
+            last = arrives_last(&((u32 *)table.chunks_done)[part.block], block.chunk_count);
         }
         __syncthreads();
         if (last) {
@@ -323,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 6)
                     const double scale = scale_of(numbers.group, numbers.decision);
                     sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
                 }
-                pairs[b] = sums;
+                pairs[part.block] = sums;
                 last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
             }
             __syncthreads();
