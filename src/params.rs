@@ -123,7 +123,7 @@ pub enum Curvature {
     /// With momentum of 0.8 or more, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and
     /// conditions ended higher than it began; with less momentum choose `Beta::Tied(1.)`: see the README.
     ///
-    /// Costs a second gradient on a step that measures; then also a copy of the parameters.
+    /// Costs a second gradient on a step that measures; on a CUDA device also room for a copy of the parameters.
     Step {
         /// Every how many steps it is measured. 1 or above.
         every: u64,
@@ -138,8 +138,8 @@ pub enum Curvature {
     /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
     /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
     ///
-    /// Costs a second gradient and a copy of the parameters on a step that measures. State: q, 4 bytes a
-    /// parameter.
+    /// Costs a second gradient and a copy of the parameters on a step that measures (on a CUDA device its room
+    /// always). State: q, 4 bytes a parameter.
     Hutchinson {
         /// Every how many steps it is measured. 1 or above.
         every: u64,

@@ -1,8 +1,8 @@
 //! The mathematics of the step, on the CPU.
 //!
 //! Top to bottom: the stages `statistics`, `decide` and `update`, each with the loop over elements
-//! that it runs; then sums over directions, measured curvature and perturbations. The order of operations in this file is part of the contract in
-//! [`numerics`](crate::numerics).
+//! that it runs; then sums over directions, measured curvature and perturbations. The order of
+//! operations in this file is part of the contract in [`numerics`](crate::numerics).
 
 use std::cell::Cell;
 use std::marker::PhantomData;
