@@ -82,6 +82,14 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     return pair;
 }
 
+// The sums over the lanes.
+__device__ inline SrklPair tree_pair(Lanes &lanes, int width) {
+    SrklPair sums;
+    sums.a = tree(lanes.sum2, width);
+    sums.b = tree(lanes.sum4, width);
+    return sums;
+}
+
 // The sums over elements `start..start + len` of a block, one chunk.
 template <typename P, typename C>
 __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
@@ -109,10 +117,7 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
         lanes.sum2[l] = a;
         lanes.sum4[l] = b2;
     }
-    SrklPair sums;
-    sums.a = tree(lanes.sum2, width);
-    sums.b = tree(lanes.sum4, width);
-    return sums;
+    return tree_pair(lanes, width);
 }
 
 // The sum of `count` pairs, by rule 4; `item(i)` reads one.
@@ -130,10 +135,7 @@ template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, La
         lanes.sum2[l] = a;
         lanes.sum4[l] = b;
     }
-    SrklPair sums;
-    sums.a = tree(lanes.sum2, width);
-    sums.b = tree(lanes.sum4, width);
-    return sums;
+    return tree_pair(lanes, width);
 }
 
 __device__ inline SrklPair read_pair(const SrklPair *pair) {

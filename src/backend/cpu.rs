@@ -1043,8 +1043,7 @@ pub(crate) fn average_probe(
         decay: f64,
         scratch: &mut Scratch,
     ) -> f64 {
-        let mut sums = vec![];
-        for (chunk, q) in q.chunks_mut(CHUNK).enumerate() {
+        let chunk_sum = |scratch: &mut Scratch, (chunk, q): (usize, &mut [C])| {
             let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [lanes, _] } = scratch;
             let (a, b) = (f64::buffer(a), f64::buffer(b));
             let width = q.len().clamp(MIN_LANES, LANES).next_power_of_two();
@@ -1057,8 +1056,14 @@ pub(crate) fn average_probe(
                     *lane += q.to_f64();
                 }
             }
-            sums.push(Pair { a: tree(&mut lanes[..width]), b: 0. });
-        }
+            Pair { a: tree(&mut lanes[..width]), b: 0. }
+        };
+        let sums: Vec<Pair> = if q.len() <= PIECE {
+            q.chunks_mut(CHUNK).enumerate().map(|item| chunk_sum(scratch, item)).collect()
+        } else {
+            let chunks = q.par_chunks_mut(CHUNK).enumerate().with_min_len(PIECE / CHUNK);
+            chunks.map_init(Scratch::new, chunk_sum).collect()
+        };
         Pair::fold(&sums).a
     }
     let (first, first_layout) = measured.first.storage_and_layout();
@@ -1107,15 +1112,17 @@ pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
 
 /// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
-    fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64) {
+    fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
         let size = P::Compute::from_f64(size);
-        for (word, w) in w.chunks_mut(64).enumerate() {
-            let bits = bits(word as u64);
-            for (i, w) in w.iter_mut().enumerate() {
-                let by = if bits >> i & 1 == 0 { size } else { size.neg() };
-                *w = P::narrow(w.widen().add(by).canonical());
+        w.par_chunks_mut(PIECE).enumerate().for_each(|(piece, w)| {
+            for (word, w) in w.chunks_mut(64).enumerate() {
+                let bits = bits((piece * PIECE / 64 + word) as u64);
+                for (i, w) in w.iter_mut().enumerate() {
+                    let by = if bits >> i & 1 == 0 { size } else { size.neg() };
+                    *w = P::narrow(w.widen().add(by).canonical());
+                }
             }
-        }
+        });
     }
     if block.n == 0 {
         return Ok(());
@@ -1159,8 +1166,10 @@ pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
 /// Puts the average in the place of the parameter.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
-        let average = average.unwrap_or_default();
-        w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+        let pieces = w.par_chunks_mut(PIECE).zip(average.unwrap_or_default().par_chunks(PIECE));
+        pieces.for_each(|(w, average)| {
+            w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+        });
     }
     if block.n == 0 {
         return Ok(());
