@@ -474,7 +474,7 @@ proptest! {
 // -- P6: the curvature along the steps --
 
 /// As in the presets.
-const ALONG: Curvature = Curvature::Step { every: 10, first: 10, decay: 0.95 };
+const ALONG: Curvature = Curvature::Step { every: 20, first: 10, decay: 0.99 };
 
 /// The loss after 500 steps, and the largest distance from the minimum on the way, both relative to the
 /// start.

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use candle_srkl::{Beta, Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Curvature, ParamsSrkl, Srkl};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
@@ -298,11 +298,8 @@ impl AnyOptimizer {
     fn new(settings: &Settings, model: &Transformer) -> Result<Self> {
         let (lr, weight_decay) = (settings.lr(), settings.weight_decay());
         let preset = match settings.optimizer {
-            // Averages take out the noise of longer steps.
-            Rule::BrakedAdam if settings.average() != Some(0.) => {
-                ParamsSrkl { beta: Beta::Tied(0.5), ..ParamsSrkl::braked_adam() }
-            }
-            Rule::BrakedAdam => ParamsSrkl::braked_adam(),
+            Rule::BrakedAdam if settings.average() == Some(0.) => ParamsSrkl::braked_adam(),
+            Rule::BrakedAdam => ParamsSrkl::braked_adam_averaged(),
             Rule::Kinetic => ParamsSrkl::kinetic(),
             Rule::Hessian => {
                 // A wider difference than the preset's: for networks of ReLU, and for bf16.

@@ -1,4 +1,4 @@
-//! How much does the learning rate matter? Trains six small tasks by each of ten optimizers at
+//! How much does the learning rate matter? Trains six small tasks by each of eight optimizers at
 //! learning rates over seven decades, and counts those that do well.
 //!
 //! ```sh
@@ -31,16 +31,16 @@ mod transformer;
 use std::env;
 use std::fs;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use optimizers::Rule;
+use optimizers::{Rule, Variant};
 use results::Results;
 use run::Job;
 use table::Summary;
@@ -70,12 +70,14 @@ struct Options {
     /// minutes
     #[arg(long)]
     full: bool,
+    #[command(flatten)]
+    variant: Variant,
     /// How many runs at a time, on a thread each
     #[arg(long, default_value = "2")]
     threads: NonZeroUsize,
-    /// Folder for runs.csv, curves, table.md and the pictures
-    #[arg(long, value_name = "FOLDER", default_value = "out/lr_study")]
-    out: PathBuf,
+    /// Folder for runs.csv, curves, table.md and the pictures [default: out/lr_study]
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
 }
 
 fn main() -> Result<()> {
@@ -90,9 +92,13 @@ fn main() -> Result<()> {
     options.tasks.dedup();
     options.optimizers.sort();
     options.optimizers.dedup();
-    let results = Results::open(&options.out).context("--out")?;
-    let results = run_all(&options.jobs(), results, options.threads)?;
-    report(&options, &results)
+    if options.variant.is_any() && options.out.is_none() {
+        bail!("settings that are not the presets' need a folder of their own: give --out");
+    }
+    let out = options.out.clone().unwrap_or_else(|| PathBuf::from("out/lr_study"));
+    let results = Results::open(&out).context("--out")?;
+    let results = run_all(&options, results)?;
+    report(&options, &out, &results)
 }
 
 impl Options {
@@ -120,7 +126,8 @@ impl Options {
 }
 
 /// Runs what is not among the results yet.
-fn run_all(jobs: &[Job], results: Results, threads: NonZeroUsize) -> Result<Results> {
+fn run_all(options: &Options, results: Results) -> Result<Results> {
+    let jobs = options.jobs();
     let open: Vec<Job> = jobs.iter().copied().filter(|&job| results.find(job).is_none()).collect();
     let style = "[{bar:40}] {pos}/{len} runs, {elapsed}, {msg}";
     let bar = ProgressBar::new(jobs.len() as u64)
@@ -131,7 +138,7 @@ fn run_all(jobs: &[Job], results: Results, threads: NonZeroUsize) -> Result<Resu
     let worker = || -> Result<()> {
         while let Some(&job) = open.get(next.fetch_add(1, Ordering::Relaxed)) {
             bar.set_message(job.to_string());
-            let (run, curve) = job.run().with_context(|| {
+            let (run, curve) = job.run(&options.variant).with_context(|| {
                 // The other workers stop too.
                 next.store(open.len(), Ordering::Relaxed);
                 job.to_string()
@@ -144,7 +151,7 @@ fn run_all(jobs: &[Job], results: Results, threads: NonZeroUsize) -> Result<Resu
         Ok(())
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.get()).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> = (0..options.threads.get()).map(|_| scope.spawn(worker)).collect();
         workers.into_iter().try_for_each(|worker| match worker.join() {
             Ok(result) => result,
             Err(_) => Err(anyhow!("a run panicked")),
@@ -154,17 +161,17 @@ fn run_all(jobs: &[Job], results: Results, threads: NonZeroUsize) -> Result<Resu
     results.into_inner().map_err(|_| anyhow!("a run panicked"))
 }
 
-fn report(options: &Options, results: &Results) -> Result<()> {
+fn report(options: &Options, out: &Path, results: &Results) -> Result<()> {
     let summary = |task, rule| Summary::new(results, task, options.full, rule, options.seeds(task));
     let summaries =
         |&task: &Task| (task, options.optimizers.iter().map(|&rule| summary(task, rule)).collect());
     let studies: Vec<(Task, Vec<Summary>)> = options.tasks.iter().map(summaries).collect();
     let text = table::markdown(&studies, options.full, options.seeds.map(NonZeroU64::get))?;
     println!("{text}");
-    let path = options.out.join("table.md");
+    let path = out.join("table.md");
     fs::write(&path, text).with_context(|| path.display().to_string())?;
     println!("wrote {}", path.display());
-    for path in plot::draw(&options.out, &studies, results, options.full)? {
+    for path in plot::draw(out, &studies, results, options.full)? {
         println!("wrote {}", path.display());
     }
     Ok(())

@@ -4,9 +4,9 @@ use anyhow::Result;
 use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
 use candle_srkl::{Beta, Curvature, ParamsSrkl, Srkl};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 
-/// How much the averaged weights keep of themselves in a step.
+/// How much AdamW's averaged weights keep of themselves in a step: as much as braked Adam's.
 const AVERAGE: f64 = 0.98;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -20,11 +20,41 @@ pub enum Rule {
     BrakedAdam,
     /// Braked Adam, judged by averaged weights
     BrakedAdamAveraged,
-    /// Braked Adam with half the brake
-    BrakedAdamHalf,
-    /// Braked Adam with half the brake, judged by averaged weights
-    BrakedAdamHalfAveraged,
     Hessian,
+}
+
+/// What kinetic and braked Adam have instead of their presets' settings.
+#[derive(Args, Clone, Copy)]
+pub struct Variant {
+    /// For kinetic and braked Adam: beta over lr, instead of the preset's. This and the next three need an
+    /// --out of their own
+    #[arg(long)]
+    gamma: Option<f64>,
+    /// For them: every how many steps curvature is measured
+    #[arg(long)]
+    every: Option<u64>,
+    /// For them: how many steps from the first on measure it
+    #[arg(long)]
+    first: Option<u64>,
+    /// For them: of the average of what is measured
+    #[arg(long)]
+    decay: Option<f64>,
+}
+
+impl Variant {
+    pub fn is_any(&self) -> bool {
+        let Self { gamma, every, first, decay } = self;
+        gamma.is_some() || every.is_some() || first.is_some() || decay.is_some()
+    }
+
+    fn apply(&self, params: &mut ParamsSrkl) {
+        if let Curvature::Step { every, first, decay } = &mut params.curvature {
+            *every = self.every.unwrap_or(*every);
+            *first = self.first.unwrap_or(*first);
+            *decay = self.decay.unwrap_or(*decay);
+            params.beta = self.gamma.map_or(params.beta, Beta::Tied);
+        }
+    }
 }
 
 impl Rule {
@@ -37,8 +67,6 @@ impl Rule {
             Self::Kinetic => "kinetic",
             Self::BrakedAdam => "braked Adam",
             Self::BrakedAdamAveraged => "braked Adam, averaged",
-            Self::BrakedAdamHalf => "braked Adam, gamma 1/2",
-            Self::BrakedAdamHalfAveraged => "braked Adam, gamma 1/2, averaged",
             Self::Hessian => "hessian",
         }
     }
@@ -49,23 +77,17 @@ impl Rule {
     }
 
     pub fn averages(self) -> bool {
-        let braked = matches!(self, Self::BrakedAdamAveraged | Self::BrakedAdamHalfAveraged);
-        braked || self == Self::AdamwAveraged
+        matches!(self, Self::AdamwAveraged | Self::BrakedAdamAveraged)
     }
 
     /// SRKL's settings but for the learning rate; `None` for candle's own optimizers.
     fn preset(self) -> Option<ParamsSrkl> {
-        let half = ParamsSrkl { beta: Beta::Tied(0.5), ..ParamsSrkl::braked_adam() };
         match self {
             Self::Sgd | Self::Adamw | Self::AdamwAveraged => None,
             Self::Reference => Some(ParamsSrkl::reference()),
             Self::Kinetic => Some(ParamsSrkl::kinetic()),
             Self::BrakedAdam => Some(ParamsSrkl::braked_adam()),
-            Self::BrakedAdamAveraged => {
-                Some(ParamsSrkl { average: Some(AVERAGE), ..ParamsSrkl::braked_adam() })
-            }
-            Self::BrakedAdamHalf => Some(half),
-            Self::BrakedAdamHalfAveraged => Some(ParamsSrkl { average: Some(AVERAGE), ..half }),
+            Self::BrakedAdamAveraged => Some(ParamsSrkl::braked_adam_averaged()),
             Self::Hessian => Some(ParamsSrkl::hessian()),
         }
     }
@@ -79,9 +101,10 @@ pub enum AnyOptimizer {
 }
 
 impl AnyOptimizer {
-    pub fn new(rule: Rule, lr: f64, seed: u64, varmap: &VarMap) -> Result<Self> {
+    pub fn new(rule: Rule, lr: f64, seed: u64, variant: &Variant, varmap: &VarMap) -> Result<Self> {
         if let Some(preset) = rule.preset() {
             let mut params = ParamsSrkl { lr, ..preset };
+            variant.apply(&mut params);
             if let Curvature::Hutchinson { seed: probes, .. } = &mut params.curvature {
                 *probes = seed;
             }

@@ -245,7 +245,6 @@ fn stroke(rule: Rule) -> ShapeStyle {
         Rule::Reference => RGBColor(204, 121, 167),
         Rule::Kinetic => RGBColor(0, 158, 115),
         Rule::BrakedAdam | Rule::BrakedAdamAveraged => RGBColor(0, 114, 178),
-        Rule::BrakedAdamHalf | Rule::BrakedAdamHalfAveraged => RGBColor(86, 180, 233),
         Rule::Hessian => RGBColor(230, 159, 0),
     };
     // SGD's line is often under the reference's.

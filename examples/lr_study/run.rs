@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::{DType, Error};
 
-use crate::optimizers::{AnyOptimizer, Rule};
+use crate::optimizers::{AnyOptimizer, Rule, Variant};
 use crate::tasks::{Judged, Task};
 
 /// How many points a curve has.
@@ -59,10 +59,11 @@ impl Job {
     }
 
     /// Trains until the budget can't pay for another step, or a loss is not finite.
-    pub fn run(self) -> Result<(Run, Vec<Point>)> {
+    pub fn run(self, variant: &Variant) -> Result<(Run, Vec<Point>)> {
         let budget = self.task.plan(self.full).evaluations;
         let mut problem = self.task.begin(self.seed, self.full)?;
-        let mut optimizer = AnyOptimizer::new(self.rule, self.lr, self.seed, problem.varmap())?;
+        let varmap = problem.varmap();
+        let mut optimizer = AnyOptimizer::new(self.rule, self.lr, self.seed, variant, varmap)?;
         let initial = problem.judge()?;
 
         let start = Instant::now();
