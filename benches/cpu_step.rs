@@ -103,7 +103,7 @@ const CONTENDERS: [Contender; 10] = [
     (SRKL_SKIP_BLOCK, 12, 16),
     (BRAKED, 28, 32),
     (BRAKED_PROPAGATE, 28, 28),
-    (BRAKED_MEASURING, 28, 72),
+    (BRAKED_MEASURING, 28, 44),
     (KINETIC, 20, 36),
     (CANDLE_SGD, 12, 12),
     (CANDLE_ADAMW, 28, 28),
