@@ -93,6 +93,7 @@ pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
     /// The value itself, or the canonical NaN for any NaN.
     fn canonical(self) -> Self;
     fn is_nan(self) -> bool;
+    fn is_finite(self) -> bool;
 }
 
 macro_rules! impl_real {
@@ -142,6 +143,10 @@ macro_rules! impl_real {
             #[inline(always)]
             fn is_nan(self) -> bool {
                 <$t>::is_nan(self)
+            }
+            #[inline(always)]
+            fn is_finite(self) -> bool {
+                <$t>::is_finite(self)
             }
         }
     };

@@ -11,7 +11,7 @@ use candle_nn::{Optimizer, VarMap};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::Inputs;
-use crate::backend::cpu::{self, Decision, Directions, Measured, StepScalars, UNKNOWN};
+use crate::backend::cpu::{self, Asked, Decision, Directions, Measured, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
@@ -486,12 +486,16 @@ impl Srkl {
             // Whatever can be wrong with a later run is found before the first one is updated.
             stages.check(&self.blocks, grads)?;
         }
-        let norm = self.uses(uses_norm);
+        let asked = match (self.uses(uses_norm), self.uses(uses_sum4)) {
+            (true, _) => Asked::Both,
+            (false, true) => Asked::Sum4,
+            (false, false) => Asked::Finite,
+        };
         let mut pending = measures.then(|| vec![None; self.blocks.len()]);
         let mut skipped = false;
         for run in runs {
             let mut gradients = match self.uses(uses_sums) {
-                true => stages.statistics(&self.blocks[run.clone()], grads, norm)?,
+                true => stages.statistics(&self.blocks[run.clone()], grads, asked)?,
                 false => stages.check(&self.blocks[run.clone()], grads)?,
             };
             for cuda in &self.cuda {
@@ -918,7 +922,12 @@ pub(crate) fn keeps_parameters(params: &ParamsSrkl) -> bool {
 /// Whether a step needs sums over its gradients.
 pub(crate) fn uses_sums(params: &ParamsSrkl) -> bool {
     let policy = params.nonfinite != NonFinite::Propagate;
-    policy || uses_norm(params) || params.curvature == Curvature::GradSquare
+    policy || uses_norm(params) || uses_sum4(params)
+}
+
+/// Whether the curvature is made of sums over the gradient.
+fn uses_sum4(params: &ParamsSrkl) -> bool {
+    params.curvature == Curvature::GradSquare
 }
 
 /// Whether no parameter may move before the statistics of all gradients are known.

@@ -53,20 +53,68 @@ impl Scratch {
     }
 }
 
-/// The sums over a block's gradient, computed in f64 or (not `wide`) f32; `sum2` only where `norm`
-/// asks for it.
+/// What a step asks of its gradients.
+#[derive(Clone, Copy)]
+pub(crate) enum Asked {
+    /// Whether all elements are finite: `sum4` is 0, or a NaN.
+    Finite,
+    /// `sum4`
+    Sum4,
+    /// `sum2` and `sum4`
+    Both,
+}
+
+/// The sums over a block's gradient, computed in f64 or (not `wide`) f32.
 pub(crate) fn statistics(
     g: &Gradient,
     wide: bool,
-    norm: bool,
+    asked: Asked,
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Sums {
-    match (wide, norm) {
-        (false, false) => block_sums::<f32, false>(g, simd, scratch),
-        (false, true) => block_sums::<f32, true>(g, simd, scratch),
-        (true, false) => block_sums::<f64, false>(g, simd, scratch),
-        (true, true) => block_sums::<f64, true>(g, simd, scratch),
+    match (wide, asked) {
+        (false, Asked::Finite) => finite_sums::<f32>(g, simd, scratch),
+        (false, Asked::Sum4) => block_sums::<f32, false>(g, simd, scratch),
+        (false, Asked::Both) => block_sums::<f32, true>(g, simd, scratch),
+        (true, Asked::Finite) => finite_sums::<f64>(g, simd, scratch),
+        (true, Asked::Sum4) => block_sums::<f64, false>(g, simd, scratch),
+        (true, Asked::Both) => block_sums::<f64, true>(g, simd, scratch),
+    }
+}
+
+fn finite_sums<C: FromGradient>(g: &Gradient, simd: Simd, scratch: &mut Scratch) -> Sums {
+    let finite = each_chunk(g.len(), scratch, |scratch, chunk| {
+        let start = chunk * CHUNK;
+        let len = CHUNK.min(g.len() - start);
+        simd.run(ChunkFinite::<C> { g, start, len, scratch, compute: PhantomData })
+    });
+    let finite = finite.into_iter().all(|finite| finite);
+    Sums { sum4: if finite { 0. } else { f64::NAN }, ..Sums::ZERO }
+}
+
+/// Whether elements `start..start + len` of a gradient are finite.
+struct ChunkFinite<'a, C> {
+    g: &'a Gradient<'a>,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+    compute: PhantomData<C>,
+}
+
+impl<C: FromGradient> Kernel for ChunkFinite<'_, C> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        let Self { g, start, len, scratch, .. } = self;
+        let Rows { tensors: [row, ..], .. } = &mut scratch.rows;
+        let mut finite = true;
+        for at in (0..len).step_by(LANES) {
+            let row = g.row::<C>(start + at, LANES.min(len - at), row);
+            // To the end: without branches it is done in vectors.
+            finite &= row.iter().fold(true, |finite, g| finite & g.is_finite());
+        }
+        finite
     }
 }
 

@@ -13,7 +13,7 @@ use candle_core::{DType, Result, Tensor};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use super::cpu::{self, Decision, PIECE, Scratch};
+use super::cpu::{self, Asked, Decision, PIECE, Scratch};
 use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Buffer, storage_address};
@@ -64,8 +64,7 @@ impl Stages {
         self.gradients(blocks, grads, |_, _, _| Sums::ZERO)
     }
 
-    /// Stage 1: the gradient of every block with its sums, squares only where `norm` asks for them;
-    /// `None` for a block that has no gradient.
+    /// Stage 1: the gradient of every block with the sums that are asked for; `None` for a block that has no gradient.
     ///
     /// # Errors
     ///
@@ -74,10 +73,10 @@ impl Stages {
         &self,
         blocks: &[Block],
         grads: &'g GradStore,
-        norm: bool,
+        asked: Asked,
     ) -> Result<Vec<Option<Found<'g>>>> {
         self.gradients(blocks, grads, |block, g, scratch| {
-            cpu::statistics(g, block.dtype == DType::F64, norm, self.simd, scratch)
+            cpu::statistics(g, block.dtype == DType::F64, asked, self.simd, scratch)
         })
     }
 
