@@ -191,6 +191,11 @@ fn nonfinite_gradients_by_policy() -> Result<()> {
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         for place in [0, N / 2, N - 1] {
             for dtype in FLOATS {
+                // Of whose gradients no more is asked than whether they are finite.
+                for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock] {
+                    let params = ParamsSrkl { nonfinite, ..ParamsSrkl::braked_adam() };
+                    check_nonfinite(bad, place, N, dtype, params)?;
+                }
                 for scope in [Scope::Tensor, Scope::Global, Scope::Element] {
                     for max_grad_norm in [None, Some(0.5)] {
                         for nonfinite in
