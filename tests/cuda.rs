@@ -187,12 +187,15 @@ fn train_measuring(
         let value = tensor(&noise(n, 0.5, seed + i as u64), FLOATS[(i + seed as usize) % 4])?;
         vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
     }
-    let mut opt = Srkl::builder()
-        .default_group(params.clone())
-        .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
-            name.len() > 1
-        })
-        .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))?;
+    let build = || {
+        Srkl::builder()
+            .default_group(params.clone())
+            .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
+                name.len() > 1
+            })
+            .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
+    };
+    let mut opt = build()?;
     let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
     let mut lines = vec![];
     for step in 0..5 {
@@ -214,6 +217,13 @@ fn train_measuring(
         if step == 1 {
             opt.set_grad_scale(3.)?;
             opt.set_learning_rate(params.lr / 7.);
+        }
+        if step == 2 {
+            // Goes on from a checkpoint.
+            let folder = tempfile::tempdir()?;
+            opt.save(folder.path().join("state"))?;
+            opt = build()?;
+            opt.load(folder.path().join("state"))?;
         }
         let measures = opt.measuring();
         if measures && probes {
