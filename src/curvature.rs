@@ -190,7 +190,7 @@ pub(crate) struct Progress {
     pub attempts: u64,
     /// Hutchinson measurements made: each has its own random vectors.
     pub draws: u64,
-    /// The size of the last perturbation, where it was made on the CPU.
+    /// The size of the last perturbation, where the host has decided it.
     pub size: f64,
     /// Whether the next step measures whatever its number.
     pub requested: bool,
@@ -247,7 +247,7 @@ impl Srkl {
         if let Some(pending) = self.progress.pending.take() {
             let again =
                 loss().and_then(|loss| loss.backward()).inspect_err(|_| self.forget_kept())?;
-            self.observe_pending(pending, &again)?;
+            self.observe_pending(pending, &again).inspect_err(|_| self.forget_kept())?;
         }
         Ok(first)
     }
@@ -312,7 +312,7 @@ impl Srkl {
     }
 
     /// The second half of a step that measures with [`Curvature::Step`]: takes the gradients of the **same
-    /// batch** as the step's, at the parameters as they are now.
+    /// batch** as the step's, at the parameters as they are now. Nothing may write to them in between.
     ///
     /// # Errors
     ///

@@ -354,11 +354,12 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// No group of that name, settings out of range, groups that measure the curvature but not alike, or
+    /// No group of that name, a step that waits for its measurement, settings out of range, groups that measure the curvature but not alike, or
     /// settings that need other state than it was built with: another choice of `master_weights`, another
     /// kind of direction, with or without an average. The old settings stay.
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
+        self.refuse_pending()?;
         let changed = |g: &Group| g.name == group;
         let others = self.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);
         let plan = Plan::of_all(others.chain([&params]))?;
@@ -771,7 +772,7 @@ impl Srkl {
             })
         });
         if let Err(e) = perturbed {
-            self.restore_all()?;
+            let _ = self.restore_all();
             return Err(e);
         }
         self.progress.draws += 1;
@@ -860,7 +861,7 @@ impl Srkl {
         let swapped =
             on_cpu.and_then(|_| self.cuda.iter_mut().try_for_each(|cuda| cuda.swap(&self.blocks)));
         if let Err(e) = swapped {
-            self.restore_all()?;
+            let _ = self.restore_all();
             return Err(e);
         }
         Ok(())
@@ -872,10 +873,16 @@ impl Srkl {
         self.cuda.iter_mut().for_each(Cuda::forget);
     }
 
-    /// Puts back the parameters that were kept.
+    /// Puts back the parameters that were kept: all that it can, whatever fails.
     pub(crate) fn restore_all(&mut self) -> Result<()> {
-        self.cuda.iter_mut().try_for_each(|cuda| cuda.restore(&self.blocks))?;
-        self.blocks.iter_mut().try_for_each(Block::restore)
+        let mut restored = Ok(());
+        for cuda in &mut self.cuda {
+            restored = restored.and(cuda.restore(&self.blocks));
+        }
+        let all = vec![Some(()); self.blocks.len()];
+        // By the optimizer's own threads: see `Stages::spread`.
+        let on_cpu = self.stages().each(&mut self.blocks, &all, |_, block, ()| block.restore());
+        restored.and(on_cpu.map(|_| ()))
     }
 
     /// The products of decays of each block.

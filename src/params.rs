@@ -57,8 +57,8 @@ pub struct ParamsSrkl {
     pub max_grad_norm: Option<f64>,
     /// Keeps an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after
     /// step `t` of the block, for [`Srkl::swap_averaged`]. The decay `c`, 0 or above and below 1;
-    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64), and on a CUDA device room for a copy
-    /// of all parameters.
+    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64), and room for a copy of
+    /// all parameters, on the CPU from the first swap on.
     ///
     /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
     pub average: Option<f64>,
@@ -120,8 +120,8 @@ pub enum Curvature {
     /// A second gradient that is not finite counts as infinite curvature up to the next step that
     /// measures, which is again a small one.
     ///
-    /// With momentum of 0.8 or more, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and
-    /// conditions ended higher than it began; with less momentum choose `Beta::Tied(1.)`: see the README.
+    /// With momentum of 0.9, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and conditions ended
+    /// higher than it began; without momentum choose `Beta::Tied(1.)`: see docs/curvature.md.
     ///
     /// Costs a second gradient on a step that measures; on a CUDA device also room for a copy of the parameters.
     Step {
@@ -138,8 +138,7 @@ pub enum Curvature {
     /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
     /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
     ///
-    /// Costs a second gradient and a copy of the parameters on a step that measures (on a CUDA device its room
-    /// always). State: q, 4 bytes a parameter.
+    /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q, 4 bytes a parameter.
     Hutchinson {
         /// Every how many steps it is measured. 1 or above.
         every: u64,
@@ -263,7 +262,8 @@ impl ParamsSrkl {
 
     /// [`braked_adam`](Self::braked_adam) for those who evaluate averaged weights
     /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): `average` 0.98, and since averages take out
-    /// what a late estimate lets through, curvature is measured on every 50th step, decay 0.95.
+    /// what a late estimate lets through, curvature is measured on the first 10 and every 50th step,
+    /// decay 0.95.
     pub fn braked_adam_averaged() -> Self {
         Self {
             curvature: Curvature::Step { every: 50, first: 10, decay: 0.95 },

@@ -567,7 +567,7 @@ fn block_update<P: Parameter>(
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
         pieces.map_init(Scratch::new, update).flatten_iter().collect()
     };
-    Pair::fold(&moved).b
+    if *measures { Pair::fold(&moved).b } else { 0. }
 }
 
 /// Neighbouring elements of a block: the parameter and its state.

@@ -330,9 +330,7 @@ impl Cuda {
             unsafe { launch_decide.arg(&table).launch(self.grid(1)) }.w()?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
         }
-        if measures {
-            self.pending = alive;
-        }
+        self.pending = if measures { alive } else { vec![] };
         Ok(capturing)
     }
 
@@ -489,6 +487,7 @@ impl Cuda {
 
     /// Sends the products of decays and the estimates of blocks.
     pub fn send_known(&mut self, blocks: &[Block]) -> Result<()> {
+        self.refuse_capture("what is sent for a measurement, `swap_averaged` or `load`")?;
         let here = self.places.iter().map(|&place| &blocks[place]);
         let all_powers: Vec<_> = here.clone().map(|block| powers(&block.powers)).collect();
         let estimates: Vec<_> = here.map(|block| estimate(&block.estimate)).collect();
@@ -576,9 +575,9 @@ impl Cuda {
         let none = vec![abi::SrklDecision::default(); self.places.len()];
         let skipped: Vec<u64> = blocks.iter().map(|block| block.skipped).collect();
         self.pending.clear();
+        self.send_known(blocks)?;
         self.upload(&none, |memory| &mut memory.decisions)?;
         self.upload(&skipped, |memory| &mut memory.skipped)?;
-        self.send_known(blocks)?;
         self.upload(&[state], |memory| &mut memory.state)
     }
 
