@@ -88,27 +88,3 @@ fn a_step_and_a_forward_pass_in_one_pool() {
         Ok(())
     });
 }
-
-/// Where parameters are kept, perturbed, replaced and put back.
-#[test]
-fn measuring_and_a_forward_pass_in_one_pool() {
-    within_minutes(|| {
-        let (vars, store) = model()?;
-        let params = ParamsSrkl { average: Some(0.9), ..ParamsSrkl::hessian() };
-        let mut opt = Srkl::new(vars.clone(), params)?;
-        let x = Tensor::ones((16, 1000), DType::F32, &Device::Cpu)?;
-        let mut measure = || -> Result<()> {
-            opt.request_measurement();
-            opt.perturb()?.observe(&store, &store)?;
-            opt.step(&store)?;
-            drop(opt.swap_averaged()?);
-            Ok(())
-        };
-        for _ in 0..50 {
-            let read = || vars.iter().try_for_each(|w| x.matmul(w).map(drop));
-            let (step, read) = rayon::join(&mut measure, read);
-            step.and(read)?;
-        }
-        Ok(())
-    });
-}
