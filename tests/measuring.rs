@@ -6,6 +6,7 @@ mod common;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
 use candle_srkl::{
@@ -648,6 +649,55 @@ fn a_measurement_given_up_leaves_nothing_behind() -> Result<()> {
         assert_ne!(bits(&vars[1])?, before.1);
         drop(guard);
         assert_eq!((bits(&vars[0])?, bits(&vars[1])?), before);
+    }
+    Ok(())
+}
+
+/// Blocks that are split over threads: the same bits for any number of them.
+#[test]
+fn large_blocks_on_any_number_of_threads() -> Result<()> {
+    let train = |params: &ParamsSrkl| -> Result<String> {
+        let sizes = [131_073, 300_001];
+        let vars: Vec<Var> = (0..2)
+            .map(|i| var(&noise(sizes[i], 0.5, i as u64), DType::F32))
+            .collect::<Result<_>>()?;
+        let gradients = |salt: u64| -> Result<GradStore> {
+            let of = |i: usize| tensor(&noise(sizes[i], 0.1, salt + i as u64), DType::F32);
+            Ok(grads([(&vars[0], of(0)?), (&vars[1], of(1)?)]))
+        };
+        let mut opt = Srkl::new(vars.clone(), params.clone())?;
+        let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
+        for step in 0..3 {
+            let (first, again) = (gradients(10 * step)?, gradients(10 * step + 5)?);
+            if probes {
+                opt.perturb()?.observe(&first, &again)?;
+            }
+            opt.step(&first)?;
+            if !probes {
+                opt.observe(&again)?;
+            }
+        }
+        let folder = tempfile::tempdir()?;
+        opt.save(folder.path().join("state"))?;
+        let state = candle_core::safetensors::load(folder.path().join("state"), &Device::Cpu)?;
+        let sorted: std::collections::BTreeMap<_, _> = state.into_iter().collect();
+        let state = sorted.values().map(bits).collect::<Result<Vec<_>>>()?;
+        let told = opt.telemetry()?;
+        let parameters = vars.iter().map(|var| bits(var)).collect::<Result<Vec<_>>>()?;
+        let _averaged = opt.swap_averaged()?;
+        let averages = vars.iter().map(|var| bits(var)).collect::<Result<Vec<_>>>()?;
+        Ok(format!("{state:?} {parameters:?} {averages:?} {told:?}"))
+    };
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
+        let params = ParamsSrkl { average: Some(0.9), ..params };
+        let on = |threads| -> Result<String> {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.map_err(candle_core::Error::wrap)?.install(|| train(&params))
+        };
+        let one = on(1)?;
+        for threads in [2, 3, 7] {
+            assert!(on(threads)? == one, "{threads} threads, {params:?}");
+        }
     }
     Ok(())
 }

@@ -97,11 +97,24 @@ fn main() -> Result<()> {
     }
     let out = options.out.clone().unwrap_or_else(|| PathBuf::from("out/lr_study"));
     let results = Results::open(&out).context("--out")?;
+    options.claim(&out)?;
     let results = run_all(&options, results)?;
     report(&options, &out, &results)
 }
 
 impl Options {
+    /// A folder is for one variant: its runs don't say of which they are.
+    fn claim(&self, out: &Path) -> Result<()> {
+        let (path, variant) = (out.join("variant.txt"), format!("{:?}\n", self.variant));
+        match fs::read_to_string(&path) {
+            Ok(other) if other != variant => {
+                bail!("--out: {} has runs of other settings, {}", out.display(), other.trim())
+            }
+            Ok(_) => Ok(()),
+            Err(_) => fs::write(&path, variant).with_context(|| path.display().to_string()),
+        }
+    }
+
     fn seeds(&self, task: Task) -> u64 {
         self.seeds.map_or(task.plan(self.full).seeds, NonZeroU64::get)
     }

@@ -24,7 +24,7 @@ pub enum Rule {
 }
 
 /// What kinetic and braked Adam have instead of their presets' settings.
-#[derive(Args, Clone, Copy)]
+#[derive(Args, Clone, Copy, Debug)]
 pub struct Variant {
     /// For kinetic and braked Adam: beta over lr, instead of the preset's. This and the next three need an
     /// --out of their own
