@@ -245,9 +245,9 @@ impl Srkl {
         self.step(&grads)?;
         // Taken out first, so that no step waits for a measurement that has failed.
         if let Some(pending) = self.progress.pending.take() {
-            let again =
-                loss().and_then(|loss| loss.backward()).inspect_err(|_| self.forget_kept())?;
-            self.observe_pending(pending, &again).inspect_err(|_| self.forget_kept())?;
+            let again = loss().and_then(|loss| loss.backward());
+            let observed = again.and_then(|again| self.observe_pending(pending, &again));
+            observed.inspect_err(|_| self.forget_kept())?;
         }
         Ok(first)
     }

@@ -138,7 +138,8 @@ pub enum Curvature {
     /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
     /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
     ///
-    /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q, 4 bytes a parameter.
+    /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q,
+    /// 4 bytes a parameter.
     Hutchinson {
         /// Every how many steps it is measured. 1 or above.
         every: u64,

@@ -64,7 +64,8 @@ impl Stages {
         self.gradients(blocks, grads, |_, _, _| Sums::ZERO)
     }
 
-    /// Stage 1: the gradient of every block with the sums that are asked for; `None` for a block that has no gradient.
+    /// Stage 1: the gradient of every block with the sums that are asked for; `None` for a block that has
+    /// no gradient.
     ///
     /// # Errors
     ///
@@ -114,8 +115,7 @@ impl Stages {
     }
 
     /// Stage 3: moves every block that has a gradient and a decision, of a step that `measures` the curvature
-    /// along it or doesn't. (Stage 2, `decide`, is a few
-    /// operations per block.)
+    /// along it or doesn't. (Stage 2, `decide`, is a few operations per block.)
     pub fn update(
         &self,
         blocks: &mut [Block],
