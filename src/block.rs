@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, 
 
 use crate::backend::cpu;
 use crate::backend::gradient::{Gradient, is_supported};
-use crate::curvature::Estimate;
+use crate::estimate::{Estimate, StepSums};
 use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
 
 /// A parameter tensor and its state.
@@ -34,15 +34,25 @@ pub(crate) struct Block {
     pub estimate: Estimate,
     /// The parameter as it was, while it is perturbed or replaced.
     pub old: Kept,
-    /// The sum of `D^2 P` of the step that waits for its measurement, where it was made on the CPU.
-    pub moved: f64,
+    /// What the last step left for its measurement, or for telemetry, where the block is on the CPU.
+    pub step_sums: StepSums,
+    /// Whether any step has had a gradient for it.
+    pub trained: bool,
+    /// Whether there is an estimate of its curvature.
+    pub known: bool,
     /// How often it was skipped alone.
     pub skipped: u64,
-    pub last: Last,
+    pub last: Option<Last>,
 }
 
-/// Curvature and brake of the last step, if it moved the block.
-pub(crate) type Last = Option<(f64, f64)>;
+/// What the last step did, if it moved the block.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Last {
+    pub curvature: f64,
+    pub phi: f64,
+    /// `||g||_2`, unscaled, and `||D||_2`, if they were recorded.
+    pub norms: Option<[f64; 2]>,
+}
 
 /// Room for the parameter as it was, used again and again: new memory costs more than the copy.
 #[derive(Default)]
@@ -177,7 +187,9 @@ impl Block {
             powers,
             estimate,
             old: Kept::default(),
-            moved: 0.,
+            step_sums: StepSums::default(),
+            trained: false,
+            known: false,
             skipped,
             last,
         })

@@ -1,150 +1,52 @@
 //! Curvature that is measured: when, by which gradients, and what becomes of it.
 //!
 //! [`Curvature::Step`] is measured after a step, [`Curvature::Hutchinson`] before it, at parameters that are
-//! perturbed meanwhile. The estimates' formulas are here and in `kernels/curvature.cuh`, those of the elements
-//! in `backend/cpu.rs`.
+//! perturbed meanwhile. What becomes of a measurement is in `estimate.rs`, the sums over elements in
+//! `backend/cpu.rs`.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Error, Result, Tensor, bail};
 use candle_nn::Optimizer;
 
 use crate::block::Block;
-use crate::numerics::Pair;
+use crate::estimate::{Estimate, Measurements};
+use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
-use crate::params::{Curvature, ParamsSrkl};
+use crate::params::{Curvature, ParamsSrkl, Repeatable};
+use crate::random;
 
-/// What is known of a block's curvature.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Estimate {
-    /// `Step`: the average of H, uncorrected. `Hutchinson`: H squared, corrected.
-    pub mean: f64,
-    /// `Hutchinson`: the sum of q over the block, corrected, whatever the scope.
-    pub own: f64,
-    /// The product of the average's decays: 1 before the first measurement.
-    pub power: f64,
-    /// Whether the last measurement was not finite.
-    pub infinite: bool,
-    pub counts: Measurements,
+/// What sets the seeds of steps apart from other random numbers.
+const STEP_SEEDS: u64 = u64::MAX;
+
+const ADVICE: &str = ". A step that measures calls the closure twice, and needs the same function of the parameters each \
+    time: draw the batch outside of the closure; use `candle_srkl::Dropout`, which has the same masks in both calls, \
+    in place of `candle_nn::Dropout`, or seed random layers of your own by `candle_srkl::random::current_seed()`. If only \
+    last bits differ, since a kernel adds in another order each time, set `repeatable: Repeatable::Assume`";
+
+/// The values of a tensor of any dtype, exactly, but for integers beyond 2^53.
+fn exact_values(tensor: &Tensor) -> Result<Vec<f64>> {
+    tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
 }
 
-/// How measurements of curvature went: see [`Srkl::measurements`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Measurements {
-    /// How many entered the estimate.
-    pub taken: u64,
-    /// How many met a NaN or an infinity, and count as infinite curvature up to the next step that
-    /// measures.
-    pub nonfinite: u64,
-    /// How many say nothing, of a step that moved nothing: one that was skipped, or by
-    /// [`Curvature::Hutchinson`] one whose gradient is not finite.
-    pub without_step: u64,
+fn same_bits(first: Option<&[f64]>, second: Option<&[f64]>) -> bool {
+    let bits = |values: Option<&[f64]>| values.map(|v| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    bits(first) == bits(second)
 }
 
-impl Estimate {
-    pub const NONE: Self = Self {
-        mean: 0.,
-        own: 0.,
-        power: 1.,
-        infinite: false,
-        counts: Measurements { taken: 0, nonfinite: 0, without_step: 0 },
-    };
-
-    /// `H`; `None` before the first measurement.
-    pub fn curvature(&self, curvature: Curvature) -> Option<f64> {
-        if self.infinite {
-            return Some(f64::INFINITY);
-        }
-        if self.counts.taken == 0 {
-            return None;
-        }
-        Some(match curvature {
-            Curvature::Hutchinson { .. } => self.mean.sqrt(),
-            _ => self.mean / (1. - self.power),
-        })
+/// An error if two losses at the same parameters differ.
+fn refuse_different(first: &[f64], second: &[f64]) -> Result<()> {
+    if !same_bits(Some(first), Some(second)) {
+        let shown = |values: &[f64]| match values {
+            [value] => format!("{value}"),
+            values => format!("{values:?}"),
+        };
+        bail!(
+            "the loss is not repeatable: {}, and {} at the same parameters{ADVICE}",
+            shown(first),
+            shown(second)
+        )
     }
-
-    /// Whether a checkpoint may have it.
-    pub fn is_valid(&self) -> bool {
-        let Self { mean, own, power, counts, .. } = *self;
-        mean >= 0.
-            && own >= 0.
-            && (0. ..=1.).contains(&power)
-            && (power < 1. || counts.taken == 0 || own == 0.)
-    }
-
-    /// As a checkpoint has it.
-    pub fn to_text(self) -> String {
-        let Self { mean, own, power, infinite, counts } = self;
-        let Measurements { taken, nonfinite, without_step } = counts;
-        let infinite = infinite as u8;
-        format!("{mean:?} {own:?} {power:?} {infinite} {taken} {nonfinite} {without_step}")
-    }
-
-    pub fn from_numbers(numbers: [f64; 7]) -> Self {
-        let [mean, own, power, infinite, counts @ ..] = numbers;
-        let [taken, nonfinite, without_step] = counts.map(|count| count as u64);
-        let counts = Measurements { taken, nonfinite, without_step };
-        Self { mean, own, power, infinite: infinite != 0., counts }
-    }
-
-    /// Takes a measurement along a step: `pair` has the sums of `G^2 / P` and `D^2 P`.
-    pub fn observe_step(&mut self, pair: Pair, decay: f64) {
-        let curvature = pair.a.sqrt() / pair.b.sqrt();
-        if !(pair.a.is_finite() && pair.b.is_finite()) || pair.b > 0. && !curvature.is_finite() {
-            self.infinite = true;
-            self.counts.nonfinite += 1;
-        } else if pair.b == 0. {
-            self.counts.without_step += 1;
-        } else {
-            self.infinite = false;
-            self.mean = decay * self.mean + (1. - decay) * curvature;
-            self.power *= decay;
-            self.counts.taken += 1;
-        }
-    }
-}
-
-/// What a product with the Hessian came to.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Probe {
-    Finite,
-    /// A NaN or an infinity in the second gradient.
-    Infinite,
-    /// One in the first gradient, whose step says nothing.
-    Nothing,
-}
-
-impl Probe {
-    /// By the sums of [`probe_sums`](crate::backend::cpu::probe_sums) over all blocks.
-    pub fn of(total: Pair) -> Self {
-        match (total.b.is_finite(), total.a.is_finite()) {
-            (false, _) => Self::Nothing,
-            (true, false) => Self::Infinite,
-            (true, true) => Self::Finite,
-        }
-    }
-}
-
-impl Estimate {
-    /// Takes a measurement by random vectors: `squared` is H squared.
-    pub fn observe_rows(&mut self, probe: Probe, squared: f64) {
-        match probe {
-            Probe::Nothing => self.counts.without_step += 1,
-            Probe::Finite if squared.is_finite() => {
-                self.infinite = false;
-                self.mean = squared;
-                self.counts.taken += 1;
-            }
-            _ => {
-                self.infinite = true;
-                self.counts.nonfinite += 1;
-            }
-        }
-    }
-}
-
-pub(crate) fn no_second_gradient(block: &Block) -> Error {
-    Error::msg(format!("`{}` has a gradient in the step, and none in its measurement", block.name))
+    Ok(())
 }
 
 /// When an optimizer measures, from the settings of its groups.
@@ -188,16 +90,22 @@ impl Plan {
 pub(crate) struct Progress {
     /// Steps, those skipped included, that were asked for: they decide when to measure.
     pub attempts: u64,
+    /// How many of them measured.
+    pub asked: u64,
     /// Hutchinson measurements made: each has its own random vectors.
     pub draws: u64,
     /// The size of the last perturbation, where the host has decided it.
     pub size: f64,
-    /// Whether the next step measures whatever its number.
+    /// Whether the next step measures whatever its number: somebody has asked for it ...
     pub requested: bool,
+    /// ... or there is a parameter without an estimate.
+    pub blind: bool,
     /// Hutchinson: whether the measurement of the next step has been taken.
     pub measured: bool,
     /// Step: the first gradients of the step that waits for `observe`, by block.
     pub pending: Option<Pending>,
+    /// Whether a closure has been found to be repeatable.
+    pub checked: bool,
 }
 
 /// The first gradient of each block that has one.
@@ -206,10 +114,14 @@ pub(crate) type Pending = Vec<Option<Tensor>>;
 impl Srkl {
     /// One step that asks for what it needs: calls `loss` once, and, where the step measures the curvature,
     /// a second time: after the step ([`Curvature::Step`]), or before it at perturbed parameters
-    /// ([`Curvature::Hutchinson`]). Returns the first loss.
+    /// ([`Curvature::Hutchinson`]). Returns the first loss, detached from its graph.
     ///
-    /// `loss` must compute the same function of the parameters each time: the same batch, the same dropout
-    /// mask. [`Srkl::check_repeatable`] finds out. It includes the factor [`Srkl::grad_scale`].
+    /// `loss` must compute the same function of the parameters each time: the same batch, the same random numbers.
+    /// Draw the batch outside of it, and use [`Dropout`](crate::Dropout), which has the same masks in both calls (random
+    /// layers of your own find a seed in [`random::current_seed`]). Before the first measurement `loss` is called
+    /// once more, and an error says if the two losses differ ([`ParamsSrkl::repeatable`]).
+    ///
+    /// `loss` includes the factor [`Srkl::grad_scale`]. The first graph is dropped before the second call.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -225,35 +137,116 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
+    /// Errors of the closure's own type are passed on, if candle's convert into it, as into `anyhow::Error`.
+    ///
     /// # Errors
     ///
-    /// Those of `loss`, of its gradient and of [`step`](Optimizer::step). If the first call fails nothing has
-    /// changed. If the second one fails, or panics, there is no measurement: with `Step` the step has been
-    /// taken; with `Hutchinson` it has not, and the parameters are as they were, bit for bit.
-    pub fn backward_step_with(
+    /// Those of `loss`, of its gradient and of [`step`](Optimizer::step); losses that differ at the same
+    /// parameters; a loss that reaches none of the parameters. If the first call fails nothing has changed. If the
+    /// second one fails, or panics, there is no measurement: with `Step` the step has been taken; with
+    /// `Hutchinson` it has not, and the parameters are as they were, bit for bit.
+    pub fn backward_step_with<E: From<Error>>(
         &mut self,
-        mut loss: impl FnMut() -> Result<Tensor>,
-    ) -> Result<Tensor> {
+        mut loss: impl FnMut() -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<Tensor, E> {
         self.refuse_pending()?;
-        let first = loss()?;
-        let grads = first.backward()?;
-        if self.measuring() && self.probes() {
-            let perturbed = self.perturb()?;
+        let seed = self.step_seed();
+        let mut loss = || random::with_seed(seed, &mut loss);
+        let measures = self.measuring();
+        let expected = match measures && self.checks_closures() {
+            // Its graph is dropped here.
+            true => Some(exact_values(&loss()?)?),
+            false => None,
+        };
+        let (first, grads) = {
+            let first = loss()?;
+            if let Some(expected) = expected {
+                refuse_different(&expected, &exact_values(&first)?)?;
+                self.progress.checked = true;
+            }
+            let grads = first.backward()?;
+            self.refuse_unreached(&grads)?;
+            (first.detach(), if measures { self.detached(&grads) } else { grads })
+        };
+        if measures && self.probes() {
+            let perturbed = self.perturb(&grads)?;
             let again = loss()?.backward()?;
-            perturbed.observe(&grads, &again)?;
+            perturbed.observe(&again)?;
         }
         self.step(&grads)?;
         // Taken out first, so that no step waits for a measurement that has failed.
         if let Some(pending) = self.progress.pending.take() {
-            let again = loss().and_then(|loss| loss.backward());
-            let observed = again.and_then(|again| self.observe_pending(pending, &again));
+            drop(grads);
+            let again = loss().and_then(|loss| Ok(loss.backward()?));
+            let observed = again.and_then(|again| Ok(self.observe_pending(pending, &again)?));
             observed.inspect_err(|_| self.forget_kept())?;
         }
         Ok(first)
     }
 
-    /// Whether the next step measures the curvature: each of the `first` steps, then every `every`-th,
-    /// skipped ones counted, and after [`Srkl::request_measurement`].
+    /// The gradients of the parameters alone, without their graphs: what candle computes them from lives as long
+    /// as they do otherwise.
+    fn detached(&self, grads: &GradStore) -> GradStore {
+        let mut detached = GradStore::default();
+        for block in &self.blocks {
+            if let Some(gradient) = grads.get_id(block.id) {
+                detached.insert_id(block.id, gradient.detach());
+            }
+        }
+        detached
+    }
+
+    /// An error if a loss has reached no parameter.
+    pub(crate) fn refuse_unreached(&self, grads: &GradStore) -> Result<()> {
+        if !self.blocks.is_empty() && self.blocks.iter().all(|b| grads.get_id(b.id).is_none()) {
+            bail!(
+                "the loss reaches none of the {} parameters: it is a constant, of an integer dtype, detached, or                  computed from other variables; or each way to them leads through an operation that has no                  backward pass in candle (the fused `layer_norm`, `rms_norm`, `softmax_last_dim` and `rope`)",
+                self.blocks.len()
+            )
+        }
+        Ok(())
+    }
+
+    /// The seed of the next step, and until `observe` that of the step that waits for it: what
+    /// [`random::with_seed`] is given in both calls of a closure. For loops of your own: compute both losses of a
+    /// step that measures inside `with_seed(seed, ..)`, with the seed as it was before `step`.
+    ///
+    /// It depends on [`Srkl::set_seed`] and on the number of the step alone, and goes on from a checkpoint.
+    pub fn step_seed(&self) -> u64 {
+        let waits = self.progress.pending.is_some() as u64;
+        random_bits(self.seed, self.progress.attempts - waits, STEP_SEEDS, 0)
+    }
+
+    /// Sets what the seeds of steps are made from. 0 unless set; a checkpoint has it.
+    pub fn set_seed(&mut self, seed: u64) {
+        self.seed = seed;
+    }
+
+    /// The names of the parameters that have had no gradient in any step yet, of a graph's replays those that had
+    /// none when it was captured.
+    ///
+    /// A parameter stays there if the loss does not depend on it, or only through an operation that has no
+    /// backward pass in candle: the fused `layer_norm`, `rms_norm`, `softmax_last_dim` and `rope` cut the graph
+    /// without a word, and so do `candle_nn::LayerNorm` and `RmsNorm` on contiguous input, which use them.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let (a, b) = (Var::new(1f32, &Device::Cpu)?, Var::new(2f32, &Device::Cpu)?);
+    /// let mut opt = Srkl::new(vec![a.clone(), b], ParamsSrkl::reference())?;
+    /// opt.backward_step(&a.sqr()?)?;
+    /// assert_eq!(opt.untrained(), ["1"]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn untrained(&self) -> Vec<&str> {
+        self.blocks.iter().filter(|block| !block.trained).map(|b| b.name.as_str()).collect()
+    }
+
+    /// Whether the next step measures the curvature: each of the `first` steps, then every `every`-th, skipped ones
+    /// counted; after [`Srkl::request_measurement`]; and where there is no estimate to go by. Of
+    /// [`Curvature::Step`] none whose schedule is 0.
     ///
     /// In a loop of your own, with [`Curvature::Step`]:
     ///
@@ -283,27 +276,29 @@ impl Srkl {
     /// # let loss = || w.sqr()?.sum_all();
     /// let grads = loss()?.backward()?;
     /// if opt.measuring() {
-    ///     let perturbed = opt.perturb()?;
+    ///     let perturbed = opt.perturb(&grads)?;
     ///     let again = loss()?.backward()?;
-    ///     perturbed.observe(&grads, &again)?;
+    ///     perturbed.observe(&again)?;
     /// }
     /// opt.step(&grads)?;
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn measuring(&self) -> bool {
-        let Some(Plan { every, first, .. }) = self.plan else { return false };
-        let Progress { attempts, requested, measured, .. } = self.progress;
-        !measured && (requested || attempts < first || attempts % every == 0)
+        let Some(Plan { every, first, probe }) = self.plan else { return false };
+        let Progress { attempts, asked, requested, blind, measured, .. } = self.progress;
+        let can = probe.is_some() || self.schedule != 0.;
+        !measured && can && (requested || blind || asked < first || attempts % every == 0)
     }
 
     /// Makes the next step one that measures. For those who replay captured steps, which the optimizer does
-    /// not see, and which can't measure.
+    /// not see, and which can't measure. (Before replays ask [`Srkl::measuring`] too: it is true where a measurement
+    /// has left no estimate.)
     pub fn request_measurement(&mut self) {
         self.progress.requested = true;
     }
 
     /// Gives up the measurement that the last step waits for; if it waits for none, the one that the next step is
-    /// due. Steps go on with the estimate there is; without any, `phi` is 0.
+    /// due. Steps go on with the estimate there is; without any, `phi` is 0, and the next step is due one again.
     pub fn skip_measurement(&mut self) {
         match self.progress.pending.take() {
             Some(_) => self.forget_kept(),
@@ -316,7 +311,8 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// No step that waits for it, or what `step` refuses of gradients. It can then be called again.
+    /// No step that waits for it, or what `step` refuses of gradients. It can then be called again. (A parameter
+    /// without a second gradient is no error: it is left out of this measurement, and counted.)
     pub fn observe(&mut self, grads_again: &GradStore) -> Result<()> {
         let Some(pending) = self.progress.pending.take() else {
             bail!(
@@ -329,36 +325,52 @@ impl Srkl {
             .inspect_err(|_| self.progress.pending = Some(kept))
     }
 
-    /// Perturbs the parameters for a measurement of [`Curvature::Hutchinson`], until the guard is dropped.
+    /// Perturbs the parameters that have a gradient in `grads`, those of the step to come, for a measurement of
+    /// [`Curvature::Hutchinson`], until the guard is dropped.
     ///
     /// # Errors
     ///
-    /// Settings that don't ask for it, or a measurement that has been taken already.
-    pub fn perturb(&mut self) -> Result<Perturbed<'_>> {
+    /// Settings that don't ask for it, a measurement that has been taken already, or what `step` refuses of
+    /// gradients.
+    pub fn perturb<'a>(&'a mut self, grads: &'a GradStore) -> Result<Perturbed<'a>> {
         if !self.probes() {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
         }
         if self.progress.measured {
             bail!("`perturb`: the measurement for the next step has been taken; call `step`")
         }
-        self.perturb_all()?;
-        Ok(Perturbed { opt: self, done: false })
+        self.perturb_all(grads)?;
+        Ok(Perturbed { opt: self, grads, done: false })
     }
 
-    /// Checks that `loss` gives the same loss twice, bit for bit, at the same parameters: without that a
-    /// measurement of curvature measures noise.
+    /// Checks that `loss` gives the same loss and the same gradients twice, bit for bit, at the same parameters:
+    /// without that a measurement of curvature measures noise. Calls it as [`Srkl::backward_step_with`] does, with
+    /// the same seed.
     ///
     /// # Errors
     ///
-    /// A loss that differs, with both values, and those of `loss`.
-    pub fn check_repeatable(&self, mut loss: impl FnMut() -> Result<Tensor>) -> Result<()> {
-        let mut value = || loss()?.to_dtype(DType::F64)?.to_scalar::<f64>();
-        let (first, second) = (value()?, value()?);
-        if first.to_bits() != second.to_bits() {
-            bail!(
-                "the loss is not repeatable: {first}, and {second} at the same parameters; use the same \
-                 batch and the same dropout mask in both calls"
-            )
+    /// A loss or a gradient that differs, and those of `loss`.
+    pub fn check_repeatable<E: From<Error>>(
+        &self,
+        mut loss: impl FnMut() -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<(), E> {
+        let seed = self.step_seed();
+        let mut run = || -> std::result::Result<_, E> {
+            let loss = random::with_seed(seed, &mut loss)?;
+            let grads = loss.backward()?;
+            Ok((exact_values(&loss)?, self.detached(&grads)))
+        };
+        let ((first, first_grads), (second, second_grads)) = (run()?, run()?);
+        refuse_different(&first, &second)?;
+        for block in &self.blocks {
+            let values = |grads: &GradStore| grads.get_id(block.id).map(exact_values).transpose();
+            let (first, second) = (values(&first_grads)?, values(&second_grads)?);
+            if !same_bits(first.as_deref(), second.as_deref()) {
+                Err(Error::msg(format!(
+                    "the gradient of `{}` is not repeatable: it differs between two calls at the same parameters,                      whose losses are the same{ADVICE}",
+                    block.name
+                )))?
+            }
         }
         Ok(())
     }
@@ -369,9 +381,20 @@ impl Srkl {
     ///
     /// None on the CPU. (The numbers may live on a device.)
     pub fn measurements(&self) -> Result<Measurements> {
-        let counts = self.estimates()?.into_iter().map(|estimate| estimate.counts);
-        let told = |c: &Measurements| (c.taken + c.nonfinite, c.without_step);
-        Ok(counts.max_by_key(told).unwrap_or_default())
+        let now = self.steps()? + self.skipped_steps()?;
+        let told = |block: &Block, estimate: Estimate| {
+            estimate.measurements(self.groups[block.group].params.curvature, now)
+        };
+        let each = self.blocks.iter().zip(self.estimates()?).map(|(b, e)| told(b, e));
+        let most = |m: &Measurements| (m.taken + m.nonfinite + m.unmoved, m.uninformative);
+        Ok(each.max_by_key(most).unwrap_or_default())
+    }
+
+    /// Whether a closure is to be checked before it is measured by.
+    fn checks_closures(&self) -> bool {
+        let measured = |params: &ParamsSrkl| Plan::of(params).is_some();
+        let checks = |params: &ParamsSrkl| measured(params) && params.repeatable == Repeatable::Check;
+        !self.progress.checked && self.groups.iter().any(|group| checks(&group.params))
     }
 
     /// Whether the settings perturb parameters.
@@ -408,19 +431,20 @@ impl Srkl {
 #[must_use = "dropping it restores the parameters"]
 pub struct Perturbed<'a> {
     opt: &'a mut Srkl,
+    grads: &'a GradStore,
     done: bool,
 }
 
 impl Perturbed<'_> {
-    /// Restores the parameters and takes the measurement, from the gradients of the same batch at the
-    /// parameters (`grads`) and at the perturbed ones.
+    /// Restores the parameters and takes the measurement, from the gradients of the same batch at the perturbed
+    /// parameters. A parameter without one is left out, and counted.
     ///
     /// # Errors
     ///
     /// What `step` refuses of gradients. The parameters are restored, and the estimate is as it was.
-    pub fn observe(mut self, grads: &GradStore, grads_again: &GradStore) -> Result<()> {
+    pub fn observe(mut self, grads_again: &GradStore) -> Result<()> {
         self.restore()?;
-        self.opt.observe_probe(grads, grads_again)?;
+        self.opt.observe_probe(self.grads, grads_again)?;
         self.opt.progress.measured = true;
         Ok(())
     }

@@ -8,11 +8,16 @@ mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod curvature;
+mod estimate;
 pub mod numerics;
 mod optimizer;
 mod params;
+pub mod random;
 mod state;
 
-pub use curvature::{Averaged, Measurements, Perturbed};
+pub use curvature::{Averaged, Perturbed};
+pub use estimate::Measurements;
 pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
-pub use params::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope};
+pub use params::{
+    Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
+};

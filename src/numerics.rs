@@ -215,19 +215,24 @@ impl Pair {
 
     /// The sum of all `items`, by rule 4 of the contract.
     pub fn fold(items: &[Pair]) -> Pair {
-        if let [only] = items {
-            return *only;
-        }
-        let width = items.len().clamp(MIN_LANES, LANES).next_power_of_two();
-        let (mut a, mut b) = (vec![0.; width], vec![0.; width]);
-        for row in items.chunks(LANES) {
-            for ((a, b), item) in a.iter_mut().zip(&mut b).zip(row) {
-                *a += item.a;
-                *b += item.b;
-            }
-        }
-        Self { a: tree(&mut a), b: tree(&mut b) }
+        let [a, b] = fold(items.len(), |i| [items[i].a, items[i].b]);
+        Self { a, b }
     }
+}
+
+/// The sums of `count` items of `N` numbers each, by rule 4 of the contract.
+pub(crate) fn fold<const N: usize>(count: usize, item: impl Fn(usize) -> [f64; N]) -> [f64; N] {
+    if count == 1 {
+        return item(0);
+    }
+    let width = count.clamp(MIN_LANES, LANES).next_power_of_two();
+    let mut lanes = [(); N].map(|()| vec![0.; width]);
+    for i in 0..count {
+        for (lanes, x) in lanes.iter_mut().zip(item(i)) {
+            lanes[i % LANES] += x;
+        }
+    }
+    lanes.map(|mut lanes| tree(&mut lanes))
 }
 
 /// The `word`-th 64 random bits of a block, for its elements `64 word..`; bit `i` of them is the sign of

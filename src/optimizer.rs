@@ -11,12 +11,13 @@ use candle_nn::{Optimizer, VarMap};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::Inputs;
-use crate::backend::cpu::{self, Asked, Decision, Directions, Measured, StepScalars, UNKNOWN};
+use crate::backend::cpu::{self, Asked, Decision, Directions, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::simd::Simd;
-use crate::backend::stages::{Found, Stages};
+use crate::backend::stages::{Found, Stages, UpdateOptions};
 use crate::block::{Block, Last, Powers, STATE, has_state};
-use crate::curvature::{Estimate, Pending, Plan, Probe, Progress, no_second_gradient};
+use crate::curvature::{Pending, Plan, Progress};
+use crate::estimate::{Estimate, Measured, Probe};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -71,6 +72,10 @@ pub struct Srkl {
     /// When curvature is measured, if it is.
     pub(crate) plan: Option<Plan>,
     pub(crate) progress: Progress,
+    /// What the seeds of steps are made from.
+    pub(crate) seed: u64,
+    /// Whether steps record norms for telemetry.
+    records: bool,
     grad_norm: Option<f64>,
     pub(crate) simd: Simd,
     /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
@@ -87,6 +92,7 @@ pub(crate) struct Group {
 
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BlockTelemetry {
     /// The parameter's name.
     pub name: String,
@@ -102,6 +108,16 @@ pub struct BlockTelemetry {
     ///
     /// [`Curvature::GradSquare`]: crate::Curvature::GradSquare
     pub curvature: Option<f64>,
+    /// Steps, taken and skipped, since the last measurement of the curvature that entered the estimate which `H`
+    /// is made of. `None` before the first, and for curvature that is not measured.
+    pub estimate_age: Option<u64>,
+    /// `||g||_2`, the norm of the gradient of the last step: unscaled, before clipping. `None` unless
+    /// [`Srkl::record_norms`] was on in it and it moved this parameter, as the next two.
+    pub grad_norm: Option<f64>,
+    /// `||D||_2`, the norm of the change that the last step made to the parameter, in its dtype.
+    pub step_norm: Option<f64>,
+    /// `||w||_2`, the norm of the parameter as it is now.
+    pub param_norm: Option<f64>,
     /// How often [`NonFinite::SkipBlock`] has skipped this parameter.
     pub skipped: u64,
 }
@@ -142,24 +158,28 @@ impl Optimizer for Srkl {
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
         self.refuse_unmeasured()?;
+        let measures = self.measuring() && !self.probes();
         if self.decides_on_device() {
-            let measures = self.measuring() && !self.probes();
+            let records = self.records;
             let Self { cuda, blocks, storages, groups, .. } = self;
-            let inputs = Inputs { blocks, storages, groups, grads, scalars };
-            if !cuda[0].step(&inputs, measures)? {
-                self.count_attempt(measures.then(Vec::new));
+            let inputs = Inputs { blocks, storages, groups, grads, scalars, records };
+            if cuda[0].step(&inputs, measures)? {
+                return Ok(()); // Captured, not taken.
             }
-            return Ok(());
+            self.count_attempt(measures.then(Vec::new));
+        } else {
+            self.step_all(grads, scalars, measures)?;
         }
-        self.step_all(grads, scalars)
+        self.note_gradients(grads, measures);
+        Ok(())
     }
 
     /// One step by the gradient of `loss`.
     ///
     /// # Errors
     ///
-    /// Those of [`step`](Self::step), and a step that measures the curvature, for which it takes
-    /// [`Srkl::backward_step_with`].
+    /// Those of [`step`](Self::step), a loss that reaches none of the parameters, and a step that measures the
+    /// curvature, for which it takes [`Srkl::backward_step_with`].
     fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         if self.measuring() {
             bail!(
@@ -167,15 +187,19 @@ impl Optimizer for Srkl {
                  twice; use `backward_step_with(|| loss)`, or the pieces that `measuring` describes"
             )
         }
-        self.step(&loss.backward()?)
+        let grads = loss.backward()?;
+        self.refuse_unreached(&grads)?;
+        self.step(&grads)
     }
 
-    /// The schedule's multiplier times the `lr` of the default group.
+    /// The schedule's multiplier times the `lr` of the default group (of the first group that is not frozen, if
+    /// that one is, by an `lr` of 0).
     fn learning_rate(&self) -> f64 {
-        self.schedule * self.groups[0].params.lr
+        self.schedule * self.base_lr().unwrap_or(0.)
     }
 
-    /// Sets the schedule's multiplier of **every** group to `lr` over the `lr` of the default group.
+    /// Sets the schedule's multiplier of **every** group to `lr` over the `lr` of the default group (of the first
+    /// group that is not frozen, if that one is; without effect if all are).
     ///
     /// The multiplier is applied to `phi`, not to [`ParamsSrkl::lr`]: with [`Beta::Tied`] a large
     /// `lr` has no effect on the step, so a schedule of it would have none either.
@@ -200,7 +224,9 @@ impl Optimizer for Srkl {
     ///
     /// [`Beta::Tied`]: crate::Beta::Tied
     fn set_learning_rate(&mut self, lr: f64) {
-        self.schedule = lr / self.groups[0].params.lr;
+        if let Some(base) = self.base_lr() {
+            self.schedule = lr / base;
+        }
         // What fails here fails again, and is reported, in the next step.
         let _ = self.send_settings();
     }
@@ -323,26 +349,93 @@ impl Srkl {
     ///
     /// None on the CPU. (The numbers may live on a device.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
-        let entry = |(block, (last, skipped)): (&Block, (Last, u64))| {
+        let now = self.steps()? + self.skipped_steps()?;
+        let outcomes = self.outcomes()?;
+        let param_norms = self.param_norms(&outcomes)?;
+        let estimates = self.estimates()?;
+        let all = self.blocks.iter().zip(outcomes).zip(param_norms).zip(estimates);
+        let entry = |(((block, (last, skipped)), param_norm), estimate): (
+            ((&Block, (Option<Last>, u64)), Option<f64>),
+            Estimate,
+        )| {
             let group = &self.groups[block.group];
-            let last = last.filter(|_| !cpu::has_element_brakes(&group.params));
+            let norms = last.and_then(|last| last.norms);
+            let shared = last.filter(|_| !cpu::has_element_brakes(&group.params));
             BlockTelemetry {
                 name: block.name.clone(),
                 group: group.name.clone(),
-                curvature: last.map(|(curvature, _)| curvature).filter(|h| *h != UNKNOWN),
-                phi: last.map(|(_, phi)| phi),
+                curvature: shared.map(|last| last.curvature).filter(|h| *h != UNKNOWN),
+                phi: shared.map(|last| last.phi),
+                estimate_age: estimate.age(now),
+                grad_norm: norms.map(|[grad, _]| grad),
+                step_norm: norms.map(|[_, step]| step),
+                param_norm,
                 skipped,
             }
         };
-        Ok(self.blocks.iter().zip(self.outcomes()?).map(entry).collect())
+        Ok(all.map(entry).collect())
+    }
+
+    /// Whether the steps to come record what [`BlockTelemetry`] has of norms: of gradients, of steps, and of
+    /// parameters when telemetry is asked for. Off unless set.
+    ///
+    /// A step that records adds up two more sums in the passes that it makes anyway (with settings that ask nothing
+    /// of gradients, it reads them once more); on a CUDA device its update goes element by element.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[3f32, -4.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    /// opt.record_norms(true);
+    /// opt.backward_step_with(|| w.sqr()?.sum_all())?;
+    /// let told = opt.telemetry()?.remove(0);
+    /// assert_eq!(told.grad_norm, Some(10.));
+    /// assert!(told.step_norm < Some(0.02) && told.param_norm < Some(5.));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn record_norms(&mut self, on: bool) {
+        self.records = on;
     }
 
     /// For each block what the last step did, and how often it was skipped.
-    fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
         if self.decides_on_device() {
             return self.cuda[0].outcomes();
         }
-        Ok(self.blocks.iter().map(|block| (block.last, block.skipped)).collect())
+        let mut outcomes: Vec<_> = self.blocks.iter().map(|b| (b.last, b.skipped)).collect();
+        // The host knows nothing of steps that devices have taken.
+        if outcomes.iter().any(|(last, _)| last.is_some_and(|last| last.norms.is_some())) {
+            for cuda in &self.cuda {
+                for (place, sums) in cuda.step_sums()? {
+                    if let (Some(Last { norms: Some([_, step]), .. }), _) = &mut outcomes[place] {
+                        *step = sums.step.sqrt();
+                    }
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Of each block whose norms were recorded, that of the parameter as it is now.
+    fn param_norms(&self, outcomes: &[(Option<Last>, u64)]) -> Result<Vec<Option<f64>>> {
+        let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
+        let mut norms = vec![None; self.blocks.len()];
+        if !outcomes.iter().any(recorded) {
+            return Ok(norms);
+        }
+        let mut scratch = cpu::Scratch::new();
+        for (block, norm) in self.blocks.iter().zip(&mut norms).filter(|(b, _)| b.on_cpu) {
+            *norm = Some(cpu::squares(block, self.simd, &mut scratch)?.sqrt());
+        }
+        for cuda in &self.cuda {
+            for (place, squares) in cuda.all_squares(&self.blocks)? {
+                norms[place] = Some(squares.sqrt());
+            }
+        }
+        let kept = norms.into_iter().zip(outcomes).map(|(n, o)| n.filter(|_| recorded(o)));
+        Ok(kept.collect())
     }
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
@@ -376,14 +469,6 @@ impl Srkl {
                 )
             }
         }
-        if keeps_parameters(&group.params) != keeps_parameters(&params) {
-            bail!(
-                "group `{}`: expected {:?} as it was built, measured or not, got {:?}",
-                group.name,
-                group.params.curvature,
-                params.curvature
-            )
-        }
         if group.params.master_weights != params.master_weights {
             bail!(
                 "`master_weights` of group `{}`: expected {:?} as it was built, got {:?}",
@@ -400,7 +485,8 @@ impl Srkl {
             return Err(e);
         }
         self.plan = plan;
-        Ok(())
+        // Estimates may be of another kind now: those that are none are missed in the next step.
+        self.recall_estimates()
     }
 
     /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
@@ -450,7 +536,8 @@ impl Srkl {
         match self.decides_on_device() {
             true => self.cuda[0].set_counters(steps, skipped_steps, &self.blocks),
             false => self.send_known(),
-        }
+        }?;
+        self.recall_estimates()
     }
 
     /// Whether all parameters are on one CUDA device: then a step is decided there, without waiting, and
@@ -473,21 +560,21 @@ impl Srkl {
 
     // -- The order of a step, and its stages --
 
-    fn step_all(&mut self, grads: &GradStore, scalars: StepScalars) -> Result<()> {
+    fn step_all(&mut self, grads: &GradStore, scalars: StepScalars, measures: bool) -> Result<()> {
         let stages = self.stages();
-        let measures = self.measuring() && !self.probes();
+        let records = self.records;
         let runs = self.runs(measures);
         // Devices work while the CPU does.
         for cuda in &mut self.cuda {
             let (blocks, storages, groups) = (&self.blocks, &self.storages, &self.groups);
-            let inputs = Inputs { blocks, storages, groups, grads, scalars };
+            let inputs = Inputs { blocks, storages, groups, grads, scalars, records };
             cuda.statistics(&inputs)?;
         }
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.
             stages.check(&self.blocks, grads)?;
         }
-        let asked = match (self.uses(uses_norm), self.uses(uses_sum4)) {
+        let asked = match (self.uses(uses_norm) || records, self.uses(uses_sum4)) {
             (true, _) => Asked::Both,
             (false, true) => Asked::Sum4,
             (false, false) => Asked::Finite,
@@ -495,7 +582,7 @@ impl Srkl {
         let mut pending = measures.then(|| vec![None; self.blocks.len()]);
         let mut skipped = false;
         for run in runs {
-            let mut gradients = match self.uses(uses_sums) {
+            let mut gradients = match self.uses(uses_sums) || records {
                 true => stages.statistics(&self.blocks[run.clone()], grads, asked)?,
                 false => stages.check(&self.blocks[run.clone()], grads)?,
             };
@@ -517,7 +604,7 @@ impl Srkl {
                 cuda.send_decisions(&decisions, &self.blocks, &self.groups)?;
             }
             for cuda in &mut self.cuda {
-                cuda.update()?;
+                cuda.update(measures || records)?;
             }
             let blocks = &mut self.blocks[run];
             if let Some(pending) = &mut pending {
@@ -525,11 +612,13 @@ impl Srkl {
                     let params = &self.groups[block.group].params;
                     let by_step = measures_steps(params);
                     if let (true, Some(found), Some(_)) = (by_step, gradients[i], decisions[i]) {
-                        pending[i] = Some(found.gradient.clone());
+                        pending[i] = Some(found.gradient.detach());
                     }
                 }
             }
-            stages.update(blocks, &gradients, &decisions, &self.groups, measures)?;
+            let recorded = records.then_some(scalars.grad_scale);
+            let options = UpdateOptions { measures, recorded };
+            stages.update(blocks, &gradients, &decisions, &self.groups, options)?;
         }
         if !measures {
             self.cuda.iter_mut().for_each(Cuda::forget);
@@ -541,12 +630,70 @@ impl Srkl {
 
     /// Ends a step, taken or skipped, with what its measurement needs, if it has one to come.
     fn count_attempt(&mut self, pending: Option<Pending>) {
-        let Progress { attempts, draws, .. } = self.progress;
-        self.progress = Progress { attempts: attempts + 1, draws, pending, ..Default::default() };
+        let progress = &mut self.progress;
+        progress.attempts += 1;
+        if pending.is_some() || progress.measured {
+            progress.asked += 1;
+            progress.requested = false;
+        }
+        progress.measured = false;
+        progress.pending = pending;
+    }
+
+    /// Notes which blocks have had a gradient, and whether one of them has no estimate of its curvature, though it
+    /// is measured: then the next step measures.
+    fn note_gradients(&mut self, grads: &GradStore, measures: bool) {
+        for block in self.blocks.iter_mut().filter(|block| !block.trained) {
+            block.trained = grads.get_id(block.id).is_some();
+        }
+        let group = |block: &Block| &self.groups[block.group].params;
+        let missing = |block: &Block| {
+            let measured = !matches!(group(block).curvature, Curvature::GradSquare);
+            !block.known && measured && group(block).lr > 0. && grads.get_id(block.id).is_some()
+        };
+        if !measures && self.blocks.iter().any(missing) {
+            self.progress.blind = true;
+        }
+    }
+
+    /// Notes of which blocks there is an estimate; if one has been lost, since its step moved nothing, the next
+    /// step measures.
+    fn note_estimates(&mut self) -> Result<()> {
+        self.progress.blind = false;
+        let estimates = match self.decides_on_device() {
+            true => self.cuda[0].estimates_told()?,
+            false => {
+                let told = |block: &Block| (block.estimate.is_known(), block.estimate.still > 0);
+                self.blocks.iter().map(told).collect()
+            }
+        };
+        for (block, (known, still)) in self.blocks.iter_mut().zip(estimates) {
+            block.known = known;
+            self.progress.blind |= still;
+        }
+        Ok(())
+    }
+
+    /// The same after estimates have been set, or their settings.
+    pub(crate) fn recall_estimates(&mut self) -> Result<()> {
+        let blind = self.plan.is_some();
+        self.note_estimates()?;
+        self.progress.blind |= blind && !self.blocks.iter().any(|block| block.known);
+        Ok(())
+    }
+
+    /// The `lr` that learning rates are relative to: of the first group that is not frozen.
+    fn base_lr(&self) -> Option<f64> {
+        self.groups.iter().map(|group| group.params.lr).find(|lr| *lr > 0.)
     }
 
     fn stages(&self) -> Stages {
-        Stages { simd: self.simd, pool: self.pool.clone(), storages: self.storages.clone() }
+        Stages {
+            simd: self.simd,
+            pool: self.pool.clone(),
+            storages: self.storages.clone(),
+            frozen: self.groups.iter().map(|group| group.params.lr == 0.).collect(),
+        }
     }
 
     pub(crate) fn scalars(&self) -> Result<StepScalars> {
@@ -670,7 +817,8 @@ impl Srkl {
             if let (Some(decision), Some(own)) = (decision, own) {
                 let directions = Directions { own, n: block.n as f64, total, total_n };
                 let params = &groups[block.group].params;
-                cpu::adjust(decision, params, scalars, &directions, measures);
+                let still = block.estimate.still;
+                cpu::adjust(decision, params, scalars, &directions, still, measures);
             }
         }
         Ok(())
@@ -683,84 +831,97 @@ impl Srkl {
         let scalars = self.scalars()?;
         if self.decides_on_device() {
             let Self { cuda, blocks, storages, groups, .. } = self;
-            cuda[0].observe(&Inputs { blocks, storages, groups, grads: again, scalars })?;
+            let inputs = Inputs { blocks, storages, groups, grads: again, scalars, records: false };
+            cuda[0].observe(&inputs)?;
             cuda[0].forget();
-            return Ok(());
+            return self.note_estimates();
         }
         let stages = self.stages();
-        let measured = self.measured(&stages, |i, _| pending[i].as_ref(), again)?;
-        self.send_known()?;
+        let given = self.both_gradients(&stages, |i, _| pending[i].as_ref(), again)?;
+        let now = self.steps + self.skipped_steps;
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
-            cuda.observe(&Inputs { blocks, storages, groups, grads: again, scalars })?;
+            let inputs = Inputs { blocks, storages, groups, grads: again, scalars, records: false };
+            cuda.observe(&inputs)?;
         }
-        let mut pairs = stages.each(blocks, &measured, |scratch, block, measured| {
-            let params = &groups[block.group].params;
-            cpu::step_curvature(block, measured, params, stages.simd, scratch)
+        let mut changes = stages.each(blocks, &given, |scratch, block, given| {
+            let a = cpu::change_of_gradient(block, given, stages.simd, scratch)?;
+            Ok(Pair { a, b: 0. })
         })?;
-        add_pairs(cuda, &mut pairs, |place| measured[place].is_some())?;
-        let decay = |block: &Block| match groups[block.group].params.curvature {
-            Curvature::Step { decay, .. } => Some(decay),
-            _ => None,
+        add_pairs(cuda, &mut changes, |place| given[place].is_some())?;
+        for cuda in cuda.iter() {
+            for (place, sums) in cuda.step_sums()? {
+                blocks[place].step_sums = sums;
+            }
+        }
+        let own = |(block, change): (&Block, &Option<Pair>)| match change {
+            Some(Pair { a, .. }) => Measured { change: *a, step: block.step_sums },
+            None => Measured::default(),
         };
-        let counted =
-            |(block, pair): (&Block, &Option<Pair>)| decay(block).and(*pair).unwrap_or(Pair::ZERO);
-        let total = Pair::fold(&blocks.iter().zip(&pairs).map(counted).collect::<Vec<_>>());
-        for (block, own) in blocks.iter_mut().zip(pairs) {
-            let global = groups[block.group].params.scope == Scope::Global;
-            if let Some(decay) = decay(block) {
-                let pair = if global { total } else { own.unwrap_or(Pair::ZERO) };
-                block.estimate.observe_step(pair, decay);
+        let measured: Vec<Measured> = blocks.iter().zip(&changes).map(own).collect();
+        let total = Measured::fold(&measured);
+        for (i, block) in blocks.iter_mut().enumerate() {
+            let params = &groups[block.group].params;
+            let Curvature::Step { decay, .. } = params.curvature else { continue };
+            let is_missing = pending[i].is_some() && given[i].is_none();
+            block.estimate.counts.missing += is_missing as u64;
+            if params.scope == Scope::Global {
+                block.estimate.observe_step(&total, decay, now);
+            } else if !is_missing {
+                block.estimate.observe_step(&measured[i], decay, now);
             }
         }
         self.forget_kept();
-        Ok(())
+        self.note_estimates()
     }
 
-    /// For every block with a first gradient, that and the second one.
-    fn measured<'a>(
+    /// Both gradients of every block that has them.
+    fn both_gradients<'a>(
         &self,
         stages: &Stages,
         first: impl Fn(usize, &Block) -> Option<&'a Tensor>,
         again: &'a GradStore,
-    ) -> Result<Vec<Option<Measured<'a>>>> {
+    ) -> Result<Vec<Option<cpu::Measured<'a>>>> {
         stages.check(&self.blocks, again)?;
         let c = 1. / self.grad_scale;
         let both = |(i, block): (usize, &Block)| {
-            let Some(first) = first(i, block) else { return Ok(None) };
-            let Some(again) = again.get_id(block.id) else {
-                return Err(no_second_gradient(block));
-            };
-            Ok(Some(Measured { first, again, c }))
+            Some(cpu::Measured { first: first(i, block)?, again: again.get_id(block.id)?, c })
         };
-        self.blocks.iter().enumerate().map(both).collect()
+        Ok(self.blocks.iter().enumerate().map(both).collect())
     }
 
-    /// Keeps the parameters and perturbs them.
-    pub(crate) fn perturb_all(&mut self) -> Result<()> {
+    /// Keeps the parameters that have a gradient and perturbs them.
+    pub(crate) fn perturb_all(&mut self, grads: &GradStore) -> Result<()> {
         let Some(Plan { probe: Some((delta, seed)), .. }) = self.plan else {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
         };
         let draw = self.progress.draws;
+        let scalars = self.scalars()?;
+        let stages = self.stages();
+        stages.check(&self.blocks, grads)?;
         self.forget_kept();
-        for cuda in &mut self.cuda {
-            cuda.squares(&self.blocks, delta)?;
+        let Self { cuda, blocks, storages, groups, .. } = self;
+        for cuda in cuda.iter_mut() {
+            let inputs = Inputs { blocks, storages, groups, grads, scalars, records: false };
+            cuda.squares(&inputs, delta)?;
         }
         if self.decides_on_device() {
             self.cuda[0].perturb(seed, draw)?;
             self.progress.draws += 1;
             return Ok(());
         }
-        let stages = self.stages();
-        let all = vec![Some(()); self.blocks.len()];
-        let mut squares = stages.each(&mut self.blocks, &all, |scratch, block, ()| {
+        let moves = |block: &Block| {
+            grads.get_id(block.id).is_some() && !stages.frozen[block.group]
+        };
+        let places = self.blocks.iter().enumerate();
+        let places: Vec<_> = places.map(|(i, block)| moves(block).then_some(i as u64)).collect();
+        let mut squares = stages.each(&mut self.blocks, &places, |scratch, block, _| {
             Ok(Pair { a: cpu::squares(block, stages.simd, scratch)?, b: 0. })
         })?;
-        add_pairs(&self.cuda, &mut squares, |_| true)?;
-        let squares = Pair::fold(&squares.into_iter().flatten().collect::<Vec<_>>()).a;
-        let n: usize = self.blocks.iter().map(|block| block.n).sum();
-        let size = cpu::probe_size(delta, squares, n as f64);
-        let places: Vec<_> = (0..self.blocks.len() as u64).map(Some).collect();
+        add_pairs(&self.cuda, &mut squares, |place| places[place].is_some())?;
+        let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
+        let n: usize = self.blocks.iter().filter(|block| moves(block)).map(|block| block.n).sum();
+        let size = cpu::probe_size(delta, Pair::fold(&squares).a, n as f64);
         let on_cpu = stages.each(&mut self.blocks, &places, |_, block, place| {
             block.keep()?;
             cpu::perturb(block, *place, size, seed, draw)
@@ -788,29 +949,30 @@ impl Srkl {
         stages.check(&self.blocks, grads)?;
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
-            let first = Inputs { blocks, storages, groups, grads, scalars };
+            let first = Inputs { blocks, storages, groups, grads, scalars, records: false };
             cuda.probe_sums(&first, &Inputs { grads: again, ..first })?;
         }
         if self.decides_on_device() {
-            return self.cuda[0].average_probe();
+            self.cuda[0].average_probe()?;
+            return self.note_estimates();
         }
-        let by_rows = |block: &Block| {
-            matches!(self.groups[block.group].params.curvature, Curvature::Hutchinson { .. })
-        };
-        let first = |_, block: &Block| grads.get_id(block.id).filter(|_| by_rows(block));
-        let measured = self.measured(&stages, first, again)?;
-        let Self { blocks, groups, cuda, .. } = self;
-        let decay = |block: &Block| match groups[block.group].params.curvature {
-            Curvature::Hutchinson { decay, .. } => Some(decay),
+        let decay = |groups: &[Group], block: &Block| match groups[block.group].params.curvature {
+            Curvature::Hutchinson { decay, .. } if !stages.frozen[block.group] => Some(decay),
             _ => None,
         };
+        let has_first = |groups: &[Group], block: &Block| {
+            grads.get_id(block.id).filter(|_| decay(groups, block).is_some())
+        };
+        let both = self.both_gradients(&stages, |_, block| has_first(&self.groups, block), again)?;
+        let now = self.steps + self.skipped_steps;
+        let Self { blocks, groups, cuda, .. } = self;
         let given: Vec<_> = blocks
             .iter()
-            .zip(measured)
-            .map(|(block, measured)| Some((measured?, decay(block)?)))
+            .zip(both)
+            .map(|(block, both)| Some((both?, decay(groups, block)?)))
             .collect();
-        let mut squares = stages.each(blocks, &given, |scratch, block, (measured, _)| {
-            cpu::probe_sums(block, measured, size, stages.simd, scratch)
+        let mut squares = stages.each(blocks, &given, |scratch, block, (both, _)| {
+            cpu::probe_sums(block, both, size, stages.simd, scratch)
         })?;
         add_pairs(cuda, &mut squares, |place| given[place].is_some())?;
         let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
@@ -820,29 +982,33 @@ impl Srkl {
                 cuda.send_probe(size, probe)?;
                 cuda.average_probe()?;
             }
-            let mut sums = stages.each(blocks, &given, |scratch, block, (measured, decay)| {
-                let a = cpu::average_probe(block, measured, size, *decay, scratch)?;
+            let mut sums = stages.each(blocks, &given, |scratch, block, (both, decay)| {
+                let a = cpu::average_probe(block, both, size, *decay, scratch)?;
                 Ok(Pair { a, b: 0. })
             })?;
             add_pairs(cuda, &mut sums, |place| given[place].is_some())?;
-            for (block, sum) in blocks.iter_mut().zip(sums) {
-                if let (Some(Pair { a, .. }), Some(decay)) = (sum, decay(block)) {
-                    block.estimate.power *= decay;
-                    block.estimate.own = a / (1. - block.estimate.power);
+            for (place, sum) in sums.into_iter().enumerate() {
+                if let (Some(Pair { a, .. }), Some((_, decay))) = (sum, &given[place]) {
+                    let estimate = &mut blocks[place].estimate;
+                    estimate.power *= decay;
+                    estimate.own = a / (1. - estimate.power);
                 }
             }
         }
         let own = |block: &Block| Pair { a: block.estimate.own, b: 0. };
         let total = Pair::fold(&blocks.iter().map(own).collect::<Vec<_>>()).a;
         for (block, given) in blocks.iter_mut().zip(&given) {
+            let is_missing = has_first(groups, block).is_some() && given.is_none();
+            block.estimate.counts.missing += is_missing as u64;
             let global = groups[block.group].params.scope == Scope::Global;
-            if decay(block).is_some() && (global || given.is_some()) {
+            if decay(groups, block).is_some() && (global || given.is_some()) {
                 let own = block.estimate.own;
-                block.estimate.observe_rows(probe, if global { total } else { own });
+                block.estimate.observe_rows(probe, if global { total } else { own }, now);
             }
         }
         self.forget_kept();
-        self.send_known()
+        self.send_known()?;
+        self.note_estimates()
     }
 
     /// Puts the averages in the place of the parameters.
@@ -921,9 +1087,9 @@ pub(crate) fn measures_steps(params: &ParamsSrkl) -> bool {
     matches!(params.curvature, Curvature::Step { .. })
 }
 
-/// Whether parameters are kept while something else is in their place, or until a step is measured.
+/// Whether parameters are kept while something else is in their place.
 pub(crate) fn keeps_parameters(params: &ParamsSrkl) -> bool {
-    params.average.is_some() || params.curvature != Curvature::GradSquare
+    params.average.is_some() || matches!(params.curvature, Curvature::Hutchinson { .. })
 }
 
 /// Whether a step needs sums over its gradients.
@@ -1050,6 +1216,7 @@ impl<'a> SrklBuilder<'a> {
         let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
         let pool = (work >= PARALLEL_WORK).then(new_pool).transpose()?;
         let cuda = cuda::devices_of(&blocks, &groups)?;
+        let progress = Progress { blind: plan.is_some(), ..Progress::default() };
         Ok(Srkl {
             cuda,
             groups,
@@ -1060,7 +1227,9 @@ impl<'a> SrklBuilder<'a> {
             steps: 0,
             skipped_steps: 0,
             plan,
-            progress: Progress::default(),
+            progress,
+            seed: 0,
+            records: false,
             grad_norm: None,
             simd: Simd::detect(),
             pool,

@@ -26,7 +26,8 @@ use candle_core::{Result, bail};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ParamsSrkl {
     /// Learning rate, the rule's alpha ("baseline velocity"): the brake `phi` on flat ground, where
-    /// `H = 0`. Finite and above 0; the reference's is 1e-3.
+    /// `H = 0`. Finite, 0 or above; the reference's is 1e-3. A group of `lr` 0 is frozen: its gradients are
+    /// ignored, and neither parameters nor state change.
     ///
     /// A schedule does not change it: see [`Srkl::set_learning_rate`].
     ///
@@ -67,6 +68,12 @@ pub struct ParamsSrkl {
     pub master_weights: MasterWeights,
     /// What to do about a NaN or an infinity in a gradient. Default [`NonFinite::SkipStep`].
     pub nonfinite: NonFinite,
+    /// Whether [`Srkl::backward_step_with`] finds out, before the first measurement, that its closure
+    /// computes the same loss twice. Default [`Repeatable::Check`].
+    ///
+    /// [`Srkl::backward_step_with`]: crate::Srkl::backward_step_with
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub repeatable: Repeatable,
 }
 
 /// The direction `d` of a step, with `g` the gradient as the rule uses it (unscaled and clipped) and
@@ -105,25 +112,37 @@ pub enum Direction {
 /// [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups of one optimizer
 /// may differ in `decay`, but those that measure must agree in the kind, `every`, `first`, `delta` and
 /// `seed` (which can't be changed later where there are several). Steps are counted from 0, skipped ones too,
-/// and `every` divides the numbers of those that measure.
+/// and `every` divides the numbers of those that measure. A step that finds a parameter without an estimate makes
+/// the next one measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Curvature {
     /// The reference rule's: `H = sqrt(sum g^4)`. Costs nothing, and is **not** a curvature.
     GradSquare,
-    /// The mean curvature along the step just taken: with `D` the change of the parameters, and `G` that
-    /// of the gradient, `H = ||G||_2 / ||D||_2`; with [`Direction::Adam`] in its metric,
-    /// `H = sqrt(sum G^2 / P / sum D^2 P)`. The brake uses a bias-corrected exponential average.
+    /// The curvature along the step just taken, in the metric of its direction:
     ///
-    /// A step that measures without any estimate so far is a small one:
-    /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move.
-    /// A second gradient that is not finite counts as infinite curvature up to the next step that
-    /// measures, which is again a small one.
+    /// ```text
+    /// H = (||G|| / ||D||) * (||d||^2 / <d, m>)
+    /// ```
+    ///
+    /// with `D` the change of the parameters, as they took it, `G` that of the gradient, `d` the direction and
+    /// `m` the gradient or momentum that it was made of: without Adam the second factor is 1. The norms are over
+    /// all parameters that share an `H` ([`Scope`]) and have both gradients.
+    ///
+    /// The brake uses a bias-corrected exponential average, of `min(H, 4 * average)`; while the last measurement
+    /// is above 4 times the average, it uses that one.
+    ///
+    /// A step that measures without any estimate is a small one:
+    /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move. If it
+    /// moves nothing, though there is a direction (parameters of 16 bits may be too coarse for it), or a later step
+    /// that measures does, there is no estimate: the next step measures, and is a small one, twice as long each
+    /// time. A second gradient that is not finite counts as infinite curvature up to the next step that measures,
+    /// which is again a small one. A step whose schedule is 0 does not measure.
     ///
     /// With momentum of 0.9, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and conditions ended
     /// higher than it began; without momentum choose `Beta::Tied(1.)`: see docs/curvature.md.
     ///
-    /// Costs a second gradient on a step that measures; on a CUDA device also room for a copy of the parameters.
+    /// Costs a second gradient on a step that measures.
     Step {
         /// Every how many steps it is measured. 1 or above.
         every: u64,
@@ -136,7 +155,8 @@ pub enum Curvature {
     /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
     /// says what `H` is made of it. A first gradient that is not finite says nothing; a second one counts as
     /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
-    /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters.
+    /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters that have a gradient; the others are not
+    /// perturbed.
     ///
     /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q,
     /// 4 bytes a parameter.
@@ -170,8 +190,8 @@ pub enum Beta {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Scope {
-    /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule),
-    /// `||G_b||_2 / ||D_b||_2`, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
+    /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule), the curvature along its own
+    /// step, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
     Tensor,
     /// All parameters of the optimizer, whatever their group; of curvature that is measured those whose
     /// group measures it.
@@ -222,6 +242,19 @@ pub enum NonFinite {
     Propagate,
 }
 
+/// Whether a closure is checked before curvature is measured by calling it twice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Repeatable {
+    /// Before the first measurement the closure is called once more, and its losses are compared bit for bit. It
+    /// costs one forward pass in a training.
+    #[default]
+    Check,
+    /// Not checked. For losses whose last bits differ from call to call at the same parameters, since a kernel
+    /// adds in another order each time.
+    Assume,
+}
+
 impl ParamsSrkl {
     /// The original rule: `d = g`, `H = ||g * g||_2` of each tensor, `lr = 1e-3`, `beta = 0.1`, no
     /// decay, no clipping.
@@ -244,6 +277,7 @@ impl ParamsSrkl {
             average: None,
             master_weights: MasterWeights::Auto,
             nonfinite: NonFinite::SkipStep,
+            repeatable: Repeatable::Check,
         }
     }
 
@@ -317,7 +351,7 @@ impl ParamsSrkl {
     ///
     /// The first field that is out of its range, by name, with what was expected and what came.
     pub fn validate(&self) -> Result<()> {
-        check("lr", self.lr, Above::Zero)?;
+        check("lr", self.lr, Above::OrZero)?;
         match self.beta {
             Beta::Fixed(beta) => check("beta (Beta::Fixed)", beta, Above::OrZero)?,
             Beta::Tied(gamma) => {

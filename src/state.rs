@@ -3,15 +3,17 @@
 //! | where | key | value |
 //! |---|---|---|
 //! | metadata | `format` | `candle-srkl` |
-//! | metadata | `version` | `1`, the version of this layout |
+//! | metadata | `version` | `2`, the version of this layout; 1 is read too |
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
-//! | metadata | `attempts`, `draws` | steps asked for and random vectors drawn, decimal |
+//! | metadata | `attempts`, `asked`, `draws` | steps asked for, how many measured, and random vectors drawn, decimal |
+//! | metadata | `seed` | what the seeds of steps are made from, decimal |
 //! | metadata | `requested`, `measured` | whether the next step measures whatever its number, and whether it has been measured, 0 or 1 |
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
-//! | metadata | `estimate.NAME` | of its curvature: mean, own, power (f64), infinite (0, 1), and how many measurements were taken, not finite, without a step |
+//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, spike, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
+//! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
 use std::borrow::Cow;
@@ -25,12 +27,13 @@ use safetensors::{Dtype, SafeTensors, View};
 
 use crate::backend::cpu;
 use crate::block::{Block, Buffer, Powers};
-use crate::curvature::{Estimate, Progress};
+use crate::curvature::Progress;
+use crate::estimate::Estimate;
 use crate::optimizer::Srkl;
-use crate::params::{Above, check, check_grad_scale};
+use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
 
 const FORMAT: &str = "candle-srkl";
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 impl Srkl {
     /// Writes the state to a safetensors file: master weights, moments, averages and estimates of
@@ -84,7 +87,9 @@ impl Srkl {
             ("schedule".to_string(), format!("{:?}", self.schedule)),
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
             ("attempts".to_string(), self.progress.attempts.to_string()),
+            ("asked".to_string(), self.progress.asked.to_string()),
             ("draws".to_string(), self.progress.draws.to_string()),
+            ("seed".to_string(), self.seed.to_string()),
             ("requested".to_string(), (self.progress.requested as u8).to_string()),
             ("measured".to_string(), (self.progress.measured as u8).to_string()),
         ]);
@@ -96,7 +101,8 @@ impl Srkl {
             metadata.insert(format!("parameter.{name}"), description(block));
             metadata.insert(format!("skipped.{name}"), telemetry.skipped.to_string());
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
-            metadata.insert(format!("estimate.{name}"), estimate.to_text());
+            metadata.insert(format!("curvature.{name}"), estimate.to_text());
+            metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
             for (kind, buffer) in block.state.named() {
                 let (shape, bytes) = (block.var.dims(), buffer.to_bytes(block.n)?);
                 tensors.push((format!("{name}.{kind}"), StateTensor { buffer, shape, bytes }));
@@ -133,7 +139,10 @@ impl Srkl {
         let path = path.as_ref();
         let loaded = fs::read(path)
             .map_err(Error::from)
-            .and_then(|bytes| Loaded::new(&bytes, &self.blocks))
+            .and_then(|bytes| {
+                let params = |block: &Block| &self.groups[block.group].params;
+                Loaded::new(&bytes, &self.blocks, params)
+            })
             .map_err(|e| e.with_path(path))?;
         // Nothing below can fail, but for a device that has failed already.
         for (block, loaded) in self.blocks.iter_mut().zip(&loaded.blocks) {
@@ -141,11 +150,13 @@ impl Srkl {
                 buffer.set(bytes)?;
             }
             (block.powers, block.estimate) = (loaded.powers, loaded.estimate);
+            block.trained = loaded.trained;
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
-        let Loaded { attempts, draws, requested, measured, .. } = loaded;
-        self.progress = Progress { attempts, draws, requested, measured, ..Default::default() };
+        self.seed = loaded.seed;
+        let checked = self.progress.checked;
+        self.progress = Progress { checked, ..loaded.progress };
         self.send_settings()?;
         let skipped: Vec<u64> = loaded.blocks.iter().map(|block| block.skipped).collect();
         self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
@@ -158,15 +169,14 @@ struct Loaded {
     skipped_steps: u64,
     schedule: f64,
     grad_scale: f64,
-    attempts: u64,
-    draws: u64,
-    requested: bool,
-    measured: bool,
+    seed: u64,
+    progress: Progress,
     blocks: Vec<LoadedBlock>,
 }
 
 struct LoadedBlock {
     skipped: u64,
+    trained: bool,
     powers: Powers,
     estimate: Estimate,
     /// The bytes of its state, in order.
@@ -174,7 +184,11 @@ struct LoadedBlock {
 }
 
 impl Loaded {
-    fn new(bytes: &[u8], blocks: &[Block]) -> Result<Self> {
+    fn new<'a>(
+        bytes: &[u8],
+        blocks: &'a [Block],
+        params: impl Fn(&'a Block) -> &'a ParamsSrkl,
+    ) -> Result<Self> {
         let broken = |e| Error::msg(format!("truncated, or not a safetensors file: {e}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
@@ -185,8 +199,9 @@ impl Loaded {
             Some(format) if format == FORMAT => {}
             format => bail!("not a checkpoint of {FORMAT}: its `format` is {format:?}"),
         }
-        match number::<u64>(metadata, "version")? {
-            VERSION => {}
+        let version = number::<u64>(metadata, "version")?;
+        match version {
+            1 | VERSION => {}
             version if version > VERSION => {
                 bail!("written by a newer {FORMAT}: version {version}, this one reads {VERSION}")
             }
@@ -202,16 +217,28 @@ impl Loaded {
         if let Some(stranger) = saved.filter(|name| !known.contains_key(name)).min() {
             bail!("the checkpoint has a parameter `{stranger}`, this optimizer has not")
         }
-        let loaded = blocks.iter().map(|block| load_block(block, metadata, &tensors));
+        let load = |block| load_block(block, params(block), version, metadata, &tensors);
+        let loaded = blocks.iter().map(load);
+        let attempts = number(metadata, "attempts")?;
+        let (asked, seed) = match version {
+            1 => (attempts, 0),
+            _ => (number(metadata, "asked")?, number(metadata, "seed")?),
+        };
+        let progress = Progress {
+            attempts,
+            asked,
+            draws: number(metadata, "draws")?,
+            requested: number::<u8>(metadata, "requested")? != 0,
+            measured: number::<u8>(metadata, "measured")? != 0,
+            ..Default::default()
+        };
         Ok(Self {
             steps: number(metadata, "steps")?,
             skipped_steps: number(metadata, "skipped_steps")?,
             schedule,
             grad_scale,
-            attempts: number(metadata, "attempts")?,
-            draws: number(metadata, "draws")?,
-            requested: number::<u8>(metadata, "requested")? != 0,
-            measured: number::<u8>(metadata, "measured")? != 0,
+            seed,
+            progress,
             blocks: loaded.collect::<Result<_>>()?,
         })
     }
@@ -219,6 +246,8 @@ impl Loaded {
 
 fn load_block(
     block: &Block,
+    params: &ParamsSrkl,
+    version: u64,
     metadata: &HashMap<String, String>,
     tensors: &SafeTensors,
 ) -> Result<LoadedBlock> {
@@ -235,10 +264,25 @@ fn load_block(
     if ![first, second, average].iter().all(|power| (0. ..=1.).contains(power)) {
         bail!("`powers.{name}`: expected numbers from 0 to 1, got {powers:?}")
     }
-    let estimate = Estimate::from_numbers(numbers(metadata, &format!("estimate.{name}"))?);
+    let (key, estimate) = match version {
+        1 => {
+            let key = format!("estimate.{name}");
+            let numbers = numbers(metadata, &key)?;
+            (key, Estimate::from_version_1(numbers, params.curvature))
+        }
+        _ => {
+            let key = format!("curvature.{name}");
+            let numbers = numbers(metadata, &key)?;
+            (key, Estimate::from_numbers(numbers))
+        }
+    };
     if !estimate.is_valid() {
-        bail!("`estimate.{name}`: expected what `save` writes, got {estimate:?}")
+        bail!("`{key}`: expected what `save` writes, got {estimate:?}")
     }
+    let trained = match version {
+        1 => powers != Powers::NONE,
+        _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
+    };
     let mut state = vec![];
     for (kind, buffer) in block.state.named() {
         let tensor = tensors.tensor(&format!("{name}.{kind}"))?;
@@ -256,7 +300,7 @@ fn load_block(
         }
         state.push(tensor.data().to_vec());
     }
-    Ok(LoadedBlock { skipped, powers, estimate, state })
+    Ok(LoadedBlock { skipped, trained, powers, estimate, state })
 }
 
 /// Masters must be those of the parameter.

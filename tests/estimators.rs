@@ -136,9 +136,9 @@ fn hutchinson(decay: f64, scope: Scope) -> ParamsSrkl {
 /// Measures once at the network's place, steps, and gives the random vector of the measurement.
 fn probe(network: &Network, opt: &mut Srkl) -> Result<Vec<f64>> {
     let (before, grads) = (network.w()?, network.gradient()?);
-    let perturbed = opt.perturb()?;
+    let perturbed = opt.perturb(&grads)?;
     let moved = minus(&network.w()?, &before);
-    perturbed.observe(&grads, &network.gradient()?)?;
+    perturbed.observe(&network.gradient()?)?;
     assert_eq!(network.w()?, before);
     opt.step(&grads)?;
     let rms = norm(&before) / (before.len() as f64).sqrt();
@@ -314,21 +314,29 @@ fn along(decay: f64, scope: Scope, direction: Direction) -> ParamsSrkl {
 
 const ADAM: Direction = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-4 };
 
-/// `P = sqrt(v^) + eps` of `ADAM` after these gradients, one vector a step.
-fn metric(gradients: &[Vec<f64>]) -> Vec<f64> {
-    let mut v = vec![0.; gradients[0].len()];
-    for g in gradients {
-        v.iter_mut().zip(g).for_each(|(v, g)| *v = 0.99 * *v + 0.01 * g * g);
+/// The direction `d` after these gradients, one vector a step, and what it was made of.
+fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
+    let average = |decay: f64, term: fn(f64) -> f64| -> Vec<f64> {
+        let mut average = vec![0.; 26];
+        for g in gradients {
+            average.iter_mut().zip(g).for_each(|(a, g)| *a = decay * *a + (1. - decay) * term(*g));
+        }
+        let correction = 1. - decay.powi(gradients.len() as i32);
+        average.iter().map(|a| a / correction).collect()
+    };
+    match of {
+        Direction::Gradient => (gradients.last().unwrap().clone(), gradients.last().unwrap().clone()),
+        Direction::Momentum { mu } => (average(mu, |g| g), average(mu, |g| g)),
+        Direction::Adam { beta1, beta2, eps } => {
+            let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));
+            (m.iter().zip(&v).map(|(m, v)| m / (v.sqrt() + eps)).collect(), m)
+        }
     }
-    let correction = 1. - 0.99f64.powi(gradients.len() as i32);
-    v.iter().map(|v| (v / correction).sqrt() + 1e-4).collect()
 }
 
-/// `sqrt(sum G^2 / P / sum D^2 P)`
-fn ratio(change: &[f64], step: &[f64], p: &[f64]) -> f64 {
-    let over: f64 = change.iter().zip(p).map(|(g, p)| g * g / p).sum();
-    let under: f64 = step.iter().zip(p).map(|(d, p)| d * d * p).sum();
-    (over / under).sqrt()
+/// `(||G|| / ||D||) (||d||^2 / <d, m>)`
+fn along_step(change: &[f64], step: &[f64], d: &[f64], m: &[f64]) -> f64 {
+    norm(change) / norm(step) * (dot(d, d) / dot(d, m))
 }
 
 /// The estimate is that of the mean Hessian along the step, here by Simpson's rule over the exact one.
@@ -357,9 +365,10 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
                     let product = times(&network.hessian(&on_the_way)?, &step);
                     change.iter_mut().zip(product).for_each(|(g, hd)| *g += weight / 12. * hd);
                 }
-                let p = if direction == ADAM { metric(&gradients) } else { vec![1.; 26] };
+                let (d, m) = self::direction(direction, &gradients);
                 let of = |place: std::ops::Range<usize>| {
-                    ratio(&change[place.clone()], &step[place.clone()], &p[place])
+                    let [change, step, d, m] = [&change, &step, &d, &m].map(|x| &x[place.clone()]);
+                    along_step(change, step, d, m)
                 };
                 estimates = match scope {
                     Scope::Global => vec![of(0..26); 4],
@@ -406,8 +415,8 @@ fn average_of_step_curvature() -> Result<()> {
                     }
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
-                let p = if direction == ADAM { metric(&gradients) } else { vec![1.; 26] };
-                average = decay * average + (1. - decay) * ratio(&change, &step, &p);
+                let (d, m) = self::direction(direction, &gradients);
+                average = decay * average + (1. - decay) * along_step(&change, &step, &d, &m);
             }
         }
     }

@@ -196,9 +196,9 @@ impl<'a> Training<'a> {
                 let measures = srkl.measuring();
                 let perturbs = self.settings.optimizer == Rule::Hessian;
                 if measures && perturbs {
-                    let perturbed = srkl.perturb()?;
+                    let perturbed = srkl.perturb(&grads)?;
                     let (_, again) = gradients(&self.model, &batches)?;
-                    perturbed.observe(&grads, &again)?;
+                    perturbed.observe(&again)?;
                 }
                 srkl.step(&grads)?;
                 if measures && !perturbs {

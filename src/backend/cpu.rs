@@ -14,10 +14,10 @@ use rayon::prelude::*;
 use super::gradient::{FromGradient, Gradient, RowBuffer};
 use super::simd::{Kernel, Simd};
 use crate::block::{Block, Buffer, Powers, State};
-use crate::curvature::Estimate;
+use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{
     CHUNK, LANES, MIN_LANES, Pair, Real, Sums, bf16_to_f32, eighths, f16_to_f32, f32_to_bf16,
-    f32_to_f16, pow2, random_bits, scale_exponent, tree,
+    f32_to_f16, fold, pow2, random_bits, scale_exponent, tree,
 };
 use crate::optimizer::measures_steps;
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
@@ -35,8 +35,8 @@ pub(crate) const PIECE: usize = 8 * CHUNK;
 /// Working memory of one thread. (Not on the stack: threads nest.)
 pub(crate) struct Scratch {
     rows: Rows,
-    /// Lanes of two sums.
-    lanes: [Vec<f64>; 2],
+    /// Lanes of up to three sums.
+    lanes: [Vec<f64>; 3],
 }
 
 /// Rows of numbers: converted tensors, the direction, the terms of two sums.
@@ -49,7 +49,7 @@ pub(crate) struct Rows {
 
 impl Scratch {
     pub fn new() -> Self {
-        Self { rows: Rows::default(), lanes: [vec![0.; LANES], vec![0.; LANES]] }
+        Self { rows: Rows::default(), lanes: [(); 3].map(|()| vec![0.; LANES]) }
     }
 }
 
@@ -163,7 +163,7 @@ impl<C: FromGradient, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
     #[inline(always)]
     fn run(self) -> Sums {
         let Self { g, start, len, scratch, .. } = self;
-        let Scratch { rows: Rows { tensors: [row, ..], .. }, lanes: [sum2, sum4] } = scratch;
+        let Scratch { rows: Rows { tensors: [row, ..], .. }, lanes: [sum2, sum4, _] } = scratch;
         let rows = || (0..len).step_by(LANES).map(|at| (start + at, LANES.min(len - at)));
 
         let mut exponent = 0;
@@ -335,20 +335,24 @@ const LEAST_RMS: f64 = 0.01;
 /// The length of a step that nothing is known for, beside the size of the parameters.
 const SMALL_STEP: f64 = 0.003;
 
+/// How often it is doubled at most, one time for each in a row that has moved nothing.
+const MOST_DOUBLINGS: u64 = 1000;
+
 /// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
-/// come, and the trust clip.
+/// come, of which `still` in a row have moved nothing, and the trust clip.
 pub(crate) fn adjust(
     decision: &mut Decision,
     params: &ParamsSrkl,
     scalars: StepScalars,
     directions: &Directions,
+    still: u64,
     measures: bool,
 ) {
     let Directions { own, n, total, total_n } = directions;
     if measures_steps(params) && measures && !decision.is_known() {
         let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
         let rms_d = (total.a / total_n).sqrt();
-        let small = SMALL_STEP * rms_w / rms_d;
+        let small = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32) * rms_w / rms_d;
         let lr = scalars.schedule * params.lr;
         decision.phi = if small < lr { small } else { lr };
     }
@@ -504,8 +508,8 @@ impl ElementBrake {
     }
 }
 
-/// Moves a block by its gradient, in place. If the step `measures`, the block's `moved` becomes what
-/// [`step_curvature`] needs of it.
+/// Moves a block by its gradient, in place. If the step `measures`, the block's `step_sums` become what a
+/// measurement, or telemetry, needs of it.
 pub(crate) fn update(
     block: &mut Block,
     gradient: &Tensor,
@@ -514,16 +518,16 @@ pub(crate) fn update(
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    block.moved = 0.;
+    block.step_sums = StepSums::default();
     if block.n == 0 {
         return Ok(()); // candle refuses to write to an empty tensor.
     }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
     let numbers = &(params, decision, block.powers, block.estimate, measures);
-    let Block { var, state, moved, .. } = block;
+    let Block { var, state, step_sums, .. } = block;
     with_storage_mut(var, |storage| {
-        *moved = match storage {
+        *step_sums = match storage {
             CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
             CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
             CpuStorage::BF16(w) => block_update(w, state, &g, numbers, simd, scratch),
@@ -547,7 +551,7 @@ fn block_update<P: Parameter>(
     ),
     simd: Simd,
     scratch: &mut Scratch,
-) -> f64 {
+) -> StepSums {
     let n = w.len();
     let coefficients = Coefficients::new(params, decision, powers, estimate);
     let mut block = Part::new(w, state);
@@ -560,14 +564,16 @@ fn block_update<P: Parameter>(
     let update = |scratch: &mut Scratch, start, part| {
         simd.run(Update { start, part, g, coefficients, measures: *measures, scratch })
     };
-    let moved = if n <= PIECE {
+    let chunks: Vec<[f64; 3]> = if n <= PIECE {
         update(scratch, 0, block)
     } else {
         let pieces = block.pieces(PIECE).into_par_iter().enumerate();
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
         pieces.map_init(Scratch::new, update).flatten_iter().collect()
     };
-    if *measures { Pair::fold(&moved).b } else { 0. }
+    let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
+    let scale = coefficients.scale * coefficients.scale;
+    StepSums { step, direction: direction * scale, along: along * scale }
 }
 
 /// Neighbouring elements of a block: the parameter and its state.
@@ -618,32 +624,31 @@ struct Update<'a, P: Parameter> {
     part: Part<'a, P>,
     g: &'a Gradient<'a>,
     coefficients: Coefficients<P::Compute>,
-    /// Whether to sum up what it moves.
+    /// Whether to sum up how it moves.
     measures: bool,
     scratch: &'a mut Scratch,
 }
 
 impl<P: Parameter> Kernel for Update<'_, P> {
-    /// Of every chunk the sum of `D^2 P`, in `b`, if it measures.
-    type Output = Vec<Pair>;
+    /// Of every chunk the sums of [`StepSums`], with the direction as it is before its `scale`, if it measures.
+    type Output = Vec<[f64; 3]>;
 
     #[inline(always)]
-    fn run(self) -> Vec<Pair> {
+    fn run(self) -> Vec<[f64; 3]> {
         let Self { start, mut part, g, coefficients, measures, scratch } = self;
-        let Scratch { rows: Rows { tensors: [row, before, ..], d, .. }, lanes: [lanes, _] } =
-            scratch;
+        let Scratch { rows: Rows { tensors: [row, before, ..], d, .. }, lanes } = scratch;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (phi_d, keep) = coefficients.of_phi(phi);
         let n = part.w.len();
         let mut sums = vec![];
         for at in (0..n).step_by(LANES) {
-            let Part { w, mut master, m, mut v, average: a, q } = part.take(LANES.min(n - at));
+            let Part { w, mut master, mut m, mut v, average: a, q } = part.take(LANES.min(n - at));
             let before = &mut P::Compute::buffer(before)[..w.len()];
             if measures {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
             }
             let g = g.row(start + at, w.len(), row);
-            let d: &[P::Compute] = match (moments.direction, m, v.as_deref_mut()) {
+            let d: &[P::Compute] = match (moments.direction, m.as_deref_mut(), v.as_deref_mut()) {
                 (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
                     // In one loop: it has enough to compute while memory is waited for.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
@@ -706,13 +711,26 @@ impl<P: Parameter> Kernel for Update<'_, P> {
             }
             if measures {
                 let len = CHUNK.min(n - at / CHUNK * CHUNK);
-                let lanes = &mut lanes[..len.clamp(MIN_LANES, LANES).next_power_of_two()];
+                let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+                let lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
+                let [step, direction, along] = lanes;
                 if at % CHUNK == 0 {
-                    lanes.fill(0.);
+                    [&mut *step, direction, along].into_iter().for_each(|lanes| lanes.fill(0.));
                 }
-                add_moved(lanes, before, w, v.as_deref(), &moments);
+                add_step(step, before, w);
+                let is_adam = match (m.as_deref(), v.as_deref()) {
+                    (Some(m), Some(v)) => {
+                        add_adam_direction(direction, along, m, v, &moments);
+                        true
+                    }
+                    (m, _) => {
+                        add_squares(direction, m.unwrap_or(g));
+                        false
+                    }
+                };
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
-                    sums.push(Pair { a: 0., b: tree(lanes) });
+                    let (step, direction) = (tree(step), tree(direction));
+                    sums.push([step, direction, if is_adam { tree(along) } else { direction }]);
                 }
             }
         }
@@ -720,36 +738,37 @@ impl<P: Parameter> Kernel for Update<'_, P> {
     }
 }
 
-/// Adds the terms of `D^2 P` of a row: `D` is the step as the parameter took it, rounded to its dtype, and `P`
-/// the metric of its direction.
+/// Adds the terms of `D^2` of a row: `D` is the step as the parameter took it, rounded to its dtype.
 #[inline(always)]
-fn add_moved<P: Parameter>(
-    lanes: &mut [f64],
-    before: &[P::Compute],
-    w: &[P],
-    v: Option<&[P::Compute]>,
-    moments: &Moments<P::Compute>,
-) {
-    let square = |w: &P, before: &P::Compute| {
-        let moved = w.widen().to_f64() - before.to_f64();
-        moved * moved
-    };
-    let rows = lanes.iter_mut().zip(before).zip(w);
-    match v {
-        None => rows.for_each(|((lane, before), w)| *lane += square(w, before)),
-        Some(v) => {
-            for (((lane, before), w), v) in rows.zip(v) {
-                let metric = moments.metric(*v).to_f64();
-                *lane += heard(square(w, before) * metric, metric);
-            }
-        }
+fn add_step<P: Parameter>(lanes: &mut [f64], before: &[P::Compute], w: &[P]) {
+    for ((lane, before), w) in lanes.iter_mut().zip(before).zip(w) {
+        let step = w.widen().to_f64() - before.to_f64();
+        *lane += step * step;
     }
 }
 
-/// What a measurement hears of an element: nothing where the metric is beyond its range, since it moves no more.
+/// Adds the terms of `d^2` and `d m` of a row, of Adam's direction `d = m / P`.
 #[inline(always)]
-fn heard(term: f64, metric: f64) -> f64 {
-    if metric < f64::INFINITY { term } else { 0. }
+fn add_adam_direction<C: Real>(
+    direction: &mut [f64],
+    along: &mut [f64],
+    m: &[C],
+    v: &[C],
+    moments: &Moments<C>,
+) {
+    for (((direction, along), m), v) in direction.iter_mut().zip(along).zip(m).zip(v) {
+        let d = m.div(moments.metric(*v)).to_f64();
+        *direction += d * d;
+        *along += d * m.to_f64();
+    }
+}
+
+/// Adds the terms of `d^2` of a row: of any other direction `d m` is the same.
+#[inline(always)]
+fn add_squares<C: Real>(lanes: &mut [f64], d: &[C]) {
+    for (lane, d) in lanes.iter_mut().zip(d) {
+        *lane += d.to_f64() * d.to_f64();
+    }
 }
 
 /// `w <- keep * w - phi_d * d`
@@ -853,7 +872,7 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
     #[inline(always)]
     fn run(self) -> Pair {
         let Self { terms, start, len, scratch } = self;
-        let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b] } = scratch;
+        let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b, _] } = scratch;
         let (a, b) = (f64::buffer(a), f64::buffer(b));
         let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
@@ -962,46 +981,39 @@ pub(crate) struct Measured<'a> {
     pub c: f64,
 }
 
-/// [`Curvature::Step`]: a block's sums of `G^2 / P` and `D^2 P`, with `P` the metric of its direction; the
-/// second one is what the update has left.
-pub(crate) fn step_curvature(
+/// [`Curvature::Step`]: a block's sum of `G^2`, with `G = c * (again - first)`.
+pub(crate) fn change_of_gradient(
     block: &Block,
     measured: &Measured,
-    params: &ParamsSrkl,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<Pair> {
-    fn changes<C: FromGradient>(
-        [first, again]: [&Gradient; 2],
-        block: &Block,
-        (params, c): (&ParamsSrkl, f64),
-        simd: Simd,
-        scratch: &mut Scratch,
-    ) -> f64 {
-        let v = block.state.v.as_ref().and_then(C::state);
-        let moments = Moments::new(params, c, correction(block.powers.second));
-        pair_sums(block.n, &StepTerms { first, again, v, moments, c }, simd, scratch).a
-    }
+) -> Result<f64> {
     let (first, first_layout) = measured.first.storage_and_layout();
     let (again, again_layout) = measured.again.storage_and_layout();
-    let gradients = [&Gradient::new(&first, first_layout)?, &Gradient::new(&again, again_layout)?];
-    let numbers = (params, measured.c);
-    let changes = match block.dtype {
-        DType::F64 => changes::<f64>(gradients, block, numbers, simd, scratch),
-        _ => changes::<f32>(gradients, block, numbers, simd, scratch),
+    let first = &Gradient::new(&first, first_layout)?;
+    let again = &Gradient::new(&again, again_layout)?;
+    let (c, n) = (measured.c, block.n);
+    let sums = match block.dtype {
+        DType::F64 => pair_sums(n, &ChangeTerms::<f64>::new(first, again, c), simd, scratch),
+        _ => pair_sums(n, &ChangeTerms::<f32>::new(first, again, c), simd, scratch),
     };
-    Ok(Pair { a: changes, b: block.moved })
+    Ok(sums.a)
 }
 
-struct StepTerms<'a, C> {
+struct ChangeTerms<'a, C> {
     first: &'a Gradient<'a>,
     again: &'a Gradient<'a>,
-    v: Option<&'a [C]>,
-    moments: Moments<C>,
     c: f64,
+    compute: PhantomData<fn() -> C>,
 }
 
-impl<C: FromGradient> Terms for StepTerms<'_, C> {
+impl<'a, C: FromGradient> ChangeTerms<'a, C> {
+    fn new(first: &'a Gradient<'a>, again: &'a Gradient<'a>, c: f64) -> Self {
+        Self { first, again, c, compute: PhantomData }
+    }
+}
+
+impl<C: FromGradient> Terms for ChangeTerms<'_, C> {
     const BOTH: bool = false;
 
     #[inline(always)]
@@ -1009,20 +1021,9 @@ impl<C: FromGradient> Terms for StepTerms<'_, C> {
         let [first, again, ..] = tensors;
         let first = self.first.row::<C>(start, a.len(), first);
         let again = self.again.row::<C>(start, a.len(), again);
-        let square = |first: &C, again: &C| {
+        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
             let change = self.c * (again.to_f64() - first.to_f64());
-            change * change
-        };
-        let v = self.v.map(|v| &v[start..start + a.len()]);
-        let rows = a.iter_mut().zip(first).zip(again);
-        match v {
-            None => rows.for_each(|((a, first), again)| *a = square(first, again)),
-            Some(v) => {
-                for (((a, first), again), v) in rows.zip(v) {
-                    let metric = self.moments.metric(*v).to_f64();
-                    *a = heard(square(first, again) / metric, metric);
-                }
-            }
+            *a = change * change;
         }
     }
 }
@@ -1092,7 +1093,7 @@ pub(crate) fn average_probe(
         scratch: &mut Scratch,
     ) -> f64 {
         let chunk_sum = |scratch: &mut Scratch, (chunk, q): (usize, &mut [C])| {
-            let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [lanes, _] } = scratch;
+            let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [lanes, ..] } = scratch;
             let (a, b) = (f64::buffer(a), f64::buffer(b));
             let width = q.len().clamp(MIN_LANES, LANES).next_power_of_two();
             lanes[..width].fill(0.);

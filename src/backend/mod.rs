@@ -7,8 +7,8 @@
 //! | `statistics` | gradients | [`Sums`](crate::numerics::Sums) of each block |
 //! | `decide` | sums, settings | a [`Decision`](cpu::Decision) for each block: phi, or why it is skipped |
 //! | `directions`, `adjust` | gradients, state, parameters | decisions again, where the trust clip or a small first step needs the directions |
-//! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, what it moved |
-//! | `step_curvature` | both gradients, what moved | an [`Estimate`](crate::curvature::Estimate) |
+//! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`](crate::estimate::StepSums) |
+//! | `change_of_gradient` | both gradients, step sums | an [`Estimate`](crate::estimate::Estimate) |
 //! | `squares`, `perturb`, `probe_sums`, `average_probe` | parameters; both gradients | an estimate by random vectors |
 //!
 //! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
@@ -37,6 +37,8 @@ pub(crate) struct Inputs<'a> {
     pub groups: &'a [Group],
     pub grads: &'a GradStore,
     pub scalars: StepScalars,
+    /// Whether norms are recorded.
+    pub records: bool,
 }
 
 /// What a device has counted, where steps are decided on it.

@@ -5,7 +5,7 @@ use candle_core::Result;
 use super::cpu::{Decision, StepScalars};
 use super::{Counters, Inputs};
 use crate::block::{Block, Last, Powers};
-use crate::curvature::{Estimate, Probe};
+use crate::estimate::{Estimate, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
 use crate::optimizer::Group;
 
@@ -25,7 +25,19 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn squares(&mut self, _: &[Block], _: f64) -> Result<()> {
+    pub fn squares(&mut self, _: &Inputs, _: f64) -> Result<()> {
+        match *self {}
+    }
+
+    pub fn all_squares(&self, _: &[Block]) -> Result<Vec<(usize, f64)>> {
+        match *self {}
+    }
+
+    pub fn step_sums(&self) -> Result<Vec<(usize, StepSums)>> {
+        match *self {}
+    }
+
+    pub fn estimates_told(&self) -> Result<Vec<(bool, bool)>> {
         match *self {}
     }
 
@@ -98,7 +110,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn update(&mut self) -> Result<()> {
+    pub fn update(&mut self, _: bool) -> Result<()> {
         match *self {}
     }
 
@@ -110,7 +122,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+    pub fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
         match *self {}
     }
 

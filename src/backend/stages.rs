@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::cpu::{self, Asked, Decision, PIECE, Scratch};
 use super::gradient::Gradient;
 use super::simd::{Simd, prefetch};
-use crate::block::{Block, Buffer, storage_address};
+use crate::block::{Block, Buffer, Last, storage_address};
 use crate::numerics::{LANES, Sums};
 use crate::optimizer::{Group, measures_steps};
 
@@ -44,6 +44,15 @@ impl<'a> Found<'a> {
     }
 }
 
+/// What an update does beside moving blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct UpdateOptions {
+    /// Whether curvature is measured along the step.
+    pub measures: bool,
+    /// The gradient scale, if norms are recorded.
+    pub recorded: Option<f64>,
+}
+
 /// The CPU as a place for stages. Blocks on a CUDA device are passed over.
 #[derive(Clone)]
 pub(crate) struct Stages {
@@ -52,6 +61,8 @@ pub(crate) struct Stages {
     pub pool: Option<Arc<ThreadPool>>,
     /// Where the storages of all variables are, sorted: a gradient must not be one of them.
     pub storages: Arc<[usize]>,
+    /// Of each group whether its gradients are ignored.
+    pub frozen: Vec<bool>,
 }
 
 impl Stages {
@@ -88,7 +99,9 @@ impl Stages {
         read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
     ) -> Result<Vec<Option<Found<'g>>>> {
         let find = |scratch: &mut Scratch, (batch, found): (&[Block], &mut [Option<Found<'g>>])| {
-            let tensor_of = |block: &Block| grads.get_id(block.id).filter(|_| block.on_cpu);
+            let tensor_of = |block: &Block| {
+                grads.get_id(block.id).filter(|_| block.on_cpu && !self.frozen[block.group])
+            };
             let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
                 tensor.map_or(Ok(()), |tensor| block.check_gradient(tensor))?;
@@ -114,16 +127,17 @@ impl Stages {
         Ok(found)
     }
 
-    /// Stage 3: moves every block that has a gradient and a decision, of a step that `measures` the curvature
-    /// along it or doesn't. (Stage 2, `decide`, is a few operations per block.)
+    /// Stage 3: moves every block that has a gradient and a decision. (Stage 2, `decide`, is a few operations per
+    /// block.)
     pub fn update(
         &self,
         blocks: &mut [Block],
         gradients: &[Option<Found>],
         decisions: &[Option<Decision>],
         groups: &[Group],
-        measures: bool,
+        options: UpdateOptions,
     ) -> Result<()> {
+        let UpdateOptions { measures, recorded } = options;
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
         let batches = batches.zip(decisions.chunks(size));
@@ -135,14 +149,19 @@ impl Stages {
                 }
             }
             for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
-                block.last = decision.map(|d| (d.curvature, d.phi));
+                block.last =
+                    decision.map(|d| Last { curvature: d.curvature, phi: d.phi, norms: None });
                 match (found, decision) {
-                    (Some(Found { gradient, .. }), Some(decision)) => {
+                    (Some(Found { gradient, sums, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
                         if block.on_cpu {
-                            let measures = measures && measures_steps(params);
+                            let measures = measures && measures_steps(params) || recorded.is_some();
                             let numbers = (params, decision);
                             cpu::update(block, gradient, numbers, measures, self.simd, scratch)?;
+                        }
+                        if let (Some(last), Some(grad_scale)) = (&mut block.last, recorded) {
+                            let step = block.step_sums.step.sqrt();
+                            last.norms = Some([sums.norm(1. / grad_scale), step]);
                         }
                         block.powers = block.powers.next(params);
                     }

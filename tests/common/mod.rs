@@ -135,9 +135,9 @@ pub fn measured_step(opt: &mut Srkl, gradient: impl Fn() -> Result<GradStore>) -
     let measures = opt.measuring();
     let grads = gradient()?;
     if measures && perturbs {
-        let perturbed = opt.perturb()?;
+        let perturbed = opt.perturb(&grads)?;
         let again = gradient()?;
-        perturbed.observe(&grads, &again)?;
+        perturbed.observe(&again)?;
     }
     opt.step(&grads)?;
     if measures && !perturbs {

@@ -1,0 +1,322 @@
+//! What is known of a block's curvature: how a measurement enters it, and what the brake goes by.
+//!
+//! `kernels/curvature.cuh` has the same functions, of the same names, for devices that decide.
+
+use crate::numerics::{Pair, fold};
+use crate::params::Curvature;
+
+/// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
+const BOUND: f64 = 4.;
+
+/// What is known of a block's curvature.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Estimate {
+    /// `Step`: the average of H, uncorrected. `Hutchinson`: H squared, corrected.
+    pub mean: f64,
+    /// `Hutchinson`: the sum of q over the block, corrected, whatever the scope.
+    pub own: f64,
+    /// The product of the average's decays: 1 before the first measurement.
+    pub power: f64,
+    /// `Step`: the last measurement, if it was too large for the average; 0 if not.
+    pub spike: f64,
+    /// H as it was measured last, and at its lowest and highest.
+    pub last: f64,
+    pub lowest: f64,
+    pub highest: f64,
+    /// How many measurements are in the average: with none there is no estimate.
+    pub in_average: u64,
+    /// Whether the last measurement was not finite.
+    pub infinite: bool,
+    /// `Step`: how many measurements in a row found that nothing had moved.
+    pub still: u64,
+    /// Steps taken and skipped when it was last measured.
+    pub measured_at: u64,
+    pub counts: Counts,
+}
+
+/// How measurements went: see [`Measurements`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub taken: u64,
+    pub nonfinite: u64,
+    pub unmoved: u64,
+    pub uninformative: u64,
+    pub missing: u64,
+}
+
+/// How measurements of curvature went: see [`Srkl::measurements`](crate::Srkl::measurements).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Measurements {
+    /// How many entered the estimate.
+    pub taken: u64,
+    /// How many met a NaN or an infinity, and count as infinite curvature up to the next step that
+    /// measures.
+    pub nonfinite: u64,
+    /// How many found that the step had moved nothing, though there was a direction to go: it was too small for
+    /// the parameters' dtype. There is then no estimate, and the next step is a small one that measures.
+    pub unmoved: u64,
+    /// How many say nothing, of a step without a direction: one that was skipped, or whose gradients are 0; by
+    /// [`Curvature::Hutchinson`] one whose gradient is not finite.
+    pub uninformative: u64,
+    /// How many were without this parameter, since it had no second gradient.
+    pub missing: u64,
+    /// Steps, taken and skipped, since the last measurement that entered the estimate. `None` before the first.
+    pub age: Option<u64>,
+    /// The curvature `H` that the brake goes by; an infinity after a measurement that was not finite, `None`
+    /// without an estimate.
+    pub curvature: Option<f64>,
+    /// `H` as it was measured last. `None` before the first measurement, as the next two.
+    pub last: Option<f64>,
+    /// The lowest `H` measured so far.
+    pub lowest: Option<f64>,
+    /// The highest `H` measured so far.
+    pub highest: Option<f64>,
+}
+
+/// What a step that measures leaves of a block, as sums over its elements: of its change `D`, as the parameters
+/// took it, its direction `d`, and the gradient or momentum `m` that `d` was made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct StepSums {
+    /// `sum D^2`
+    pub step: f64,
+    /// `sum d^2`
+    pub direction: f64,
+    /// `sum d m`
+    pub along: f64,
+}
+
+/// All sums of a measurement along a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Measured {
+    /// `sum G^2`, with `G` the change of the gradient.
+    pub change: f64,
+    pub step: StepSums,
+}
+
+impl Measured {
+    /// The sums over all `items`, by rule 4 of the contract.
+    pub fn fold(items: &[Self]) -> Self {
+        let [change, step, direction, along] = fold(items.len(), |i| {
+            let Self { change, step: StepSums { step, direction, along } } = items[i];
+            [change, step, direction, along]
+        });
+        Self { change, step: StepSums { step, direction, along } }
+    }
+}
+
+/// What a product with the Hessian came to.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Probe {
+    Finite,
+    /// A NaN or an infinity in the second gradient.
+    Infinite,
+    /// One in the first gradient, whose step says nothing.
+    Nothing,
+}
+
+impl Probe {
+    /// By the sums of [`probe_sums`](crate::backend::cpu::probe_sums) over all blocks.
+    pub fn of(total: Pair) -> Self {
+        match (total.b.is_finite(), total.a.is_finite()) {
+            (false, _) => Self::Nothing,
+            (true, false) => Self::Infinite,
+            (true, true) => Self::Finite,
+        }
+    }
+}
+
+impl Estimate {
+    pub const NONE: Self = Self {
+        mean: 0.,
+        own: 0.,
+        power: 1.,
+        spike: 0.,
+        last: 0.,
+        lowest: f64::INFINITY,
+        highest: 0.,
+        in_average: 0,
+        infinite: false,
+        still: 0,
+        measured_at: 0,
+        counts: Counts { taken: 0, nonfinite: 0, unmoved: 0, uninformative: 0, missing: 0 },
+    };
+
+    /// Whether there is anything to go by.
+    pub fn is_known(&self) -> bool {
+        self.infinite || self.in_average > 0
+    }
+
+    /// `H`; `None` without an estimate.
+    pub fn curvature(&self, curvature: Curvature) -> Option<f64> {
+        if self.infinite {
+            return Some(f64::INFINITY);
+        }
+        if self.in_average == 0 {
+            return None;
+        }
+        Some(match curvature {
+            Curvature::Hutchinson { .. } => self.mean.sqrt(),
+            _ if self.spike > 0. => self.spike,
+            _ => self.average(),
+        })
+    }
+
+    /// The average of H along steps, corrected for having started at 0.
+    fn average(&self) -> f64 {
+        self.mean / (1. - self.power)
+    }
+
+    /// Takes a measurement along a step, which had its place after `now` steps:
+    /// `H = (||G|| / ||D||) * (||d||^2 / <d, m>)`, the secant curvature along the step times the scale of its
+    /// direction. With `D = -phi d` and `d = P^-1 m`, whatever `P`, it is `||G|| ||D|| / <D, P D>`: never below
+    /// the curvature along the step in the metric `P` (Cauchy and Schwarz).
+    pub fn observe_step(&mut self, measured: &Measured, decay: f64, now: u64) {
+        let Measured { change, step: StepSums { step, direction, along } } = *measured;
+        let curvature = (change.sqrt() / step.sqrt()) * (direction / along);
+        let finite = [change, step, direction, along].iter().all(|sum| sum.is_finite());
+        if direction == 0. {
+            self.counts.uninformative += 1;
+        } else if finite && step == 0. {
+            let Self { last, lowest, highest, measured_at, counts, still, .. } = *self;
+            *self = Self { last, lowest, highest, measured_at, ..Self::NONE };
+            (self.counts, self.still) = (counts, still + 1);
+            self.counts.unmoved += 1;
+        } else if !(finite && curvature.is_finite()) {
+            self.infinite = true;
+            self.counts.nonfinite += 1;
+        } else {
+            self.take_step(curvature, decay);
+            self.record(curvature, now);
+        }
+    }
+
+    /// `H` enters the average as at most 4 times the average; beyond that it is a spike, which the brake goes by
+    /// in full up to the next measurement. So curvature that shoots up counts at once, one bad measurement is
+    /// forgotten at the next, and a lasting rise enters the average. The first measurement has no average to be
+    /// held against, so the second one bounds it.
+    fn take_step(&mut self, curvature: f64, decay: f64) {
+        let average = if self.in_average > 0 { self.average() } else { 0. };
+        let too_large = average > 0. && curvature > BOUND * average;
+        let entering = if too_large { BOUND * average } else { curvature };
+        if self.in_average == 1 && average > BOUND * curvature {
+            self.mean = (1. - self.power) * (BOUND * curvature);
+        }
+        self.mean = decay * self.mean + (1. - decay) * entering;
+        self.power *= decay;
+        self.spike = if too_large { curvature } else { 0. };
+    }
+
+    /// Takes a measurement by random vectors: `squared` is H squared.
+    pub fn observe_rows(&mut self, probe: Probe, squared: f64, now: u64) {
+        match probe {
+            Probe::Nothing => self.counts.uninformative += 1,
+            Probe::Finite if squared.is_finite() => {
+                self.mean = squared;
+                self.record(squared.sqrt(), now);
+            }
+            _ => {
+                self.infinite = true;
+                self.counts.nonfinite += 1;
+            }
+        }
+    }
+
+    fn record(&mut self, curvature: f64, now: u64) {
+        self.last = curvature;
+        self.lowest = if curvature < self.lowest { curvature } else { self.lowest };
+        self.highest = if curvature > self.highest { curvature } else { self.highest };
+        self.in_average += 1;
+        self.infinite = false;
+        self.still = 0;
+        self.measured_at = now;
+        self.counts.taken += 1;
+    }
+
+    /// What a user is told of it, after `now` steps.
+    pub fn measurements(&self, curvature: Curvature, now: u64) -> Measurements {
+        let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
+        let told = |x| (taken > 0).then_some(x);
+        Measurements {
+            taken,
+            nonfinite,
+            unmoved,
+            uninformative,
+            missing,
+            age: self.age(now),
+            curvature: self.curvature(curvature),
+            last: told(self.last),
+            lowest: told(self.lowest),
+            highest: told(self.highest),
+        }
+    }
+
+    /// Steps since the last measurement that entered it.
+    pub fn age(&self, now: u64) -> Option<u64> {
+        (self.counts.taken > 0).then(|| now.saturating_sub(self.measured_at))
+    }
+
+    /// Whether a checkpoint may have it.
+    pub fn is_valid(&self) -> bool {
+        let Self { mean, own, power, spike, last, lowest, highest, in_average, .. } = *self;
+        [mean, own, spike, last, lowest, highest].iter().all(|number| *number >= 0.)
+            && (0. ..=1.).contains(&power)
+            && (power < 1. || in_average == 0)
+    }
+
+    /// As a checkpoint has it.
+    pub fn to_text(self) -> String {
+        let Self { mean, own, power, spike, last, lowest, highest, .. } = self;
+        let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
+        let (in_average, infinite, still) = (self.in_average, self.infinite as u8, self.still);
+        format!(
+            "{mean:?} {own:?} {power:?} {spike:?} {last:?} {lowest:?} {highest:?} {in_average} {infinite} \
+             {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
+            self.measured_at
+        )
+    }
+
+    pub fn from_numbers(numbers: [f64; 16]) -> Self {
+        let [mean, own, power, spike, last, lowest, highest, counts @ ..] = numbers;
+        let [in_average, infinite, still, measured_at, counts @ ..] = counts.map(|n| n as u64);
+        let [taken, nonfinite, unmoved, uninformative, missing] = counts;
+        Self {
+            mean,
+            own,
+            power,
+            spike,
+            last,
+            lowest,
+            highest,
+            in_average,
+            infinite: infinite != 0,
+            still,
+            measured_at,
+            counts: Counts { taken, nonfinite, unmoved, uninformative, missing },
+        }
+    }
+
+    /// From a checkpoint of version 1. What it has of curvature along steps was measured by another formula, and
+    /// counts as nothing.
+    pub fn from_version_1(numbers: [f64; 7], curvature: Curvature) -> Self {
+        let [mean, own, power, infinite, counts @ ..] = numbers;
+        let [taken, nonfinite, uninformative] = counts.map(|count| count as u64);
+        if !matches!(curvature, Curvature::Hutchinson { .. }) {
+            return Self::NONE;
+        }
+        let last = mean.sqrt();
+        let range = if taken > 0 { (last, last) } else { (f64::INFINITY, 0.) };
+        Self {
+            mean,
+            own,
+            power,
+            last,
+            lowest: range.0,
+            highest: range.1,
+            in_average: taken,
+            infinite: infinite != 0.,
+            counts: Counts { taken, nonfinite, uninformative, ..Self::NONE.counts },
+            ..Self::NONE
+        }
+    }
+}
