@@ -7,7 +7,7 @@
 //! ```
 
 #[path = "../digits/data.rs"]
-#[allow(dead_code, reason = "only the digits example tunes on a validation part")]
+#[allow(dead_code, reason = "only the digits example has a validation part")]
 mod data;
 mod functions;
 #[path = "../digits/model.rs"]
