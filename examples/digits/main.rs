@@ -59,7 +59,7 @@ struct Options {
     beta: Option<f64>,
     /// Length of a training: as many gradients as so many passes over the training images take; with
     /// --resume, in all
-    #[arg(long, default_value = "40")]
+    #[arg(long, default_value = "30")]
     epochs: usize,
     /// Images in a mini-batch
     #[arg(long, default_value = "32")]
