@@ -16,7 +16,7 @@ const DARKEST: f32 = 16.;
 
 /// Of the 1797 images; the rest is the training part.
 const HELD_OUT: usize = 360;
-/// Of the training part, and only while tuning.
+/// Of the training part, to choose learning rates by.
 const VALIDATION: usize = 237;
 
 /// Some of the images, one a row, with grey levels of 0 to 1.
@@ -55,8 +55,8 @@ impl Part {
         })
     }
 
-    /// Takes a validation part off, for tuning: what is left to train on, and that. The rows are in
-    /// random order already.
+    /// Takes a validation part off: what is left to train on, and that. The rows are in random order
+    /// already.
     pub fn split_validation(&self) -> Result<(Self, Self)> {
         let rest = self.len()? - VALIDATION;
         Ok((self.narrow(0, rest)?, self.narrow(rest, VALIDATION)?))

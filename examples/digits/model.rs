@@ -40,9 +40,9 @@ impl Mlp {
     }
 
     /// The mean cross entropy, in f32 whatever the model's dtype.
-    pub fn loss(&self, part: &Part) -> Result<Tensor> {
+    pub fn loss(&self, part: &Part) -> candle_core::Result<Tensor> {
         let logits = self.logits(part)?.to_dtype(DType::F32)?;
-        Ok(candle_nn::loss::cross_entropy(&logits, &part.classes)?)
+        candle_nn::loss::cross_entropy(&logits, &part.classes)
     }
 
     /// The share of images that the model classifies right.
@@ -52,7 +52,7 @@ impl Mlp {
         Ok(f64::from(right) / part.len()? as f64)
     }
 
-    fn logits(&self, part: &Part) -> Result<Tensor> {
+    fn logits(&self, part: &Part) -> candle_core::Result<Tensor> {
         let mut x = part.images.clone();
         for (i, layer) in self.layers.iter().enumerate() {
             if i > 0 {

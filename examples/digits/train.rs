@@ -1,208 +1,178 @@
-//! Training by one of the three optimizers, and the search for its learning rate.
+//! Training by one of four optimizers, for a number of gradients.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::num::NonZeroUsize;
-use std::ops::Range;
-use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Device};
-use candle_nn::{AdamW, Optimizer, SGD};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
 use candle_srkl::{Beta, ParamsSrkl, Srkl};
-use indicatif::ProgressBar;
+use clap::ValueEnum;
 use rand::seq::SliceRandom;
 
 use crate::data::Part;
 use crate::model::{Mlp, WIDTHS};
 use crate::random::{Stream, rng};
 
-/// The learning rates that tuning tries, half a decade apart.
-pub const GRID: [f64; 9] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1., 3., 10.];
-
-/// How long it trains with each of them.
-pub const TUNING_EPOCHS: usize = 15;
-
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rule {
-    Srkl,
+    BrakedAdam,
+    Adamw,
+    Reference,
     Sgd,
-    AdamW,
 }
 
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Srkl => "SRKL",
+impl Rule {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BrakedAdam => "braked Adam",
+            Self::Adamw => "AdamW",
+            Self::Reference => "reference",
             Self::Sgd => "SGD",
-            Self::AdamW => "AdamW",
-        })
+        }
+    }
+
+    /// The learning rate of those that need no search for it.
+    pub fn default_lr(self) -> Option<f64> {
+        (self == Self::BrakedAdam).then(|| ParamsSrkl::braked_adam().lr)
     }
 }
 
-/// What a training depends on beside its rule, learning rate and length.
+/// What a training depends on beside its length.
 #[derive(Clone)]
 pub struct Settings {
-    /// SRKL's; the other rules have none.
+    pub rule: Rule,
+    pub lr: f64,
+    /// The reference rule's; the others have none.
     pub beta: f64,
     pub batch: NonZeroUsize,
     pub dtype: DType,
     pub seed: u64,
 }
 
+impl Settings {
+    /// How many make a pass over the images.
+    pub fn batches(&self, part: &Part) -> Result<usize> {
+        Ok(part.len()?.div_ceil(self.batch.get()))
+    }
+}
+
 pub struct Training {
+    pub settings: Settings,
     pub model: Mlp,
     pub optimizer: AnyOptimizer,
-    pub settings: Settings,
+    pub steps: usize,
+    /// How many were computed: a step that measures curvature takes two.
+    pub gradients: usize,
 }
 
 pub enum AnyOptimizer {
     Srkl(Srkl),
-    Sgd(SGD),
     AdamW(AdamW),
+    Sgd(SGD),
 }
 
-/// A value for each epoch: the number of epochs done, and the value.
-pub type Curve = Vec<(f64, f64)>;
-
-/// The course of a training.
-#[derive(Default)]
-pub struct History {
-    /// The mean over each epoch of the batches' losses, each taken before its step.
-    pub loss: Curve,
-    /// The mean over each epoch of `phi / lr`, for each parameter tensor; empty for rules without a
-    /// brake.
-    pub brake: BTreeMap<String, Curve>,
-    /// How many gradients were computed.
-    pub evaluations: usize,
-    pub seconds: f64,
-}
-
-/// How a learning rate did on the validation part.
-pub struct Trial {
-    pub lr: f64,
-    pub accuracy: f64,
+/// A step.
+#[derive(Clone, Copy)]
+pub struct Point {
+    /// How many were computed up to its end.
+    pub gradients: usize,
+    /// Of the batch, before the step.
     pub loss: f64,
-}
-
-/// What has come of a final training.
-pub struct Outcome {
-    pub rule: Rule,
-    pub lr: f64,
-    /// On the held-out part.
-    pub accuracy: f64,
-    pub history: History,
+    /// The mean over tensors; `None` without a brake.
+    pub phi: Option<f64>,
 }
 
 impl Training {
-    pub fn new(rule: Rule, lr: f64, settings: &Settings, device: &Device) -> Result<Self> {
-        let model = Mlp::new(&WIDTHS, settings.seed, settings.dtype, device)?;
+    pub fn new(settings: Settings, device: &Device) -> Result<Self> {
+        let Settings { rule, lr, beta, dtype, seed, .. } = settings;
+        let model = Mlp::new(&WIDTHS, seed, dtype, device)?;
         let optimizer = match rule {
-            Rule::Srkl => {
-                let beta = Beta::Fixed(settings.beta);
+            Rule::BrakedAdam => {
+                let params = ParamsSrkl { lr, ..ParamsSrkl::braked_adam() };
+                AnyOptimizer::Srkl(Srkl::from_varmap(&model.varmap, params)?)
+            }
+            Rule::Reference => {
+                let beta = Beta::Fixed(beta);
                 let params = ParamsSrkl { lr, beta, ..ParamsSrkl::reference() };
                 AnyOptimizer::Srkl(Srkl::from_varmap(&model.varmap, params)?)
             }
+            Rule::Adamw => {
+                // No decay, as the others have none.
+                let params = ParamsAdamW { lr, weight_decay: 0., ..ParamsAdamW::default() };
+                AnyOptimizer::AdamW(AdamW::new(model.varmap.all_vars(), params)?)
+            }
             Rule::Sgd => AnyOptimizer::Sgd(SGD::new(model.varmap.all_vars(), lr)?),
-            Rule::AdamW => AnyOptimizer::AdamW(AdamW::new_lr(model.varmap.all_vars(), lr)?),
         };
-        Ok(Self { model, optimizer, settings: settings.clone() })
+        Ok(Self { settings, model, optimizer, steps: 0, gradients: 0 })
     }
 
-    /// Trains for these epochs, counted from 0 at the initial weights.
-    pub fn run(&mut self, part: &Part, epochs: Range<usize>, bar: &ProgressBar) -> Result<History> {
-        let start = Instant::now();
-        let mut history = History::default();
-        for epoch in epochs {
-            let done = (epoch + 1) as f64;
-            let mut rows: Vec<u32> = (0..part.len()? as u32).collect();
-            rows.shuffle(&mut rng(self.settings.seed, Stream::Epoch(epoch)));
-            let mut loss = Mean::default();
-            let mut brake: BTreeMap<String, Mean> = BTreeMap::new();
-            for batch in rows.chunks(self.settings.batch.get()) {
-                loss.add(self.step(&part.select(batch)?)?);
-                for (name, relative) in self.optimizer.brake()? {
-                    brake.entry(name).or_default().add(relative);
-                }
-                history.evaluations += 1;
+    /// Trains until the budget, of gradients from the very first step on, can't pay for another one, or
+    /// a loss is not finite.
+    pub fn run(&mut self, part: &Part, budget: usize) -> Result<Vec<Point>> {
+        let Settings { batch, seed, .. } = self.settings;
+        let batches = self.settings.batches(part)?;
+        let mut order = vec![];
+        let mut points = vec![];
+        while self.gradients + self.optimizer.next_cost() <= budget {
+            let (epoch, place) = (self.steps / batches, self.steps % batches);
+            if place == 0 || order.is_empty() {
+                order = (0..part.len()? as u32).collect();
+                order.shuffle(&mut rng(seed, Stream::Epoch(epoch)));
             }
-            bar.set_message(format!("loss {:.2e}", loss.value()));
-            bar.inc(1);
-            history.loss.push((done, loss.value()));
-            for (name, mean) in brake {
-                history.brake.entry(name).or_default().push((done, mean.value()));
+            let end = order.len().min((place + 1) * batch.get());
+            let loss = self.step(&part.select(&order[place * batch.get()..end])?)?;
+            points.push(Point { gradients: self.gradients, loss, phi: self.optimizer.phi()? });
+            if !loss.is_finite() {
+                break;
             }
         }
-        history.seconds = start.elapsed().as_secs_f64();
-        Ok(history)
+        Ok(points)
     }
 
     /// Returns the loss before the step.
     fn step(&mut self, batch: &Part) -> Result<f64> {
-        let loss = self.model.loss(batch)?;
-        self.optimizer.step(&loss.backward()?)?;
+        let Self { model, optimizer, gradients, .. } = self;
+        let loss = optimizer.step(|| {
+            *gradients += 1;
+            model.loss(batch)
+        })?;
+        self.steps += 1;
         Ok(f64::from(loss.to_scalar::<f32>()?))
     }
 }
 
 impl AnyOptimizer {
-    fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+    /// How many gradients the next step needs.
+    fn next_cost(&self) -> usize {
         match self {
-            Self::Srkl(srkl) => srkl.step(grads),
-            Self::Sgd(sgd) => sgd.step(grads),
-            Self::AdamW(adamw) => adamw.step(grads),
+            Self::Srkl(srkl) if srkl.measuring() => 2,
+            _ => 1,
         }
     }
 
-    /// `phi / lr` of each parameter tensor that the last step moved.
-    fn brake(&self) -> Result<Vec<(String, f64)>> {
-        let Self::Srkl(srkl) = self else { return Ok(vec![]) };
-        let lr = srkl.learning_rate();
-        let moved = srkl.telemetry()?.into_iter();
-        Ok(moved.filter_map(|block| Some((block.name, block.phi? / lr))).collect())
+    /// One step; calls `loss` once for each gradient, and returns the first.
+    fn step(
+        &mut self,
+        mut loss: impl FnMut() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Srkl(srkl) => srkl.backward_step_with(loss),
+            Self::AdamW(adamw) => {
+                let loss = loss()?;
+                adamw.backward_step(&loss)?;
+                Ok(loss)
+            }
+            Self::Sgd(sgd) => {
+                let loss = loss()?;
+                sgd.backward_step(&loss)?;
+                Ok(loss)
+            }
+        }
     }
-}
 
-#[derive(Default)]
-struct Mean {
-    sum: f64,
-    count: f64,
-}
-
-impl Mean {
-    fn add(&mut self, value: f64) {
-        self.sum += value;
-        self.count += 1.;
+    fn phi(&self) -> Result<Option<f64>> {
+        let Self::Srkl(srkl) = self else { return Ok(None) };
+        let phis: Vec<f64> = srkl.telemetry()?.into_iter().filter_map(|block| block.phi).collect();
+        Ok((!phis.is_empty()).then(|| phis.iter().sum::<f64>() / phis.len() as f64))
     }
-
-    fn value(&self) -> f64 {
-        self.sum / self.count
-    }
-}
-
-/// Tries every learning rate of the grid, in its order.
-pub fn tune(
-    rule: Rule,
-    settings: &Settings,
-    train: &Part,
-    bar: &ProgressBar,
-) -> Result<Vec<Trial>> {
-    let (train, validation) = train.split_validation()?;
-    let mut trials = vec![];
-    for lr in GRID {
-        let mut training = Training::new(rule, lr, settings, train.images.device())?;
-        training.run(&train, 0..TUNING_EPOCHS, bar)?;
-        let accuracy = training.model.accuracy(&validation)?;
-        let loss = f64::from(training.model.loss(&validation)?.to_scalar::<f32>()?);
-        trials.push(Trial { lr, accuracy, loss });
-    }
-    Ok(trials)
-}
-
-/// The trial of the highest accuracy and, among equals, of the lowest loss. `None` if all have
-/// diverged.
-pub fn best(trials: &[Trial]) -> Option<&Trial> {
-    let finite = trials.iter().filter(|trial| trial.loss.is_finite());
-    finite.max_by(|a, b| a.accuracy.total_cmp(&b.accuracy).then(b.loss.total_cmp(&a.loss)))
 }

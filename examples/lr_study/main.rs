@@ -7,7 +7,7 @@
 //! ```
 
 #[path = "../digits/data.rs"]
-#[allow(dead_code, reason = "only the digits example tunes on a validation part")]
+#[allow(dead_code, reason = "only the digits example has a validation part")]
 mod data;
 mod functions;
 #[path = "../digits/model.rs"]
@@ -36,7 +36,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -44,7 +44,7 @@ use optimizers::{Rule, Variant};
 use results::Results;
 use run::Job;
 use table::Summary;
-use tasks::Task;
+use tasks::{GRID, Task};
 
 const THREADS: &str = "RAYON_NUM_THREADS";
 
@@ -63,6 +63,10 @@ struct Options {
     #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true,
           default_values_t = Rule::value_variants().to_vec())]
     optimizers: Vec<Rule>,
+    /// Only these learning rates of the grid, with commas between, beside each optimizer's default
+    /// [default: all]
+    #[arg(long, value_name = "LRS", value_delimiter = ',', value_parser = of_grid)]
+    lr: Vec<f64>,
     /// Seeds for each learning rate [default: 1 to 3, as the task says]
     #[arg(long)]
     seeds: Option<NonZeroU64>,
@@ -95,6 +99,9 @@ fn main() -> Result<()> {
     if options.variant.is_any() && options.out.is_none() {
         bail!("settings that are not the presets' need a folder of their own: give --out");
     }
+    for task in &options.tasks {
+        ensure!(!options.rates(*task).is_empty(), "--lr: {} has none of these", task.title());
+    }
     let out = options.out.clone().unwrap_or_else(|| PathBuf::from("out/lr_study"));
     let results = Results::open(&out).context("--out")?;
     options.claim(&out)?;
@@ -119,12 +126,19 @@ impl Options {
         self.seeds.map_or(task.plan(self.full).seeds, NonZeroU64::get)
     }
 
+    /// The learning rates to compare.
+    fn rates(&self, task: Task) -> Vec<f64> {
+        let mut rates = task.plan(self.full).grid();
+        rates.retain(|lr| self.lr.is_empty() || self.lr.contains(lr));
+        rates
+    }
+
     fn jobs(&self) -> Vec<Job> {
         let full = self.full;
         let mut jobs = vec![];
         for &task in &self.tasks {
             for &rule in &self.optimizers {
-                let mut rates = task.plan(full).grid();
+                let mut rates = self.rates(task);
                 if !rates.contains(&rule.default_lr()) {
                     rates.push(rule.default_lr());
                 }
@@ -136,6 +150,12 @@ impl Options {
         }
         jobs
     }
+}
+
+fn of_grid(text: &str) -> Result<f64> {
+    let lr = text.parse()?;
+    ensure!(GRID.contains(&lr), "expected one of {GRID:?}");
+    Ok(lr)
 }
 
 /// Runs what is not among the results yet.
@@ -175,9 +195,11 @@ fn run_all(options: &Options, results: Results) -> Result<Results> {
 }
 
 fn report(options: &Options, out: &Path, results: &Results) -> Result<()> {
-    let summary = |task, rule| Summary::new(results, task, options.full, rule, options.seeds(task));
-    let summaries =
-        |&task: &Task| (task, options.optimizers.iter().map(|&rule| summary(task, rule)).collect());
+    let summaries = |&task: &Task| {
+        let (rates, seeds) = (options.rates(task), options.seeds(task));
+        let summary = |&rule| Summary::new(results, task, options.full, rule, &rates, seeds);
+        (task, options.optimizers.iter().map(summary).collect())
+    };
     let studies: Vec<(Task, Vec<Summary>)> = options.tasks.iter().map(summaries).collect();
     let text = table::markdown(&studies, options.full, options.seeds.map(NonZeroU64::get))?;
     println!("{text}");

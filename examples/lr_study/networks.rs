@@ -57,7 +57,7 @@ impl Problem for Digits {
     }
 
     fn loss(&self) -> Result<Tensor> {
-        self.mlp.loss(&self.batch)
+        Ok(self.mlp.loss(&self.batch)?)
     }
 
     fn judge(&self) -> Result<Judged> {

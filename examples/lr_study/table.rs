@@ -1,6 +1,7 @@
 //! The study in numbers, in Markdown.
 
 use std::fmt::Write;
+use std::ops::RangeInclusive;
 
 use anyhow::Result;
 
@@ -9,15 +10,24 @@ use crate::results::Results;
 use crate::run::{Job, Run};
 use crate::tasks::{Kind, Plan, Target, Task};
 
+/// The learning rates that the mean excess is of: those of Wortsman and others.
+const EXCESS: RangeInclusive<f64> = 3e-4..=3e-1;
+
 /// How an optimizer did on a task.
 pub struct Summary {
     pub rule: Rule,
+    task: Task,
+    plan: Plan,
     /// For each learning rate of the grid the median of the seeds' scores, or `None` if that run has
     /// diverged; of an even number of seeds the worse one of the middle two.
     pub scores: Vec<(f64, Option<f64>)>,
     /// The learning rate and its score, if any has one.
     pub best: Option<(f64, f64)>,
     at_default: Option<f64>,
+    /// By how much seeds differ at a learning rate near the best: the median of the standard deviations.
+    spread: Option<f64>,
+    /// Of each learning rate in [`EXCESS`] the mean over seeds.
+    losses: Vec<f64>,
     /// The share of runs of the grid that diverged.
     diverged: f64,
     evaluations_per_step: f64,
@@ -25,24 +35,39 @@ pub struct Summary {
 }
 
 impl Summary {
-    pub fn new(results: &Results, task: Task, full: bool, rule: Rule, seeds: u64) -> Self {
+    /// Of these learning rates, and of so many seeds.
+    pub fn new(
+        results: &Results,
+        task: Task,
+        full: bool,
+        rule: Rule,
+        rates: &[f64],
+        seeds: u64,
+    ) -> Self {
         let runs = |lr| -> Vec<&Run> {
             let job = |seed| Job { task, full, rule, lr, seed };
             (0..seeds).filter_map(|seed| results.find(job(seed))).collect()
         };
         let kind = task.kind();
-        let grid = task.plan(full).grid();
-        let scores: Vec<_> = grid.iter().map(|&lr| (lr, median(kind, &runs(lr)))).collect();
+        let scores: Vec<_> = rates.iter().map(|&lr| (lr, median(kind, &runs(lr)))).collect();
         let reached = scores.iter().filter_map(|&(lr, score)| Some((lr, score?)));
-        let best = reached.min_by(|a, b| kind.badness(a.1).total_cmp(&kind.badness(b.1)));
+        let best = reached.clone().min_by(|a, b| kind.badness(a.1).total_cmp(&kind.badness(b.1)));
+        let near = reached.filter(|&(_, score)| best.is_some_and(|b| kind.is_near(score, b.1)));
+        let mut spreads: Vec<f64> = near.filter_map(|(lr, _)| spread(kind, &runs(lr))).collect();
+        spreads.sort_by(f64::total_cmp);
+        let in_range = rates.iter().filter(|lr| EXCESS.contains(lr));
 
-        let all: Vec<&Run> = grid.iter().flat_map(|&lr| runs(lr)).collect();
+        let all: Vec<&Run> = rates.iter().flat_map(|&lr| runs(lr)).collect();
         let steps = all.iter().map(|run| run.steps).sum::<usize>() as f64;
         Self {
             rule,
+            task,
+            plan: task.plan(full),
+            at_default: median(kind, &runs(rule.default_lr())),
+            spread: spreads.get(spreads.len() / 2).copied(),
+            losses: in_range.map(|&lr| mean(runs(lr).into_iter().map(capped_loss))).collect(),
             scores,
             best,
-            at_default: median(kind, &runs(rule.default_lr())),
             diverged: all.iter().filter(|run| run.diverged).count() as f64 / all.len() as f64,
             evaluations_per_step: all.iter().map(|run| run.evaluations).sum::<usize>() as f64
                 / steps,
@@ -52,15 +77,59 @@ impl Summary {
 
     /// The longest row of neighbours in the grid with such a score, in decades: each counts for the
     /// distance to the next.
-    fn decades(&self, plan: &Plan, good: impl Fn(f64) -> bool) -> f64 {
-        let good = self.scores.iter().map(|&(_, score)| score.is_some_and(&good));
+    fn decades(&self, good: impl Fn(f64) -> bool) -> f64 {
         let (mut longest, mut row) = (0, 0);
-        for good in good {
-            row = if good { row + 1 } else { 0 };
+        for lr in self.plan.grid() {
+            let score = self.scores.iter().find(|&&(of, _)| of == lr).and_then(|&(_, score)| score);
+            row = if score.is_some_and(&good) { row + 1 } else { 0 };
             longest = longest.max(row);
         }
-        longest as f64 * plan.spacing()
+        longest as f64 * self.plan.spacing()
     }
+
+    fn near_decades(&self) -> f64 {
+        let near = |best| self.decades(|score| self.task.kind().is_near(score, best));
+        self.best.map_or(0., |(_, best)| near(best))
+    }
+
+    fn target_decades(&self, target: f64) -> f64 {
+        let kind = self.task.kind();
+        self.decades(|score| kind.badness(score) <= kind.badness(target))
+    }
+
+    fn rates(&self) -> Vec<f64> {
+        self.scores.iter().map(|&(lr, _)| lr).collect()
+    }
+
+    fn least_loss(&self) -> Option<f64> {
+        self.losses.iter().copied().reduce(f64::min)
+    }
+
+    /// The mean over learning rates of what the loss is above this one.
+    fn excess(&self, best: Option<f64>) -> Option<f64> {
+        Some(mean(self.losses.iter().copied()) - best?)
+    }
+}
+
+/// A diverged run has come nowhere.
+fn capped_loss(run: &Run) -> f64 {
+    if run.diverged { run.initial_loss } else { run.final_loss }
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let n = values.len() as f64;
+    values.sum::<f64>() / n
+}
+
+/// The standard deviation over seeds; `None` of a single run, or where one has diverged.
+fn spread(kind: Kind, runs: &[&Run]) -> Option<f64> {
+    if runs.len() < 2 || runs.iter().any(|run| run.diverged) {
+        return None;
+    }
+    let values = runs.iter().map(|run| kind.scaled(run.score));
+    let center = mean(values.clone());
+    let squares = values.map(|value| (value - center).powi(2)).sum::<f64>();
+    Some((squares / (runs.len() - 1) as f64).sqrt())
 }
 
 fn median(kind: Kind, runs: &[&Run]) -> Option<f64> {
@@ -71,13 +140,14 @@ fn median(kind: Kind, runs: &[&Run]) -> Option<f64> {
     (!middle.diverged).then_some(middle.score)
 }
 
-/// What all numbers mean, a table for each task, and one of the default learning rates.
+/// What all numbers mean, an overview, a table for each task, and one of the default learning rates.
 pub fn markdown(
     studies: &[(Task, Vec<Summary>)],
     full: bool,
     seeds: Option<u64>,
 ) -> Result<String> {
     let mut text = LEGEND.to_string();
+    overview(&mut text, studies)?;
     for (task, summaries) in studies {
         section(&mut text, *task, summaries, full, seeds)?;
     }
@@ -87,15 +157,67 @@ pub fn markdown(
 
 const LEGEND: &str = "\
 Every gradient is charged: a step that measures costs two, and a run ends when its budget is spent.
-*best*: the best score of a learning rate (`at lr`), where a learning rate's score is the median of its
-seeds (a diverged run is the worst; of an even number, the worse of the middle two). *near best* and
-*target*: the longest row of neighbouring learning rates whose score is that good, in decades, where each
-counts for the distance to the next. *diverged*: the share of the grid's runs that met a loss that was not
-finite, or ended with a loss above that at their start. *at default*: the score at the optimizer's own default
-learning rate; SGD has none, and gets AdamW's. The best is picked by the same held-out data that it is reported
-on, for every optimizer alike. AdamW is candle's, without weight decay, as all others are; *averaged* is
-judged by averages of the weights (c = 0.98). Milliseconds are those of runs side by side, on a thread each.
+
+- *best*: the best score of a learning rate (`at lr`), where a learning rate's score is the median of its
+  seeds (a diverged run is the worst; of an even number, the worse of the middle two). It is picked by the same
+  held-out data that it is reported on, for every optimizer alike.
+- *spread*: the noise of a single run's score: the standard deviation over seeds, which differ in all that is
+  random, at a learning rate near best; the median of these. (Learning rates where a run diverged have none.) Of
+  losses that come near 0 it is that of their logarithms, as a factor.
+- *near best* and *target*: the longest row of neighbouring learning rates whose score is that good, in
+  decades, where each counts for the distance to the next.
+- *diverged*: the share of the grid's runs that met a loss that was not finite, or ended with a loss above that
+  at their start.
+- *mean excess*: what a learning rate costs that is not the best: the mean over those of the grid from 3e-4 to
+  3e-1 of the loss above the least of these learning rates', where a diverged run counts with its loss at the start.
+  It is the LR sensitivity of Wortsman and others (2023, arXiv 2309.14322), by the optimizer's own least loss as
+  there. *over best of all*: the same above the least loss of all optimizers here, since one that is equally
+  bad everywhere has no excess over itself. The loss is the cross entropy over the training images for digits, over
+  held-out text for the transformer, and the score itself for the others; of several seeds it is the mean.
+- *at default*: the score at the optimizer's own default learning rate; SGD has none, and gets AdamW's.
+
+AdamW is candle's, without weight decay, as all others are; *averaged* is judged by averages of the weights
+(c = 0.98). Milliseconds are those of runs side by side, on a thread each.
 ";
+
+/// A row for each optimizer, a column for each task.
+fn overview(text: &mut String, studies: &[(Task, Vec<Summary>)]) -> Result<()> {
+    let Some((_, first)) = studies.first() else { return Ok(()) };
+    // What a step costs is that on this task.
+    let deep = studies.iter().find(|(task, _)| *task == Task::Deep);
+    let (task, costs) = deep.unwrap_or(&studies[0]);
+    writeln!(
+        text,
+        "\n### Overview\n\nEach cell: best / near best, decades / target, decades (the target is in the head) / \
+         diverged / mean excess.\n"
+    )?;
+    write!(text, "| |")?;
+    for (task, summaries) in studies {
+        let target = format(*task, target(*task, summaries));
+        write!(text, " {}; {target} |", task.title())?;
+    }
+    writeln!(text, " gradients a step | ms a step, {} |", task.title())?;
+    writeln!(text, "|---|{}---|---|", "---|".repeat(studies.len()))?;
+    for (i, Summary { rule, .. }) in first.iter().enumerate() {
+        write!(text, "| {} |", rule.name())?;
+        for (task, summaries) in studies {
+            let summary = &summaries[i];
+            let reached = target(*task, summaries).map(|target| summary.target_decades(target));
+            write!(
+                text,
+                " {} / {:?} / {} / {:.0}% / {} |",
+                format(*task, summary.best.map(|(_, score)| score)),
+                summary.near_decades(),
+                reached.map_or("-".into(), |decades| format!("{decades:?}")),
+                100. * summary.diverged,
+                format_loss(*task, summary.excess(summary.least_loss())),
+            )?;
+        }
+        let Summary { evaluations_per_step, seconds_per_step, .. } = costs[i];
+        writeln!(text, " {evaluations_per_step:.2} | {:.2} |", 1e3 * seconds_per_step)?;
+    }
+    Ok(())
+}
 
 fn section(
     text: &mut String,
@@ -106,8 +228,7 @@ fn section(
 ) -> Result<()> {
     let (plan, kind) = (task.plan(full), task.kind());
     let target = target(task, summaries);
-    let format = |score: Option<f64>| score.map_or("-".into(), |score| kind.format(score));
-    let grid = plan.grid();
+    let rates = summaries.first().map_or(vec![], |summary| summary.rates());
     writeln!(
         text,
         "\n### {}\n\nScore: {}; target {}{}. {} evaluations a run; {} learning rates from {:e} to {:e}; \
@@ -115,34 +236,35 @@ fn section(
         task.title(),
         task.score(),
         if kind == Kind::Accuracy { "at least " } else { "at most " },
-        format(target),
+        format(task, target),
         plan.evaluations,
-        grid.len(),
-        grid[0],
-        grid[grid.len() - 1],
+        rates.len(),
+        rates[0],
+        rates[rates.len() - 1],
         seeds.unwrap_or(plan.seeds),
         kind.near(),
     )?;
     writeln!(
         text,
-        "| optimizer | best | at lr | near best, decades | target, decades | diverged | at default \
-         | evaluations a step | ms a step |\n|---|---|---|---|---|---|---|---|---|"
+        "| optimizer | best | spread | at lr | near best, decades | target, decades | diverged \
+         | mean excess | over best of all | at default | evaluations a step | ms a step |\n|{}",
+        "---|".repeat(12)
     )?;
+    let least = summaries.iter().filter_map(Summary::least_loss).reduce(f64::min);
     for summary in summaries {
-        let near = summary
-            .best
-            .map_or(0., |(_, best)| summary.decades(&plan, |score| kind.is_near(score, best)));
-        let reached = target.map(|target| {
-            summary.decades(&plan, |score| kind.badness(score) <= kind.badness(target))
-        });
+        let reached = target.map(|target| summary.target_decades(target));
         writeln!(
             text,
-            "| {} | {} | {} | {near:?} | {} | {:.0}% | {} ({:?}) | {:.2} | {:.2} |",
+            "| {} | {} | {} | {} | {:?} | {} | {:.0}% | {} | {} | {} ({:?}) | {:.2} | {:.2} |",
             summary.rule.name(),
-            format(summary.best.map(|(_, score)| score)),
+            format(task, summary.best.map(|(_, score)| score)),
+            summary.spread.map_or("-".into(), |spread| kind.format_spread(spread)),
             summary.best.map_or("-".into(), |(lr, _)| format!("{lr:?}")),
+            summary.near_decades(),
             reached.map_or("-".into(), |decades| format!("{decades:?}")),
             100. * summary.diverged,
+            format_loss(task, summary.excess(summary.least_loss())),
+            format_loss(task, summary.excess(least)),
             summary.at_default.map_or("diverged".into(), |score| kind.format(score)),
             summary.rule.default_lr(),
             summary.evaluations_per_step,
@@ -150,6 +272,14 @@ fn section(
         )?;
     }
     Ok(())
+}
+
+fn format(task: Task, score: Option<f64>) -> String {
+    score.map_or("-".into(), |score| task.kind().format(score))
+}
+
+fn format_loss(task: Task, loss: Option<f64>) -> String {
+    loss.map_or("-".into(), |loss| task.kind().format_loss(loss))
 }
 
 /// Each optimizer at its default learning rate, beside AdamW at the best of the grid.

@@ -9,8 +9,11 @@ use crate::functions;
 use crate::networks::{CharLm, Digits};
 
 /// Learning rates half a decade apart.
-const GRID: [f64; 15] =
+pub const GRID: [f64; 15] =
     [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 3., 10., 30., 100., 300., 1000.];
+
+/// Values below all count as 0.
+const TINY: f64 = 1e-6;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Task {
@@ -153,7 +156,7 @@ impl Kind {
         match self {
             Self::Accuracy => score >= best - 0.01,
             Self::Nats => score <= best + 0.02,
-            Self::Value => score <= (10. * best).max(1e-6),
+            Self::Value => score <= (10. * best).max(TINY),
         }
     }
 
@@ -163,6 +166,27 @@ impl Kind {
             Self::Accuracy => "1 percentage point",
             Self::Nats => "0.02 nats",
             Self::Value => "a factor of 10, or below 1e-6",
+        }
+    }
+
+    /// A number whose differences say how much scores differ.
+    pub fn scaled(self, score: f64) -> f64 {
+        if self == Self::Value { score.max(TINY).log10() } else { score }
+    }
+
+    /// Of a standard deviation of [`Self::scaled`].
+    pub fn format_spread(self, spread: f64) -> String {
+        match self {
+            Self::Accuracy => format!("{:.2}%", 100. * spread),
+            Self::Nats => format!("{spread:.3}"),
+            Self::Value => format!("x{:.1}", 10f64.powf(spread)),
+        }
+    }
+
+    pub fn format_loss(self, loss: f64) -> String {
+        match self {
+            Self::Accuracy | Self::Nats => format!("{loss:.3}"),
+            Self::Value => format!("{loss:.1e}"),
         }
     }
 
