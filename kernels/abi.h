@@ -49,22 +49,28 @@
 #define SRKL_COUNT 8
 
 // Which sums srkl_sums makes, and what becomes of them.
-#define SRKL_SUM_DIRECTIONS 0 // the trust clip; and small steps, of a step that measures
-#define SRKL_SUM_MEASURING 1  // likewise, and the parameters are kept
+#define SRKL_SUM_DIRECTIONS 0 // the trust clip
+#define SRKL_SUM_MEASURING 1  // likewise, and what a step needs that measures the curvature along it
 #define SRKL_SUM_STEP 2       // curvature along the step
 #define SRKL_SUM_SQUARES 3    // the size of a perturbation
 #define SRKL_SUM_PROBE 4      // whether a product with the Hessian is finite
 #define SRKL_SUM_AVERAGE 5    // its average
+#define SRKL_SUM_PARAMETERS 6 // the squares of all parameters, for telemetry
 
-// What a product with the Hessian comes to: `Probe` in src/curvature.rs.
+// What a product with the Hessian comes to: `Probe` in src/estimate.rs.
 #define SRKL_FINITE 0
 #define SRKL_INFINITE 1
 #define SRKL_NOTHING 2
 
+// What the host is told of an estimate.
+#define SRKL_KNOWN 1   // there is one
+#define SRKL_UNMOVED 2 // there is none, since the step has moved nothing
+
 // What srkl_replace does with parameters.
-#define SRKL_PERTURB 0
-#define SRKL_SWAP 1    // by their averages
-#define SRKL_RESTORE 2 // from what was kept
+#define SRKL_PERTURB 0           // those that have a gradient
+#define SRKL_SWAP 1              // by their averages
+#define SRKL_RESTORE_PERTURBED 2 // from what was kept
+#define SRKL_RESTORE_SWAPPED 3
 
 // A parameter tensor. Written once.
 typedef struct {
@@ -114,10 +120,10 @@ typedef struct {
 typedef struct {
     double schedule;
     double grad_scale;
-    unsigned int norm;  // whether any group clips
-    unsigned int total; // whether any group needs sums over all blocks
-    unsigned int whole; // whether no block may move before the statistics of all of them
-    unsigned int pad;
+    unsigned int norm;    // whether any group clips
+    unsigned int total;   // whether any group needs sums over all blocks
+    unsigned int whole;   // whether no block may move before the statistics of all of them
+    unsigned int records; // whether norms of gradients and steps are recorded
 } SrklScalars;
 
 // A part of a block. Written once.
@@ -146,15 +152,31 @@ typedef struct {
     double average;
 } SrklPowers;
 
-// What is known of a block's curvature: `Estimate` in src/curvature.rs.
+// What a step that measures leaves of a block: `StepSums` in src/estimate.rs.
+typedef struct {
+    double step;
+    double direction;
+    double along;
+} SrklStepSums;
+
+// What is known of a block's curvature: `Estimate` in src/estimate.rs.
 typedef struct {
     double mean;
     double own;
     double power;
+    double spike;
+    double last;
+    double lowest;
+    double highest;
+    unsigned long long in_average;
     unsigned long long infinite;
+    unsigned long long still;
+    unsigned long long measured_at;
     unsigned long long taken;
     unsigned long long nonfinite;
-    unsigned long long without_step;
+    unsigned long long unmoved;
+    unsigned long long uninformative;
+    unsigned long long missing;
 } SrklEstimate;
 
 // What stage 1 finds of a block.
@@ -189,6 +211,8 @@ typedef struct {
     unsigned int skipped;               // whether the last step was skipped
     unsigned int has_norm;              // whether it has computed grad_norm
     unsigned int probe;                 // what the last product with the Hessian came to
+    unsigned int recorded;              // whether the last step has recorded norms
+    unsigned int pad;
 } SrklState;
 
 // All that a step works on.
@@ -208,6 +232,8 @@ typedef struct {
     unsigned long long again;       // SrklGradient[block_count]: second gradients of a measurement
     unsigned long long chunk_pairs; // SrklPair[chunk_count]
     unsigned long long pairs;       // SrklPair[block_count]
+    unsigned long long step_sums;   // SrklStepSums[block_count]: of a step that measures or records
+    unsigned long long told;        // unsigned int[block_count]: after a measurement SRKL_KNOWN, SRKL_UNMOVED
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
@@ -221,15 +247,16 @@ typedef struct {
 static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 104 && offsetof(SrklGroup, pad) == 100, "SrklGroup");
-static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
+static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, records) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
 static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
 static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "SrklPowers");
-static_assert(sizeof(SrklEstimate) == 56 && offsetof(SrklEstimate, without_step) == 48, "SrklEstimate");
+static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16, "SrklStepSums");
+static_assert(sizeof(SrklEstimate) == 128 && offsetof(SrklEstimate, missing) == 120, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 80 && offsetof(SrklDecision, step) == 72, "SrklDecision");
-static_assert(sizeof(SrklState) == 72 && offsetof(SrklState, probe) == 68, "SrklState");
-static_assert(sizeof(SrklTable) == 168 && offsetof(SrklTable, stages) == 160, "SrklTable");
+static_assert(sizeof(SrklState) == 80 && offsetof(SrklState, recorded) == 72, "SrklState");
+static_assert(sizeof(SrklTable) == 184 && offsetof(SrklTable, stages) == 176, "SrklTable");
 #endif

@@ -5,10 +5,10 @@
 //   block    SRKL_THREADS threads
 //   shared   static
 //   table    as srkl_step has it. SRKL_SUM_DIRECTIONS and SRKL_SUM_MEASURING come between the launch that
-//            decides and the one that updates; SRKL_SUM_MEASURING writes `old` where curvature is measured
-//            along the step. SRKL_SUM_STEP, SRKL_SUM_PROBE and SRKL_SUM_AVERAGE read the first gradients of
-//            the last step, or of the next one, from `gradients`, the second ones from `again`, and
-//            SRKL_SUM_STEP also `old`. SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
+//            decides and the one that updates; SRKL_SUM_MEASURING leaves `direction` in `step_sums`.
+//            SRKL_SUM_STEP, SRKL_SUM_PROBE and SRKL_SUM_AVERAGE read the first gradients of the last step, or
+//            of the next one, from `gradients`, the second ones from `again`, and SRKL_SUM_STEP also
+//            `step_sums`. SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
 //   order    launches that share a table follow each other on one stream
 //
 //            With SRKL_DECIDE the device goes on by the sums of all blocks; without it `pairs`, for which
@@ -18,10 +18,10 @@
 // Nobody waits: whoever finishes a block's last chunk adds up the block, and whoever adds up the last block
 // ends the work. Every access of a warp is to neighbouring elements.
 //
-// Bytes a parameter in f32: directions 8, 12 with momentum, 16 with Adam, and 4 more where they are kept;
-// curvature along the step 16, 20 with Adam; product with the Hessian 8, and 16 for its average.
+// Bytes a parameter in f32: directions 8, 12 with momentum, 16 with Adam; curvature along the step 8; product
+// with the Hessian 8, and 16 for its average.
 //
-// The formulas are those of src/backend/cpu.rs and src/curvature.rs.
+// The formulas are those of src/backend/cpu.rs and src/estimate.rs.
 #pragma once
 
 #include "decide.cuh"
@@ -34,7 +34,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
                                  u64 start, int at) {
     const u32 direction = numbers.group.direction;
     SrklPair pair = {0., 0.};
-    if (what == SRKL_SUM_SQUARES) {
+    if (what == SRKL_SUM_SQUARES || what == SRKL_SUM_PARAMETERS) {
         double w = (double)widen(part.w()[at]);
         pair.a = __dmul_rn(w, w);
         return pair;
@@ -60,16 +60,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
     double change = __dmul_rn(numbers.decision.c, __dsub_rn((double)g2, (double)g));
     if (what == SRKL_SUM_STEP) {
-        const P *old = (const P *)block.old + start;
-        double moved = __dsub_rn((double)(C)widen(part.w()[at]), (double)(C)widen(old[at]));
         pair.a = __dmul_rn(change, change);
-        pair.b = __dmul_rn(moved, moved);
-        if (direction == SRKL_ADAM) {
-            double metric = (double)k.moments.metric(part.v()[at]);
-            // Beyond its range an element moves no more, and has nothing to say.
-            pair.a = is_finite(metric) ? __ddiv_rn(pair.a, metric) : 0.;
-            pair.b = is_finite(metric) ? __dmul_rn(pair.b, metric) : 0.;
-        }
         return pair;
     }
     double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
@@ -80,14 +71,6 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     // Not finite where the first gradient isn't.
     pair.b = __dmul_rn((double)g, (double)g);
     return pair;
-}
-
-// The sums over the lanes.
-__device__ inline SrklPair tree_pair(Lanes &lanes, int width) {
-    SrklPair sums;
-    sums.a = tree(lanes.sum2, width);
-    sums.b = tree(lanes.sum4, width);
-    return sums;
 }
 
 // The sums over elements `start..start + len` of a block, one chunk.
@@ -110,7 +93,6 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
                 pair.a = (double)part.q()[at];
                 pair.b = 0.;
             }
-            if (what == SRKL_SUM_MEASURING) ((P *)block.old)[start + at] = part.w()[at];
             a = __dadd_rn(a, pair.a);
             b2 = __dadd_rn(b2, pair.b);
         }
@@ -120,78 +102,99 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
     return tree_pair(lanes, width);
 }
 
-// The sum of `count` pairs, by rule 4; `item(i)` reads one.
-template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
-    if (count == 1) return item(0);
-    __syncthreads(); // The lanes may have been read just now.
-    const int width = lane_count(count);
-    for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
-        double a = 0., b = 0.;
-        for (u64 i = l; i < count; i += SRKL_LANES) {
-            SrklPair x = item(i);
-            a = __dadd_rn(a, x.a);
-            b = __dadd_rn(b, x.b);
-        }
-        lanes.sum2[l] = a;
-        lanes.sum4[l] = b;
-    }
-    return tree_pair(lanes, width);
-}
-
-__device__ inline SrklPair read_pair(const SrklPair *pair) {
-    SrklPair x;
-    x.a = __ldcg(&pair->a);
-    x.b = __ldcg(&pair->b);
-    return x;
-}
-
-// Whether a block takes part in these sums.
-__device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
-    if (what == SRKL_SUM_SQUARES) return true;
+// Whether a block would take part in these sums, if it has a second gradient where they need one.
+__device__ inline bool takes_first_part(const SrklTable &table, u32 what, u64 b) {
+    if (what == SRKL_SUM_PARAMETERS) return true;
     const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
     const SrklGroup &group = ((const SrklGroup *)table.groups)[block.group];
-    const bool first = ((const SrklGradient *)table.gradients)[b].address != 0;
+    const bool first = has_gradient(table, b);
     const SrklState *state = (const SrklState *)table.state;
     const bool moves = ((const SrklDecision *)table.decisions)[b].step;
     const u32 curvature = group.curvature;
     switch (what) {
     case SRKL_SUM_STEP: return first && moves && !state->skipped && curvature == SRKL_STEP;
-    case SRKL_SUM_PROBE: return first && curvature == SRKL_HUTCHINSON;
-    case SRKL_SUM_AVERAGE: return first && curvature == SRKL_HUTCHINSON && state->probe == SRKL_FINITE;
+    case SRKL_SUM_SQUARES: return first;
+    case SRKL_SUM_PROBE:
+    case SRKL_SUM_AVERAGE: return first && curvature == SRKL_HUTCHINSON;
     default:
         return first && moves && (group.trust > 0. || (what == SRKL_SUM_MEASURING && curvature == SRKL_STEP));
     }
 }
 
+// Whether a block takes part in these sums.
+__device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
+    if (!takes_first_part(table, what, b)) return false;
+    const bool again = ((const SrklGradient *)table.again)[b].address != 0;
+    switch (what) {
+    case SRKL_SUM_STEP:
+    case SRKL_SUM_PROBE: return again;
+    case SRKL_SUM_AVERAGE: return again && ((const SrklState *)table.state)->probe == SRKL_FINITE;
+    default: return true;
+    }
+}
+
+// A measurement along a step enters the average as at most so many times the average.
+static const double BOUND = 4.;
+
+__device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
+    estimate.last = curvature;
+    if (curvature < estimate.lowest) estimate.lowest = curvature;
+    if (curvature > estimate.highest) estimate.highest = curvature;
+    estimate.in_average++;
+    estimate.infinite = 0;
+    estimate.still = 0;
+    estimate.measured_at = now;
+    estimate.taken++;
+}
+
+__device__ inline void take_step(SrklEstimate &estimate, double curvature, double decay) {
+    const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
+    const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
+    const double entering = too_large ? __dmul_rn(BOUND, average) : curvature;
+    if (estimate.in_average == 1 && average > __dmul_rn(BOUND, curvature))
+        estimate.mean = __dmul_rn(__dsub_rn(1., estimate.power), __dmul_rn(BOUND, curvature));
+    estimate.mean = __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(__dsub_rn(1., decay), entering));
+    estimate.power = __dmul_rn(estimate.power, decay);
+    estimate.spike = too_large ? curvature : 0.;
+}
+
 // Takes a measurement along a step: `Estimate::observe_step`.
-__device__ inline void observe_step(SrklEstimate &estimate, const SrklPair &pair, double decay) {
-    double curvature = __ddiv_rn(__dsqrt_rn(pair.a), __dsqrt_rn(pair.b));
-    bool finite = is_finite(pair.a) && is_finite(pair.b);
-    if (!finite || (pair.b > 0. && !is_finite(curvature))) {
+__device__ inline void observe_step(SrklEstimate &estimate, double change, const SrklStepSums &sums,
+                                    double decay, u64 now) {
+    const double secant = __ddiv_rn(__dsqrt_rn(change), __dsqrt_rn(sums.step));
+    const double curvature = __dmul_rn(secant, __ddiv_rn(sums.direction, sums.along));
+    const bool finite =
+        is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) && is_finite(sums.along);
+    if (sums.direction == 0.) {
+        estimate.uninformative++;
+    } else if (finite && sums.step == 0.) {
+        estimate.mean = 0.;
+        estimate.own = 0.;
+        estimate.power = 1.;
+        estimate.spike = 0.;
+        estimate.in_average = 0;
+        estimate.infinite = 0;
+        estimate.still++;
+        estimate.unmoved++;
+    } else if (!(finite && is_finite(curvature))) {
         estimate.infinite = 1;
         estimate.nonfinite++;
-    } else if (pair.b == 0.) {
-        estimate.without_step++;
     } else {
-        estimate.infinite = 0;
-        estimate.mean =
-            __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(__dsub_rn(1., decay), curvature));
-        estimate.power = __dmul_rn(estimate.power, decay);
-        estimate.taken++;
+        take_step(estimate, curvature, decay);
+        record(estimate, curvature, now);
     }
 }
 
 // Takes a measurement by random vectors: `Estimate::observe_rows`.
-__device__ inline void observe_rows(SrklEstimate &estimate, u32 probe, double squared) {
+__device__ inline void observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
     if (probe == SRKL_NOTHING) {
-        estimate.without_step++;
+        estimate.uninformative++;
     } else if (probe == SRKL_INFINITE || !is_finite(squared)) {
         estimate.infinite = 1;
         estimate.nonfinite++;
     } else {
-        estimate.infinite = 0;
         estimate.mean = squared;
-        estimate.taken++;
+        record(estimate, __dsqrt_rn(squared), now);
     }
 }
 
@@ -255,21 +258,55 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         if (threadIdx.x == 0) state->probe = probe;
         return;
     }
+    const SrklStepSums *steps = (const SrklStepSums *)table.step_sums;
+    auto steps_of = [=](u64 b) {
+        SrklStepSums sums = {0., 0., 0.};
+        return what == SRKL_SUM_STEP && takes_part(table, what, b) ? steps[b] : sums;
+    };
+    SrklStepSums total_step = {0., 0., 0.};
+    if (what == SRKL_SUM_STEP) {
+        const SrklPair first = fold_pairs(
+            count,
+            [=](u64 b) {
+                return SrklPair{steps_of(b).step, steps_of(b).direction};
+            },
+            lanes);
+        const SrklPair second = fold_pairs(
+            count,
+            [=](u64 b) {
+                return SrklPair{steps_of(b).along, 0.};
+            },
+            lanes);
+        total_step = {first.a, first.b, second.a};
+    }
+    const u64 now = state->steps + state->skipped_steps;
     for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
         const SrklGroup &group = groups[blocks[b].group];
         const bool global = group.scope == SRKL_GLOBAL, part = takes_part(table, what, b);
+        const bool missing = !part && takes_first_part(table, what, b);
         const SrklPair own = part ? read_pair(&pairs[b]) : none;
-        const bool measured = global || ((const SrklGradient *)table.gradients)[b].address != 0;
-        if (what == SRKL_SUM_STEP) {
-            if (group.curvature == SRKL_STEP) observe_step(estimates[b], global ? total : own, group.decay);
-        } else if (what == SRKL_SUM_AVERAGE) {
-            if (group.curvature == SRKL_HUTCHINSON && measured)
-                observe_rows(estimates[b], state->probe, global ? total.a : estimates[b].own);
-        } else if (part) {
+        if (what == SRKL_SUM_STEP && group.curvature == SRKL_STEP) {
+            estimates[b].missing += missing;
+            if (global)
+                observe_step(estimates[b], total.a, total_step, group.decay, now);
+            else if (!missing)
+                observe_step(estimates[b], own.a, steps_of(b), group.decay, now);
+        } else if (what == SRKL_SUM_AVERAGE && group.curvature == SRKL_HUTCHINSON && group.lr > 0.) {
+            const bool both =
+                takes_first_part(table, what, b) && ((const SrklGradient *)table.again)[b].address != 0;
+            estimates[b].missing += takes_first_part(table, what, b) && !both;
+            if (global || both)
+                observe_rows(estimates[b], state->probe, global ? total.a : estimates[b].own, now);
+        } else if (part && (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING)) {
             SrklDecision decision = ((const SrklDecision *)table.decisions)[b];
             const bool measures = what == SRKL_SUM_MEASURING;
-            adjust(decision, group, scalars, own, (double)blocks[b].n, total, total_n, measures);
+            adjust(decision, group, scalars, own, (double)blocks[b].n, total, total_n, estimates[b].still,
+                   measures);
             ((SrklDecision *)table.decisions)[b] = decision;
+        }
+        if (what == SRKL_SUM_STEP || what == SRKL_SUM_AVERAGE) {
+            const bool known = estimates[b].infinite || estimates[b].in_average > 0;
+            ((u32 *)table.told)[b] = (known ? SRKL_KNOWN : 0) | (estimates[b].still > 0 ? SRKL_UNMOVED : 0);
         }
     }
 }
@@ -301,12 +338,9 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             numbers.group = ((const SrklGroup *)table.groups)[block.group];
             numbers.set_rows(((const SrklEstimate *)table.estimates)[part.block]);
             numbers.decision = ((const SrklDecision *)table.decisions)[part.block];
-            if (what != SRKL_SUM_DIRECTIONS && what != SRKL_SUM_MEASURING) {
-                // A change of gradients is unscaled, and not clipped.
+            // A change of gradients is unscaled, and not clipped.
+            if (what != SRKL_SUM_DIRECTIONS && what != SRKL_SUM_MEASURING)
                 numbers.decision.c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
-                numbers.decision.correction2 =
-                    correction(((const SrklPowers *)table.powers)[part.block].second);
-            }
         }
         __syncthreads();
         const u64 left = block.n - part.start;
@@ -327,6 +361,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
                 if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
                     const double scale = scale_of(numbers.group, numbers.decision);
                     sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
+                    if (what == SRKL_SUM_MEASURING)
+                        ((SrklStepSums *)table.step_sums)[part.block].direction = sums.a;
                 }
                 pairs[part.block] = sums;
                 last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);

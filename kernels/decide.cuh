@@ -21,12 +21,17 @@ __device__ inline double correction(double power) {
 // The curvature of a block that has not been measured.
 static const double UNKNOWN = -1.;
 
+// The average of H along steps, corrected for having started at 0.
+__device__ inline double average_of(const SrklEstimate &estimate) {
+    return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
+}
+
 // `H` of what has been measured, or UNKNOWN.
 __device__ inline double curvature_of(const SrklEstimate &estimate, u32 kind) {
     if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
-    if (estimate.taken == 0) return UNKNOWN;
-    return kind == SRKL_HUTCHINSON ? __dsqrt_rn(estimate.mean)
-                                   : __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
+    if (estimate.in_average == 0) return UNKNOWN;
+    if (kind == SRKL_HUTCHINSON) return __dsqrt_rn(estimate.mean);
+    return estimate.spike > 0. ? estimate.spike : average_of(estimate);
 }
 
 __device__ inline bool has_element_brakes(const SrklGroup &p) {
@@ -76,20 +81,23 @@ __device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGro
 }
 
 // The smallest size of parameters that steps are compared with, and the length of a step that nothing is
-// known for, beside that size.
+// known for, beside that size; how often it is doubled at most.
 static const double LEAST_RMS = 0.01, SMALL_STEP = 0.003;
+static const u64 MOST_DOUBLINGS = 1000;
 
 // Decides again about a block of `n` elements, by the directions: `own` are its sums, `total` those of all
-// blocks, of `total_n` elements, that move by SRKL_STEP.
+// blocks, of `total_n` elements, that move by SRKL_STEP. So many measurements in a row, `still`, have found
+// that nothing had moved.
 __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const SrklScalars &s,
-                              const SrklPair &own, double n, const SrklPair &total, double total_n,
+                              const SrklPair &own, double n, const SrklPair &total, double total_n, u64 still,
                               bool measures) {
     const bool known = decision.curvature >= 0. && is_finite(decision.curvature);
     if (p.curvature == SRKL_STEP && measures && !known) {
         double rms_w = __dsqrt_rn(__ddiv_rn(total.b, total_n));
         double rms_d = __dsqrt_rn(__ddiv_rn(total.a, total_n));
         double least = rms_w > LEAST_RMS ? rms_w : LEAST_RMS;
-        double small = __ddiv_rn(__dmul_rn(SMALL_STEP, least), rms_d);
+        double doubled = __dmul_rn(SMALL_STEP, pow2((int)(still < MOST_DOUBLINGS ? still : MOST_DOUBLINGS)));
+        double small = __ddiv_rn(__dmul_rn(doubled, least), rms_d);
         double lr = __dmul_rn(s.schedule, p.lr);
         decision.phi = small < lr ? small : lr;
     }
@@ -102,10 +110,16 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
     }
 }
 
+// Whether a block has a gradient, and its group is not frozen.
+__device__ inline bool has_gradient(const SrklTable &table, u64 b) {
+    const u32 group = ((const SrklBlock *)table.blocks)[b].group;
+    return ((const SrklGradient *)table.gradients)[b].address != 0 &&
+           ((const SrklGroup *)table.groups)[group].lr > 0.;
+}
+
 // The sums over all blocks, to all threads of the block that calls it together.
 __device__ inline SrklSums total_sums(const SrklTable &table, const SrklScalars &s, Lanes &lanes) {
     const SrklBlock *blocks = (const SrklBlock *)table.blocks;
-    const SrklGradient *gradients = (const SrklGradient *)table.gradients;
     const SrklGroup *groups = (const SrklGroup *)table.groups;
     const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
     const double c = __ddiv_rn(1., s.grad_scale);
@@ -115,7 +129,7 @@ __device__ inline SrklSums total_sums(const SrklTable &table, const SrklScalars 
             SrklSums sums = read_sums(&statistics[b].sums);
             bool finite = is_finite(curvature_of(sums, c));
             bool skips = groups[blocks[b].group].nonfinite == SRKL_SKIP_BLOCK;
-            bool counts = gradients[b].address != 0 && (finite || !skips);
+            bool counts = has_gradient(table, b) && (finite || !skips);
             SrklSums zero = {0., 0., 0};
             return counts ? sums : zero;
         },
@@ -127,7 +141,7 @@ __device__ inline void decide_block(const SrklTable &table, const SrklScalars &s
                                     const SrklSums &total) {
     const u32 group = ((const SrklBlock *)table.blocks)[b].group;
     const SrklGroup p = ((const SrklGroup *)table.groups)[group];
-    const bool present = ((const SrklGradient *)table.gradients)[b].address != 0;
+    const bool present = has_gradient(table, b);
     const SrklPowers powers = next_powers(((const SrklPowers *)table.powers)[b], p);
     const SrklEstimate estimate = ((const SrklEstimate *)table.estimates)[b];
     SrklDecision decision;

@@ -4,8 +4,9 @@
 //   grid     any number of blocks of threads, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   none
-//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `old`, where there is any, from which
-//            SRKL_RESTORE reads; SRKL_PERTURB comes after SRKL_SUM_SQUARES
+//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `old`, from which SRKL_RESTORE_PERTURBED
+//            and SRKL_RESTORE_SWAPPED read; SRKL_PERTURB comes after SRKL_SUM_SQUARES, and `gradients` stay
+//            as they are until what is perturbed is restored
 //
 // Bytes a parameter in f32: 12 to perturb, 16 to swap, 8 to restore.
 #pragma once
@@ -23,7 +24,7 @@ __device__ inline void replace(const SrklTable &table, u32 what, u64 seed, u64 d
     from_f64(size, by);
     for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
         const u64 i = start + at;
-        if (what == SRKL_RESTORE) {
+        if (what == SRKL_RESTORE_PERTURBED || what == SRKL_RESTORE_SWAPPED) {
             part.w()[at] = old[at];
             continue;
         }
@@ -45,6 +46,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
         const SrklChunk part = ((const SrklChunk *)table.chunks)[chunk];
         const SrklBlock block = ((const SrklBlock *)table.blocks)[part.block];
         const u64 b = part.block, left = block.n - part.start;
+        const bool perturbed = what == SRKL_PERTURB || what == SRKL_RESTORE_PERTURBED;
+        if (perturbed && !has_gradient(table, b)) continue;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         switch (block.dtype) {
         case SRKL_F32: replace<float, float>(table, what, seed, draw, block, b, part.start, len); break;

@@ -1,6 +1,6 @@
 // One step of all parameters of a device: one launch, whatever their number.
 //
-// Launch contract of srkl_step:
+// Launch contract of srkl_step, srkl_step_elements and srkl_step_measuring:
 //   grid     any number of blocks of threads, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   static
@@ -117,7 +117,7 @@ template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &t
     work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
     if (table.stages & SRKL_COUNT) {
         const bool refused = __ldcg(&((const SrklState *)table.state)->refused);
-        if (work.start == 0 && work.gradient.address != 0 && !work.numbers.decision.step && !refused)
+        if (work.start == 0 && has_gradient(table, work.b) && !work.numbers.decision.step && !refused)
             ((u64 *)table.skipped)[work.b]++;
         if (refused) work.numbers.decision.step = 0;
     }
@@ -163,7 +163,8 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
     SrklSums *of_chunks = (SrklSums *)table.chunk_sums;
     SrklSums sums = {0., 0., 0};
     if (work.gradient.address != 0)
-        sums = chunk_sums(work.gradient, block.dtype, work.start, len, block.n, work.scalars.norm, lanes);
+        sums = chunk_sums(work.gradient, block.dtype, work.start, len, block.n,
+                          work.scalars.norm || work.scalars.records, lanes);
     if (threadIdx.x == 0) {
         of_chunks[work.chunk] = sums;
         work.last = arrives_last(&((u32 *)table.chunks_done)[work.b], block.chunk_count);
@@ -226,11 +227,36 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
             state->skipped = skipped;
             state->refused = 0;
             state->has_norm = work.scalars.norm;
+            state->recorded = work.scalars.records;
         }
     }
 }
 
-template <bool ELEMENTS> __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
+// What the update of a chunk has left in the lanes, to memory. Who finishes the last chunk of a block adds up
+// the block.
+__device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &lanes) {
+    const SrklBlock &block = work.block;
+    SrklPair *of_chunks = (SrklPair *)table.chunk_pairs;
+    SrklPair sums = tree_pair(lanes, SRKL_LANES);
+    if (threadIdx.x == 0) {
+        of_chunks[work.chunk] = sums;
+        work.last = arrives_last(&((u32 *)table.chunks_done)[work.b], block.chunk_count);
+    }
+    __syncthreads();
+    if (!work.last) return;
+    const SrklPair *first = of_chunks + block.first_chunk;
+    sums = fold_pairs(
+        block.chunk_count, [=](u64 i) { return read_pair(&first[i]); }, lanes);
+    if (threadIdx.x == 0) {
+        SrklStepSums *step = &((SrklStepSums *)table.step_sums)[work.b];
+        const double scale = scale_of(work.numbers.group, work.numbers.decision);
+        step->step = sums.a;
+        step->along = __dmul_rn(sums.b, __dmul_rn(scale, scale));
+    }
+}
+
+template <bool ELEMENTS, bool MEASURES>
+__device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
         work.pending = NO_CHUNK;
@@ -241,10 +267,13 @@ template <bool ELEMENTS> __device__ inline void step(const SrklTable &table, Lan
         if (work.stage == 0) break;
         const u64 left = work.block.n - work.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
-        if (work.stage == SRKL_STATISTICS)
+        if (work.stage == SRKL_STATISTICS) {
             run_statistics(table, work, len, lanes);
-        else if (work.numbers.decision.step)
-            update<ELEMENTS>(work.block, work.gradient, work.start, len, work.take_parameter, work.numbers);
+        } else if (work.numbers.decision.step) {
+            update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.take_parameter,
+                                       work.numbers, lanes);
+            if (MEASURES) add_up_step(table, work, lanes);
+        }
         __syncthreads();
     }
     leave(table, work);
@@ -254,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
     srkl_step(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    step<false>(table, lanes, work);
+    step<false, false>(table, lanes, work);
 }
 
 // The same, for settings where elements have their own brakes.
@@ -262,7 +291,15 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
     srkl_step_elements(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    step<true>(table, lanes, work);
+    step<true, false>(table, lanes, work);
+}
+
+// The same, of a step that measures the curvature along it, or records norms: with any brakes.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+    srkl_step_measuring(const SrklTable table) {
+    __shared__ Lanes lanes;
+    __shared__ Work work;
+    step<true, true>(table, lanes, work);
 }
 
 // Stage 2 alone, where neither curvature nor policy needs statistics: a thread a block, any grid.

@@ -90,6 +90,39 @@ __device__ inline SrklSums read_sums(const SrklSums *sums) {
     return x;
 }
 
+// The sums over the lanes.
+__device__ inline SrklPair tree_pair(Lanes &lanes, int width) {
+    SrklPair sums;
+    sums.a = tree(lanes.sum2, width);
+    sums.b = tree(lanes.sum4, width);
+    return sums;
+}
+
+// The sum of `count` pairs, by rule 4; `item(i)` reads one.
+template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
+    if (count == 1) return item(0);
+    __syncthreads(); // The lanes may have been read just now.
+    const int width = lane_count(count);
+    for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
+        double a = 0., b = 0.;
+        for (u64 i = l; i < count; i += SRKL_LANES) {
+            SrklPair x = item(i);
+            a = __dadd_rn(a, x.a);
+            b = __dadd_rn(b, x.b);
+        }
+        lanes.sum2[l] = a;
+        lanes.sum4[l] = b;
+    }
+    return tree_pair(lanes, width);
+}
+
+__device__ inline SrklPair read_pair(const SrklPair *pair) {
+    SrklPair x;
+    x.a = __ldcg(&pair->a);
+    x.b = __ldcg(&pair->b);
+    return x;
+}
+
 // `||c g||_2`
 __device__ inline double norm_of(const SrklSums &sums, double c) {
     return __dmul_rn(__dmul_rn(c, pow2((int)sums.exponent)), __dsqrt_rn(sums.sum2));

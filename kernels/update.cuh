@@ -4,6 +4,8 @@
 // it has one, and its state, and writes all but the gradient. 12 for f32, 20 with momentum, 28 with Adam; 12,
 // 20 and 28 for bf16 with f32 master and bf16 gradient: 2 + 4 read, 4 + 2 written. 8 more for an average.
 //
+// A step that measures, or records norms, goes element by element and sums up how it moves each.
+//
 // Contract: all SRKL_THREADS threads of a block call these together; `w`, `master` and state are 16-byte
 // aligned, a gradient need not be, and none overlap.
 #pragma once
@@ -209,21 +211,28 @@ __device__ inline int update_wide(const Part<P, C> &part, const SrklGradient &g,
 }
 
 // Elements `from..len` of a chunk one by one: the single ones behind the wide part; all of them where every
-// element has its own brake, or the gradient's dtype is not one that `update_wide` is used for.
-template <bool ELEMENT, typename P, typename C>
+// element has its own brake, or the gradient's dtype is not one that `update_wide` is used for. If it
+// MEASURES, from 0, terms of `D^2` and `d m` are added to the lanes, of which a thread has the same ones for
+// every row.
+template <bool ELEMENT, bool MEASURES, typename P, typename C>
 __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
-                                      int len, bool take, const Numbers &numbers, const Coefficients<C> &k) {
+                                      int len, bool take, const Numbers &numbers, const Coefficients<C> &k,
+                                      Lanes &lanes) {
     const SrklGroup &group = numbers.group;
+    if (MEASURES)
+        for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = lanes.sum4[l] = 0.;
 #pragma unroll 1
     for (int at = from + threadIdx.x; at < len; at += SRKL_THREADS) {
         C gradient, phi_d = k.phi_d, keep = k.keep;
+        const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
         C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
         from_f64(load_one(g, start + at), gradient);
-        C d = gradient;
-        if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
+        C m = gradient;
+        if (group.direction != SRKL_GRADIENT) m = part.m()[at] = k.moments.first(part.m()[at], gradient);
+        C d = m;
         if (group.direction == SRKL_ADAM) {
             C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
-            d = div(d, k.moments.metric(v));
+            d = div(m, k.moments.metric(v));
         }
         if (ELEMENT) {
             double q = part.q() != 0 ? (double)part.q()[at] : 0.;
@@ -233,40 +242,49 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
         x = descend(x, d, phi_d, keep);
         narrow(x, part.w()[at]);
         if (part.master() != 0) part.master()[at] = x;
-        if (part.average() != 0) {
-            C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
-            part.average()[at] = approach(part.average()[at], stored, k.average);
+        const C stored = (C)widen(part.w()[at]);
+        if (part.average() != 0)
+            part.average()[at] = approach(part.average()[at], part.master() != 0 ? x : stored, k.average);
+        if (MEASURES) {
+            const int l = at % SRKL_LANES;
+            const double step = __dsub_rn((double)stored, (double)before);
+            lanes.sum2[l] = __dadd_rn(lanes.sum2[l], __dmul_rn(step, step));
+            lanes.sum4[l] = __dadd_rn(lanes.sum4[l], __dmul_rn((double)d, (double)m));
         }
     }
 }
 
 // The update of elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have
-// their own brakes, whose double precision takes registers.
-template <bool ELEMENTS, typename P, typename C>
+// their own brakes, whose double precision takes registers. If it MEASURES the sums of `D^2` and `d m` are
+// left in the lanes.
+template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers) {
+                              const Numbers &numbers, Lanes &lanes) {
     const Coefficients<C> k(numbers.group, numbers.decision);
     const Part<P, C> part(block, start);
     const bool shared_brake = !ELEMENTS || !has_element_brakes(numbers.group);
     const u32 direction = numbers.group.direction;
     int wide = 0;
-    if (g.dtype == block.dtype && shared_brake)
+    if (!MEASURES && g.dtype == block.dtype && shared_brake)
         wide = update_wide<P, C, P>(part, g, start, len, block.n, take, direction, k);
-    else if (g.dtype == SRKL_F32 && sizeof(P) == 2 && shared_brake)
+    else if (!MEASURES && g.dtype == SRKL_F32 && sizeof(P) == 2 && shared_brake)
         wide = update_wide<P, C, C>(part, g, start, len, block.n, take, direction, k);
     if (shared_brake)
-        update_singles<false>(part, g, start, wide, len, take, numbers, k);
+        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes);
     else
-        update_singles<true>(part, g, start, 0, len, take, numbers, k);
+        update_singles<true, MEASURES>(part, g, start, 0, len, take, numbers, k, lanes);
 }
 
-template <bool ELEMENTS>
+template <bool ELEMENTS, bool MEASURES>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers) {
+                              const Numbers &numbers, Lanes &lanes) {
     switch (block.dtype) {
-    case SRKL_F32: return update<ELEMENTS, float, float>(block, g, start, len, take, numbers);
-    case SRKL_F64: return update<ELEMENTS, double, double>(block, g, start, len, take, numbers);
-    case SRKL_BF16: return update<ELEMENTS, bf16, float>(block, g, start, len, take, numbers);
-    default: return update<ELEMENTS, f16, float>(block, g, start, len, take, numbers);
+    case SRKL_F32:
+        return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, take, numbers, lanes);
+    case SRKL_F64:
+        return update<ELEMENTS, MEASURES, double, double>(block, g, start, len, take, numbers, lanes);
+    case SRKL_BF16:
+        return update<ELEMENTS, MEASURES, bf16, float>(block, g, start, len, take, numbers, lanes);
+    default: return update<ELEMENTS, MEASURES, f16, float>(block, g, start, len, take, numbers, lanes);
     }
 }

@@ -257,11 +257,13 @@ impl Estimate {
     }
 
     /// Whether a checkpoint may have it.
-    pub fn is_valid(&self) -> bool {
+    pub fn is_valid(&self, curvature: Curvature) -> bool {
         let Self { mean, own, power, spike, last, lowest, highest, in_average, .. } = *self;
+        // A block may have the rows of others alone.
+        let by_others = matches!(curvature, Curvature::Hutchinson { .. }) && own == 0.;
         [mean, own, spike, last, lowest, highest].iter().all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
-            && (power < 1. || in_average == 0)
+            && (power < 1. || in_average == 0 || by_others)
     }
 
     /// As a checkpoint has it.

@@ -484,9 +484,9 @@ impl Srkl {
             group.into_iter().for_each(|group| group.params = old.clone());
             return Err(e);
         }
-        self.plan = plan;
-        // Estimates may be of another kind now: those that are none are missed in the next step.
-        self.recall_estimates()
+        let had = std::mem::replace(&mut self.plan, plan);
+        // What has not been measured so far is missed in the next step.
+        if had == self.plan { Ok(()) } else { self.recall_estimates() }
     }
 
     /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
@@ -676,9 +676,14 @@ impl Srkl {
 
     /// The same after estimates have been set, or their settings.
     pub(crate) fn recall_estimates(&mut self) -> Result<()> {
-        let blind = self.plan.is_some();
-        self.note_estimates()?;
-        self.progress.blind |= blind && !self.blocks.iter().any(|block| block.known);
+        if self.plan.is_none() {
+            return Ok(());
+        }
+        let estimates = self.estimates()?;
+        for (block, estimate) in self.blocks.iter_mut().zip(estimates) {
+            block.known = estimate.is_known();
+        }
+        self.progress.blind |= !self.blocks.iter().any(|block| block.known);
         Ok(())
     }
 

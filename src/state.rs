@@ -8,7 +8,7 @@
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
 //! | metadata | `attempts`, `asked`, `draws` | steps asked for, how many measured, and random vectors drawn, decimal |
 //! | metadata | `seed` | what the seeds of steps are made from, decimal |
-//! | metadata | `requested`, `measured` | whether the next step measures whatever its number, and whether it has been measured, 0 or 1 |
+//! | metadata | `requested`, `blind`, `measured` | whether the next step measures whatever its number, since somebody has asked for it or since a parameter has no estimate, and whether it has been measured, 0 or 1 |
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
@@ -91,6 +91,7 @@ impl Srkl {
             ("draws".to_string(), self.progress.draws.to_string()),
             ("seed".to_string(), self.seed.to_string()),
             ("requested".to_string(), (self.progress.requested as u8).to_string()),
+            ("blind".to_string(), (self.progress.blind as u8).to_string()),
             ("measured".to_string(), (self.progress.measured as u8).to_string()),
         ]);
         let mut tensors = vec![];
@@ -220,15 +221,16 @@ impl Loaded {
         let load = |block| load_block(block, params(block), version, metadata, &tensors);
         let loaded = blocks.iter().map(load);
         let attempts = number(metadata, "attempts")?;
-        let (asked, seed) = match version {
-            1 => (attempts, 0),
-            _ => (number(metadata, "asked")?, number(metadata, "seed")?),
+        let (asked, seed, blind) = match version {
+            1 => (attempts, 0, 0u8),
+            _ => (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?),
         };
         let progress = Progress {
             attempts,
             asked,
             draws: number(metadata, "draws")?,
             requested: number::<u8>(metadata, "requested")? != 0,
+            blind: blind != 0,
             measured: number::<u8>(metadata, "measured")? != 0,
             ..Default::default()
         };
@@ -276,7 +278,7 @@ fn load_block(
             (key, Estimate::from_numbers(numbers))
         }
     };
-    if !estimate.is_valid() {
+    if !estimate.is_valid(params.curvature) {
         bail!("`{key}`: expected what `save` writes, got {estimate:?}")
     }
     let trained = match version {

@@ -223,7 +223,7 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     assert_refused(&varmap, &mut opt, &std::fs::read(model_file)?, "not a checkpoint");
     let foreign = file(&[("format", "pt")], (&[70], 1.));
     assert_refused(&varmap, &mut opt, &foreign, "not a checkpoint of candle-srkl");
-    let newer = file(&header(&[("version", Some("2"))]), (&[70], 1.));
+    let newer = file(&header(&[("version", Some("3"))]), (&[70], 1.));
     assert_refused(&varmap, &mut opt, &newer, "newer");
     // This file has one parameter, the optimizer four.
     let fewer = file(&header(&[]), (&[70], 1.));

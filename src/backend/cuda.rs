@@ -26,7 +26,7 @@ use super::cpu::{Corrections, Decision, PROBES, StepScalars};
 use super::{Counters, Inputs};
 use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
-use crate::curvature::{Estimate, Measurements, Probe, no_second_gradient};
+use crate::estimate::{Counts, Estimate, Probe, StepSums};
 use crate::numerics::{CHUNK, LANES, Pair, Sums};
 use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
@@ -63,6 +63,7 @@ device_repr!(
     abi::SrklSums,
     abi::SrklPair,
     abi::SrklPowers,
+    abi::SrklStepSums,
     abi::SrklEstimate,
     abi::SrklStatistics,
     abi::SrklDecision,
@@ -78,6 +79,7 @@ pub(crate) struct Cuda {
     places: Vec<usize>,
     step: CudaFunction,
     step_elements: CudaFunction,
+    step_measuring: CudaFunction,
     decide: CudaFunction,
     sums: CudaFunction,
     replace: CudaFunction,
@@ -94,8 +96,8 @@ pub(crate) struct Cuda {
     pending: Vec<Tensor>,
     /// Whether all blocks of the optimizer are here: then the device decides, and otherwise the host.
     decides: bool,
-    /// Whether something stands in for the parameters, which are kept.
-    keeps: bool,
+    /// What puts the parameters back that something stands in for.
+    restores: Option<u32>,
     /// Masters are compared with their parameters in the launch that does statistics.
     has_masters: bool,
 }
@@ -124,6 +126,8 @@ struct Memory {
     again: CudaSlice<abi::SrklGradient>,
     chunk_pairs: CudaSlice<abi::SrklPair>,
     pairs: CudaSlice<abi::SrklPair>,
+    step_sums: CudaSlice<abi::SrklStepSums>,
+    told: CudaSlice<u32>,
     /// Room for all parameters as they were, where settings ask for it.
     _old: Option<CudaSlice<u8>>,
     skipped: CudaSlice<u64>,
@@ -229,7 +233,8 @@ impl Cuda {
         for entry in &mut entries {
             entry.old = old.as_ref().map_or(0, |old| old.device_ptr(&stream).0 + entry.old);
         }
-        let settings = Settings::new(groups, StepScalars { schedule: 1., grad_scale: 1. });
+        let scalars = StepScalars { schedule: 1., grad_scale: 1. };
+        let settings = Settings::new(groups, scalars, false);
         let memory = Memory {
             blocks: device.clone_htod(&entries)?,
             gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
@@ -246,6 +251,8 @@ impl Cuda {
             again: device.clone_htod(&vec![NO_GRADIENT; count])?,
             chunk_pairs: device.alloc_zeros(chunks.len())?,
             pairs: device.alloc_zeros(count)?,
+            step_sums: device.alloc_zeros(count)?,
+            told: device.alloc_zeros(count)?,
             _old: old,
             skipped: device.alloc_zeros(count)?,
             state: device.alloc_zeros(1)?,
@@ -264,6 +271,7 @@ impl Cuda {
             places,
             step: module.load_function("srkl_step").w()?,
             step_elements: module.load_function("srkl_step_elements").w()?,
+            step_measuring: module.load_function("srkl_step_measuring").w()?,
             decide: module.load_function("srkl_decide").w()?,
             sums: module.load_function("srkl_sums").w()?,
             replace: module.load_function("srkl_replace").w()?,
@@ -277,7 +285,7 @@ impl Cuda {
             captures,
             pending: vec![],
             decides: count == blocks.len(),
-            keeps: false,
+            restores: None,
             has_masters,
             stream,
         })
@@ -292,7 +300,7 @@ impl Cuda {
     /// Whatever can be wrong with a gradient, or with a capture; nothing is launched then.
     pub fn step(&mut self, inputs: &Inputs, measures: bool) -> Result<bool> {
         let (gradients, alive) = self.find(inputs)?;
-        let settings = Settings::new(inputs.groups, inputs.scalars);
+        let settings = Settings::new(inputs.groups, inputs.scalars, inputs.records);
         let capturing = self.is_capturing()?;
         let address = if capturing {
             if measures {
@@ -310,8 +318,10 @@ impl Cuda {
             self.send_gradients(gradients)?;
             self.table.gradients
         };
+        let sums_up = measures || inputs.records;
         let launch = |stages: u32| {
-            self.launch(&abi::SrklTable { gradients: address, ..self.for_stages(stages) })
+            let table = abi::SrklTable { gradients: address, ..self.for_stages(stages) };
+            self.launch(&table, sums_up && stages & abi::SRKL_UPDATE != 0)
         };
         let any = |holds: fn(&ParamsSrkl) -> bool| inputs.groups.iter().any(|g| holds(&g.params));
         // The gradients must live until the kernel is launched; then the stream's order protects them.
@@ -320,7 +330,7 @@ impl Cuda {
             let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
             self.launch_sums(address, what, 0.)?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
-        } else if any(uses_sums) || self.has_masters {
+        } else if any(uses_sums) || self.has_masters || inputs.records {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             launch(stages | abi::SRKL_COUNT)?;
         } else {
@@ -341,18 +351,52 @@ impl Cuda {
     ///
     /// # Errors
     ///
-    /// Whatever can be wrong with a gradient, or one that is missing.
+    /// Whatever can be wrong with a gradient.
     pub fn observe(&mut self, again: &Inputs) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         let _alive = self.send_again(again)?;
-        self.send(Settings::new(again.groups, again.scalars))?;
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0.)
     }
 
-    /// The squares of the parameters, and with `delta` the size of a perturbation.
-    pub fn squares(&mut self, blocks: &[Block], delta: f64) -> Result<()> {
-        self.refuse_capture("a measurement of curvature")?;
+    /// Of each block whether there is an estimate, and whether there is none since its last step moved nothing, as
+    /// the last measurement has left it. Waits for the device.
+    pub fn estimates_told(&self) -> Result<Vec<(bool, bool)>> {
+        let told = self.device.clone_dtoh(&self.memory.told)?;
+        let each = |told| (told & abi::SRKL_KNOWN != 0, told & abi::SRKL_UNMOVED != 0);
+        Ok(told.into_iter().map(each).collect())
+    }
+
+    /// The sums of each block's last step, by its place, of one that measured or recorded norms. Waits for the
+    /// device.
+    pub fn step_sums(&self) -> Result<Vec<(usize, StepSums)>> {
+        let sums = self.device.clone_dtoh(&self.memory.step_sums)?;
+        let sums = sums.into_iter().map(|s: abi::SrklStepSums| StepSums {
+            step: s.step,
+            direction: s.direction,
+            along: s.along,
+        });
+        Ok(self.places.iter().copied().zip(sums).collect())
+    }
+
+    /// The squares of each block's parameter as it is, by its place. Waits for the device.
+    pub fn all_squares(&self, blocks: &[Block]) -> Result<Vec<(usize, f64)>> {
+        self.refuse_capture("telemetry")?;
         self.check_addresses(blocks)?;
+        self.launch_sums_of(&self.for_stages(0), abi::SRKL_SUM_PARAMETERS, 0.)?;
+        Ok(self.pairs()?.into_iter().map(|(place, pair)| (place, pair.a)).collect())
+    }
+
+    /// The squares of the parameters that have a gradient, and with `delta` the size of a perturbation.
+    ///
+    /// # Errors
+    ///
+    /// Whatever can be wrong with a gradient.
+    pub fn squares(&mut self, inputs: &Inputs, delta: f64) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
+        let (gradients, alive) = self.find(inputs)?;
+        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
+        self.send_gradients(gradients)?;
+        self.pending = alive;
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_SQUARES, delta)
     }
 
@@ -370,11 +414,9 @@ impl Cuda {
 
     /// Puts back what was kept, if anything was.
     pub fn restore(&mut self, blocks: &[Block]) -> Result<()> {
-        if !self.keeps {
-            return Ok(());
-        }
+        let Some(what) = self.restores else { return Ok(()) };
         self.check_addresses(blocks)?;
-        self.launch_replace(abi::SRKL_RESTORE, 0, 0)
+        self.launch_replace(what, 0, 0)
     }
 
     /// The product with the Hessian by the last perturbation, from the gradients before and at it.
@@ -388,7 +430,6 @@ impl Cuda {
         self.send_gradients(gradients)?;
         self.pending = self.send_again(again)?;
         self.pending.extend(alive);
-        self.send(Settings::new(first.groups, first.scalars))?;
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_PROBE, 0.)
     }
 
@@ -422,10 +463,10 @@ impl Cuda {
             )
         }
         let (gradients, alive) = self.find(inputs)?;
-        self.send(Settings::new(inputs.groups, inputs.scalars))?;
+        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
         self.send_gradients(gradients)?;
         self.pending = alive;
-        self.launch(&self.for_stages(abi::SRKL_STATISTICS))
+        self.launch(&self.for_stages(abi::SRKL_STATISTICS), false)
     }
 
     /// What [`Cuda::statistics`] found: the places of blocks that have a gradient, with their sums. Waits
@@ -434,8 +475,6 @@ impl Cuda {
         let found = self.device.clone_dtoh(&self.memory.statistics)?;
         let with_place = self.places.iter().zip(&self.gradients).zip(found);
         let present = with_place.filter(|((_, gradient), _)| gradient.address != 0);
-        let sums =
-            |s: abi::SrklSums| Sums { sum2: s.sum2, sum4: s.sum4, exponent: s.exponent as i32 };
         Ok(present.map(|((&place, _), found)| (place, sums(found.sums))).collect())
     }
 
@@ -467,8 +506,7 @@ impl Cuda {
         self.upload(&decisions, |memory| &mut memory.decisions)
     }
 
-    /// The sums over directions, between a [`Cuda::send_decisions`] and another one; of a step that measures the
-    /// parameters are kept.
+    /// The sums over directions, between a [`Cuda::send_decisions`] and another one.
     pub fn directions(&mut self, measures: bool) -> Result<()> {
         let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
         self.launch_sums(self.table.gradients, what, 0.)
@@ -497,8 +535,10 @@ impl Cuda {
 
     /// Stage 3 alone, by the decisions that were sent. The gradients are those of the last
     /// [`Cuda::statistics`], and still alive.
-    pub fn update(&mut self) -> Result<()> {
-        self.launch(&self.for_stages(abi::SRKL_UPDATE))
+    ///
+    /// If it `sums_up` how blocks move, [`Cuda::step_sums`] tells.
+    pub fn update(&mut self, sums_up: bool) -> Result<()> {
+        self.launch(&self.for_stages(abi::SRKL_UPDATE), sums_up)
     }
 
     /// Sends settings ahead of the next step, so that a replay of a captured one finds them.
@@ -507,7 +547,8 @@ impl Cuda {
     ///
     /// In a capture, where a replay would set them back each time.
     pub fn set(&mut self, groups: &[Group], scalars: StepScalars) -> Result<()> {
-        let settings = Settings::new(groups, scalars);
+        let records = self.settings.scalars.records != 0;
+        let settings = Settings::new(groups, scalars, records);
         if settings != self.settings && self.is_capturing()? {
             bail!("{SETTINGS_IN_CAPTURE}")
         }
@@ -525,13 +566,25 @@ impl Cuda {
     }
 
     /// For each block what the last step did, and how often it was skipped.
-    pub fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
-        let skipped_step = self.state()?.skipped != 0;
+    pub fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+        let state = self.state()?;
         let decisions = self.device.clone_dtoh(&self.memory.decisions)?;
         let skipped = self.device.clone_dtoh(&self.memory.skipped)?;
-        let last =
-            |d: abi::SrklDecision| (d.step != 0 && !skipped_step).then_some((d.curvature, d.phi));
-        Ok(decisions.into_iter().map(last).zip(skipped).collect())
+        let norms = match state.recorded != 0 {
+            true => {
+                let c = 1. / self.settings.scalars.grad_scale;
+                let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
+                let steps = self.step_sums()?.into_iter().map(|(_, sums)| sums.step.sqrt());
+                let all = statistics.into_iter().zip(steps);
+                all.map(|(s, step)| Some([sums(s.sums).norm(c), step])).collect()
+            }
+            false => vec![None; decisions.len()],
+        };
+        let last = |(d, norms): (abi::SrklDecision, _)| {
+            let moved = d.step != 0 && state.skipped == 0;
+            moved.then_some(Last { curvature: d.curvature, phi: d.phi, norms })
+        };
+        Ok(decisions.into_iter().zip(norms).map(last).zip(skipped).collect())
     }
 
     fn state(&self) -> Result<abi::SrklState> {
@@ -558,11 +611,20 @@ impl Cuda {
             mean: e.mean,
             own: e.own,
             power: e.power,
+            spike: e.spike,
+            last: e.last,
+            lowest: e.lowest,
+            highest: e.highest,
+            in_average: e.in_average,
             infinite: e.infinite != 0,
-            counts: Measurements {
+            still: e.still,
+            measured_at: e.measured_at,
+            counts: Counts {
                 taken: e.taken,
                 nonfinite: e.nonfinite,
-                without_step: e.without_step,
+                unmoved: e.unmoved,
+                uninformative: e.uninformative,
+                missing: e.missing,
             },
         };
         Ok(estimates.into_iter().map(each).collect())
@@ -589,7 +651,7 @@ impl Cuda {
     /// Drops what waits for a measurement, or for being put back.
     pub fn forget(&mut self) {
         self.pending.clear();
-        self.keeps = false;
+        self.restores = None;
     }
 
     // -- What a step is made of --
@@ -627,14 +689,16 @@ impl Cuda {
         self.check_addresses(inputs.blocks)?;
         for &place in &self.places {
             let block = &inputs.blocks[place];
-            let Some(gradient) = inputs.grads.get_id(block.id) else {
+            let frozen = inputs.groups[block.group].params.lr == 0.;
+            let Some(gradient) = inputs.grads.get_id(block.id).filter(|_| !frozen) else {
                 gradients.push(NO_GRADIENT);
                 continue;
             };
             block.check_gradient(gradient)?;
             block
                 .check_alias(storage_address(&gradient.storage_and_layout().0), inputs.storages)?;
-            let gradient = gradient.contiguous()?;
+            // Without its graph, which may live no longer than the step's caller wants.
+            let gradient = gradient.detach().contiguous()?;
             let (storage, layout) = gradient.storage_and_layout();
             let address = address_of(&storage, layout, &self.stream)?;
             drop(storage);
@@ -656,16 +720,10 @@ impl Cuda {
         Ok(())
     }
 
-    /// Sends second gradients, of every block that has a first one.
+    /// Sends second gradients.
     fn send_again(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
         let (again, alive) = self.find(inputs)?;
-        for (&place, (first, again)) in self.places.iter().zip(self.gradients.iter().zip(&again)) {
-            let block = &inputs.blocks[place];
-            let measures = inputs.groups[block.group].params.curvature != Curvature::GradSquare;
-            if measures && first.address != 0 && again.address == 0 {
-                return Err(no_second_gradient(block));
-            }
-        }
+        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
         self.upload(&again, |memory| &mut memory.again)?;
         Ok(alive)
     }
@@ -725,13 +783,18 @@ impl Cuda {
         abi::SrklTable { stages: stages as u64, ..self.table }
     }
 
-    fn launch(&self, table: &abi::SrklTable) -> Result<()> {
+    /// If it `sums_up`, the update leaves how blocks move in `step_sums`.
+    fn launch(&self, table: &abi::SrklTable, sums_up: bool) -> Result<()> {
         let whole = self.settings.scalars.whole != 0;
         let config = self.grid(if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 });
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
         let elements = self.settings.groups.iter().any(own);
-        let step = if elements { &self.step_elements } else { &self.step };
+        let step = match (sums_up, elements) {
+            (true, _) => &self.step_measuring,
+            (false, true) => &self.step_elements,
+            (false, false) => &self.step,
+        };
         // SAFETY: the contract at the top of kernels/srkl.cu:
         // 1. grid and block are as it says, and the only argument is the table by value;
         // 2. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
@@ -751,11 +814,15 @@ impl Cuda {
     fn launch_sums(&self, gradients: u64, what: u32, delta: f64) -> Result<()> {
         let stages = if self.decides { abi::SRKL_DECIDE } else { 0 };
         let table = abi::SrklTable { gradients, ..self.for_stages(stages) };
+        self.launch_sums_of(&table, what, delta)
+    }
+
+    fn launch_sums_of(&self, table: &abi::SrklTable, what: u32, delta: f64) -> Result<()> {
         let mut launch = self.stream.launch_builder(&self.sums);
-        launch.arg(&table).arg(&what).arg(&delta);
+        launch.arg(table).arg(&what).arg(&delta);
         // SAFETY: the contract at the top of kernels/curvature.cuh, of which `launch` says what concerns the
         // table. Those who call this launch what must come before it, with the gradients alive and in the
-        // table; where `old` is used, settings have asked for it in `new`.
+        // table.
         unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
         Ok(())
     }
@@ -766,7 +833,11 @@ impl Cuda {
         // SAFETY: the contract at the top of kernels/replace.cuh, of which `launch` says what concerns the
         // table. Its callers come from settings that have asked for `old` in `new`.
         unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
-        self.keeps = what != abi::SRKL_RESTORE;
+        self.restores = match what {
+            abi::SRKL_PERTURB => Some(abi::SRKL_RESTORE_PERTURBED),
+            abi::SRKL_SWAP => Some(abi::SRKL_RESTORE_SWAPPED),
+            _ => None,
+        };
         Ok(())
     }
 
@@ -812,6 +883,8 @@ impl Memory {
             again: self.again.device_ptr(stream).0,
             chunk_pairs: self.chunk_pairs.device_ptr(stream).0,
             pairs: self.pairs.device_ptr(stream).0,
+            step_sums: self.step_sums.device_ptr(stream).0,
+            told: self.told.device_ptr(stream).0,
             skipped: self.skipped.device_ptr(stream).0,
             state: self.state.device_ptr(stream).0,
             block_count: self.blocks.len() as u64,
@@ -831,7 +904,7 @@ impl Pinned {
 }
 
 impl Settings {
-    fn new(groups: &[Group], scalars: StepScalars) -> Self {
+    fn new(groups: &[Group], scalars: StepScalars, records: bool) -> Self {
         let any = |holds: fn(&ParamsSrkl) -> bool| groups.iter().any(|group| holds(&group.params));
         let (norm, total, whole) = (any(uses_norm), any(uses_total), any(steps_whole));
         let scalars = abi::SrklScalars {
@@ -840,7 +913,7 @@ impl Settings {
             norm: norm as u32,
             total: total as u32,
             whole: whole as u32,
-            pad: 0,
+            records: records as u32,
         };
         Self { groups: groups.iter().map(group).collect(), scalars }
     }
@@ -894,10 +967,29 @@ fn powers(powers: &Powers) -> abi::SrklPowers {
 }
 
 fn estimate(estimate: &Estimate) -> abi::SrklEstimate {
-    let Estimate { mean, own, power, infinite, counts } = *estimate;
-    let Measurements { taken, nonfinite, without_step } = counts;
-    let infinite = infinite as u64;
-    abi::SrklEstimate { mean, own, power, infinite, taken, nonfinite, without_step }
+    let Counts { taken, nonfinite, unmoved, uninformative, missing } = estimate.counts;
+    abi::SrklEstimate {
+        mean: estimate.mean,
+        own: estimate.own,
+        power: estimate.power,
+        spike: estimate.spike,
+        last: estimate.last,
+        lowest: estimate.lowest,
+        highest: estimate.highest,
+        in_average: estimate.in_average,
+        infinite: estimate.infinite as u64,
+        still: estimate.still,
+        measured_at: estimate.measured_at,
+        taken,
+        nonfinite,
+        unmoved,
+        uninformative,
+        missing,
+    }
+}
+
+fn sums(s: abi::SrklSums) -> Sums {
+    Sums { sum2: s.sum2, sum4: s.sum4, exponent: s.exponent as i32 }
 }
 
 fn dtype(dtype: DType) -> Result<u32> {
@@ -968,6 +1060,7 @@ mod tests {
                         groups: &opt.groups,
                         grads: &grads,
                         scalars: StepScalars { schedule: 1., grad_scale: 1. },
+                        records: false,
                     };
                     opt.cuda[0].launch_shifted(&inputs, start)?;
                     var.to_dtype(DType::F32)?.to_vec1()
@@ -995,10 +1088,10 @@ mod tests {
             let (mut gradients, _alive) = self.find(inputs)?;
             let size = inputs.blocks[0].dtype.size_in_bytes() as u64;
             gradients[0].address = gradients[0].address.wrapping_sub(size * by);
-            self.send(Settings::new(inputs.groups, inputs.scalars))?;
+            self.send(Settings::new(inputs.groups, inputs.scalars, false))?;
             self.send_gradients(gradients)?;
             let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
-            self.launch(&self.for_stages(all | abi::SRKL_COUNT))
+            self.launch(&self.for_stages(all | abi::SRKL_COUNT), false)
         }
     }
 }

@@ -32,12 +32,16 @@ pub const SRKL_SUM_STEP: u32 = 2;
 pub const SRKL_SUM_SQUARES: u32 = 3;
 pub const SRKL_SUM_PROBE: u32 = 4;
 pub const SRKL_SUM_AVERAGE: u32 = 5;
+pub const SRKL_SUM_PARAMETERS: u32 = 6;
 pub const SRKL_FINITE: u32 = 0;
 pub const SRKL_INFINITE: u32 = 1;
 pub const SRKL_NOTHING: u32 = 2;
+pub const SRKL_KNOWN: u32 = 1;
+pub const SRKL_UNMOVED: u32 = 2;
 pub const SRKL_PERTURB: u32 = 0;
 pub const SRKL_SWAP: u32 = 1;
-pub const SRKL_RESTORE: u32 = 2;
+pub const SRKL_RESTORE_PERTURBED: u32 = 2;
+pub const SRKL_RESTORE_SWAPPED: u32 = 3;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklBlock {
@@ -145,7 +149,7 @@ pub struct SrklScalars {
     pub norm: ::std::os::raw::c_uint,
     pub total: ::std::os::raw::c_uint,
     pub whole: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub records: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -158,7 +162,8 @@ const _: () = {
     ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 16usize];
     ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 20usize];
     ["Offset of field: SrklScalars::whole"][::std::mem::offset_of!(SrklScalars, whole) - 24usize];
-    ["Offset of field: SrklScalars::pad"][::std::mem::offset_of!(SrklScalars, pad) - 28usize];
+    ["Offset of field: SrklScalars::records"]
+        [::std::mem::offset_of!(SrklScalars, records) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -218,29 +223,69 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklStepSums {
+    pub step: f64,
+    pub direction: f64,
+    pub along: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklStepSums"][::std::mem::size_of::<SrklStepSums>() - 24usize];
+    ["Alignment of SrklStepSums"][::std::mem::align_of::<SrklStepSums>() - 8usize];
+    ["Offset of field: SrklStepSums::step"][::std::mem::offset_of!(SrklStepSums, step) - 0usize];
+    ["Offset of field: SrklStepSums::direction"]
+        [::std::mem::offset_of!(SrklStepSums, direction) - 8usize];
+    ["Offset of field: SrklStepSums::along"][::std::mem::offset_of!(SrklStepSums, along) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklEstimate {
     pub mean: f64,
     pub own: f64,
     pub power: f64,
+    pub spike: f64,
+    pub last: f64,
+    pub lowest: f64,
+    pub highest: f64,
+    pub in_average: ::std::os::raw::c_ulonglong,
     pub infinite: ::std::os::raw::c_ulonglong,
+    pub still: ::std::os::raw::c_ulonglong,
+    pub measured_at: ::std::os::raw::c_ulonglong,
     pub taken: ::std::os::raw::c_ulonglong,
     pub nonfinite: ::std::os::raw::c_ulonglong,
-    pub without_step: ::std::os::raw::c_ulonglong,
+    pub unmoved: ::std::os::raw::c_ulonglong,
+    pub uninformative: ::std::os::raw::c_ulonglong,
+    pub missing: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 56usize];
+    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 128usize];
     ["Alignment of SrklEstimate"][::std::mem::align_of::<SrklEstimate>() - 8usize];
     ["Offset of field: SrklEstimate::mean"][::std::mem::offset_of!(SrklEstimate, mean) - 0usize];
     ["Offset of field: SrklEstimate::own"][::std::mem::offset_of!(SrklEstimate, own) - 8usize];
     ["Offset of field: SrklEstimate::power"][::std::mem::offset_of!(SrklEstimate, power) - 16usize];
+    ["Offset of field: SrklEstimate::spike"][::std::mem::offset_of!(SrklEstimate, spike) - 24usize];
+    ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 32usize];
+    ["Offset of field: SrklEstimate::lowest"]
+        [::std::mem::offset_of!(SrklEstimate, lowest) - 40usize];
+    ["Offset of field: SrklEstimate::highest"]
+        [::std::mem::offset_of!(SrklEstimate, highest) - 48usize];
+    ["Offset of field: SrklEstimate::in_average"]
+        [::std::mem::offset_of!(SrklEstimate, in_average) - 56usize];
     ["Offset of field: SrklEstimate::infinite"]
-        [::std::mem::offset_of!(SrklEstimate, infinite) - 24usize];
-    ["Offset of field: SrklEstimate::taken"][::std::mem::offset_of!(SrklEstimate, taken) - 32usize];
+        [::std::mem::offset_of!(SrklEstimate, infinite) - 64usize];
+    ["Offset of field: SrklEstimate::still"][::std::mem::offset_of!(SrklEstimate, still) - 72usize];
+    ["Offset of field: SrklEstimate::measured_at"]
+        [::std::mem::offset_of!(SrklEstimate, measured_at) - 80usize];
+    ["Offset of field: SrklEstimate::taken"][::std::mem::offset_of!(SrklEstimate, taken) - 88usize];
     ["Offset of field: SrklEstimate::nonfinite"]
-        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 40usize];
-    ["Offset of field: SrklEstimate::without_step"]
-        [::std::mem::offset_of!(SrklEstimate, without_step) - 48usize];
+        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 96usize];
+    ["Offset of field: SrklEstimate::unmoved"]
+        [::std::mem::offset_of!(SrklEstimate, unmoved) - 104usize];
+    ["Offset of field: SrklEstimate::uninformative"]
+        [::std::mem::offset_of!(SrklEstimate, uninformative) - 112usize];
+    ["Offset of field: SrklEstimate::missing"]
+        [::std::mem::offset_of!(SrklEstimate, missing) - 120usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -302,10 +347,12 @@ pub struct SrklState {
     pub skipped: ::std::os::raw::c_uint,
     pub has_norm: ::std::os::raw::c_uint,
     pub probe: ::std::os::raw::c_uint,
+    pub recorded: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 72usize];
+    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 80usize];
     ["Alignment of SrklState"][::std::mem::align_of::<SrklState>() - 8usize];
     ["Offset of field: SrklState::steps"][::std::mem::offset_of!(SrklState, steps) - 0usize];
     ["Offset of field: SrklState::skipped_steps"]
@@ -325,6 +372,8 @@ const _: () = {
     ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 60usize];
     ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 64usize];
     ["Offset of field: SrklState::probe"][::std::mem::offset_of!(SrklState, probe) - 68usize];
+    ["Offset of field: SrklState::recorded"][::std::mem::offset_of!(SrklState, recorded) - 72usize];
+    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 76usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -344,6 +393,8 @@ pub struct SrklTable {
     pub again: ::std::os::raw::c_ulonglong,
     pub chunk_pairs: ::std::os::raw::c_ulonglong,
     pub pairs: ::std::os::raw::c_ulonglong,
+    pub step_sums: ::std::os::raw::c_ulonglong,
+    pub told: ::std::os::raw::c_ulonglong,
     pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
     pub block_count: ::std::os::raw::c_ulonglong,
@@ -353,7 +404,7 @@ pub struct SrklTable {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 168usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 184usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
@@ -377,13 +428,16 @@ const _: () = {
     ["Offset of field: SrklTable::chunk_pairs"]
         [::std::mem::offset_of!(SrklTable, chunk_pairs) - 104usize];
     ["Offset of field: SrklTable::pairs"][::std::mem::offset_of!(SrklTable, pairs) - 112usize];
-    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 120usize];
-    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 128usize];
+    ["Offset of field: SrklTable::step_sums"]
+        [::std::mem::offset_of!(SrklTable, step_sums) - 120usize];
+    ["Offset of field: SrklTable::told"][::std::mem::offset_of!(SrklTable, told) - 128usize];
+    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 136usize];
+    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 144usize];
     ["Offset of field: SrklTable::block_count"]
-        [::std::mem::offset_of!(SrklTable, block_count) - 136usize];
+        [::std::mem::offset_of!(SrklTable, block_count) - 152usize];
     ["Offset of field: SrklTable::live_count"]
-        [::std::mem::offset_of!(SrklTable, live_count) - 144usize];
+        [::std::mem::offset_of!(SrklTable, live_count) - 160usize];
     ["Offset of field: SrklTable::chunk_count"]
-        [::std::mem::offset_of!(SrklTable, chunk_count) - 152usize];
-    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 160usize];
+        [::std::mem::offset_of!(SrklTable, chunk_count) - 168usize];
+    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 176usize];
 };
