@@ -8,11 +8,14 @@ mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod curvature;
+mod dropout;
 pub mod numerics;
 mod optimizer;
 mod params;
+pub mod random;
 mod state;
 
 pub use curvature::{Averaged, Measurements, Perturbed};
+pub use dropout::Dropout;
 pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
 pub use params::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope};

@@ -54,6 +54,9 @@
 //!
 //! * Random vectors: seed of the settings, number of the measurement as `draw`, the parameter's place as
 //!   `stream`. Element `i` has the sign in bit `i % 64` of word `i / 64`.
+//! * [`Dropout`](crate::Dropout): seed and draw of [`random`](crate::random), and the bytes `"dropout\0"`
+//!   as `stream`, the first byte highest. Element `i` has the low half of word `i / 2` where `i` is even, the
+//!   high half where it is odd.
 //!
 //! # Range
 //!
