@@ -2,6 +2,8 @@
 
 use std::sync::Mutex;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::utils::barrier_pool;
 use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, ModuleT, Result, Shape, Tensor, bail,
@@ -79,6 +81,8 @@ impl Dropout {
         }
         match xs.device() {
             Device::Cpu => {}
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {}
             device => {
                 let places =
                     if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" };
@@ -206,6 +210,12 @@ impl CustomOp1 for Mask {
             CpuStorage::F16(xs) => CpuStorage::F16(self.apply(&xs[from..to])),
             _ => bail!("dropout: expected a tensor of f32, f64, bf16 or f16"),
         };
+        Ok((ys, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let ys = crate::backend::cuda_dropout::apply(self, storage, layout)?;
         Ok((ys, layout.shape().clone()))
     }
 
