@@ -250,4 +250,17 @@ mod tests {
         check(bf16::from_f64);
         check(f16::from_f64);
     }
+
+    /// Candle's gradients are contiguous, but for a few operations'.
+    #[test]
+    fn a_gradient_may_have_any_layout() -> Result<()> {
+        let mask = Mask::new(0.5, 5, 6);
+        let matrix = Tensor::arange(1f32, 70., &Device::Cpu)?.reshape((3, 23))?;
+        for grad in [matrix.t()?, matrix.narrow(1, 3, 9)?] {
+            let through = mask.bwd(&grad, &grad, &grad)?.unwrap();
+            let expected = grad.contiguous()?.apply_op1(mask)?;
+            assert_eq!(through.to_vec2::<f32>()?, expected.to_vec2::<f32>()?);
+        }
+        Ok(())
+    }
 }

@@ -257,7 +257,7 @@ fn the_gradient_goes_through_the_same_mask() -> Result<()> {
             let mask = mask(seed, 0, p, 3 * n);
             let gradient =
                 |loss: Tensor| -> Result<Tensor> { Ok(loss.backward()?.get(&w).unwrap().clone()) };
-            // A gradient that comes in another layout, when other masks have been drawn.
+            // Through a transposition, when other masks have been drawn.
             let factor = tensor(&noise(3 * n, 1., 6), dtype)?.reshape((3, n))?;
             let loss = with_seed(seed, || {
                 let y = Dropout::new(p).forward(&w, true)?;
