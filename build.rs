@@ -13,7 +13,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 10] = [
+const KERNELS: [&str; 11] = [
     "abi.h",
     "numerics.cuh",
     "access.cuh",
@@ -23,6 +23,7 @@ const KERNELS: [&str; 10] = [
     "update.cuh",
     "curvature.cuh",
     "replace.cuh",
+    "dropout.cuh",
     "srkl.cu",
 ];
 

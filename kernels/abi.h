@@ -15,6 +15,9 @@
 #define SRKL_THREADS 128
 #define SRKL_BLOCKS_PER_SM 8
 
+// Elements that a block of threads of srkl_dropout takes at a time: some 16-byte vectors a thread.
+#define SRKL_DROPOUT_TILE 2048
+
 // Dtypes of parameters and gradients.
 #define SRKL_F32 0
 #define SRKL_F64 1

@@ -172,7 +172,17 @@ __device__ inline u64 mix(u64 x) {
     return x ^ (x >> 31);
 }
 
-// The `word`-th 64 random bits of a block.
-__device__ inline u64 random_bits(u64 seed, u64 draw, u64 block, u64 word) {
-    return mix(mix(mix(mix(seed) ^ draw) ^ block) ^ word);
+// What random_bits makes of all but the word.
+__device__ inline u64 random_key(u64 seed, u64 draw, u64 stream) {
+    return mix(mix(mix(seed) ^ draw) ^ stream);
+}
+
+// The `word`-th 64 random bits by a key.
+__device__ inline u64 random_word(u64 key, u64 word) {
+    return mix(key ^ word);
+}
+
+// The `word`-th 64 random bits of a stream.
+__device__ inline u64 random_bits(u64 seed, u64 draw, u64 stream, u64 word) {
+    return random_word(random_key(seed, draw, stream), word);
 }

@@ -29,6 +29,7 @@
 // Names and order of the stages are those of src/backend/cpu.rs.
 
 #include "curvature.cuh"
+#include "dropout.cuh"
 #include "replace.cuh"
 #include "statistics.cuh"
 #include "update.cuh"

@@ -8,6 +8,7 @@ mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod curvature;
+mod dropout;
 mod estimate;
 pub mod numerics;
 mod optimizer;
@@ -16,6 +17,7 @@ pub mod random;
 mod state;
 
 pub use curvature::{Averaged, Perturbed};
+pub use dropout::Dropout;
 pub use estimate::Measurements;
 pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
 pub use params::{

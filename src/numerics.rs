@@ -48,8 +48,15 @@
 //!
 //! # Random numbers
 //!
-//! The signs of random vectors depend on the seed, the number of the measurement, the parameter's place and
-//! the element's number alone.
+//! Word `k` of 64 random bits is `mix(mix(mix(mix(seed) ^ draw) ^ stream) ^ k)`, where `mix` adds
+//! `9e3779b97f4a7c15` and applies the finalizer of SplitMix64 (Steele and others, 2014):
+//! `x ^= x >> 30; x *= bf58476d1ce4e5b9; x ^= x >> 27; x *= 94d049bb133111eb; x ^= x >> 31`.
+//!
+//! * Random vectors: seed of the settings, number of the measurement as `draw`, the parameter's place as
+//!   `stream`. Element `i` has the sign in bit `i % 64` of word `i / 64`.
+//! * [`Dropout`](crate::Dropout): seed and draw of [`random`](crate::random), and the bytes `"dropout\0"`
+//!   as `stream`, the first byte highest. Element `i` has the low half of word `i / 2` where `i` is even, the
+//!   high half where it is odd.
 //!
 //! # Range
 //!
@@ -235,17 +242,29 @@ pub(crate) fn fold<const N: usize>(count: usize, item: impl Fn(usize) -> [f64; N
     lanes.map(|mut lanes| tree(&mut lanes))
 }
 
-/// The `word`-th 64 random bits of a block, for its elements `64 word..`; bit `i` of them is the sign of
-/// element `64 word + i`. Each of the numbers goes through the finalizer of SplitMix64 (Steele and others,
-/// 2014).
-pub(crate) fn random_bits(seed: u64, draw: u64, block: u64, word: u64) -> u64 {
-    fn mix(x: u64) -> u64 {
-        let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-    mix(mix(mix(mix(seed) ^ draw) ^ block) ^ word)
+/// The `word`-th 64 random bits of a stream: what a seed and a draw have for one parameter, say.
+pub(crate) fn random_bits(seed: u64, draw: u64, stream: u64, word: u64) -> u64 {
+    random_word(random_key(seed, draw, stream), word)
+}
+
+/// What [`random_bits`] makes of all but the word, once for all words.
+pub(crate) fn random_key(seed: u64, draw: u64, stream: u64) -> u64 {
+    mix(mix(mix(seed) ^ draw) ^ stream)
+}
+
+/// The `word`-th 64 random bits by a key.
+#[inline(always)]
+pub(crate) fn random_word(key: u64, word: u64) -> u64 {
+    mix(key ^ word)
+}
+
+/// The finalizer of SplitMix64 (Steele and others, 2014).
+#[inline(always)]
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 /// `x^(k / 8)` by square roots, for `k` from 0 to 8.

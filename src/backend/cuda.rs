@@ -32,7 +32,7 @@ use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sum
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
-static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
+pub(super) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
 
 /// Blocks of threads for each multiprocessor, where a step is decided as a whole: as many as there is room for.
 const BLOCKS_PER_SM: u32 = abi::SRKL_BLOCKS_PER_SM;
@@ -851,9 +851,13 @@ impl Cuda {
     }
 
     fn is_capturing(&self) -> Result<bool> {
-        let status = self.stream.capture_status().w()?;
-        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+        is_capturing(&self.stream)
     }
+}
+
+pub(super) fn is_capturing(stream: &CudaStream) -> Result<bool> {
+    let status = stream.capture_status().w()?;
+    Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
 impl Drop for Cuda {

@@ -24,6 +24,8 @@ use cpu::StepScalars;
 pub(crate) mod cpu;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda_dropout;
 pub(crate) mod gradient;
 pub(crate) mod simd;
 pub(crate) mod stages;

@@ -5,6 +5,7 @@ pub const SRKL_LANES: u32 = 1024;
 pub const SRKL_PROBES: u32 = 32;
 pub const SRKL_THREADS: u32 = 128;
 pub const SRKL_BLOCKS_PER_SM: u32 = 8;
+pub const SRKL_DROPOUT_TILE: u32 = 2048;
 pub const SRKL_F32: u32 = 0;
 pub const SRKL_F64: u32 = 1;
 pub const SRKL_BF16: u32 = 2;
