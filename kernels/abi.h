@@ -167,6 +167,8 @@ typedef struct {
     double mean;
     double own;
     double power;
+    double variance;
+    double entered;
     double spike;
     double last;
     double lowest;
@@ -256,7 +258,7 @@ static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "Srk
 static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
 static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "SrklPowers");
 static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16, "SrklStepSums");
-static_assert(sizeof(SrklEstimate) == 128 && offsetof(SrklEstimate, missing) == 120, "SrklEstimate");
+static_assert(sizeof(SrklEstimate) == 144 && offsetof(SrklEstimate, missing) == 136, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 80 && offsetof(SrklDecision, step) == 72, "SrklDecision");

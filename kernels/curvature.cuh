@@ -134,7 +134,7 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 }
 
 // A measurement along a step enters the average as at most so many times the average.
-static const double BOUND = 4.;
+static const double BOUND = 8.;
 
 __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
     estimate.last = curvature;
@@ -151,10 +151,17 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
     const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
     const double entering = too_large ? __dmul_rn(BOUND, average) : curvature;
-    if (estimate.in_average == 1 && average > __dmul_rn(BOUND, curvature))
-        estimate.mean = __dmul_rn(__dsub_rn(1., estimate.power), __dmul_rn(BOUND, curvature));
-    estimate.mean = __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(__dsub_rn(1., decay), entering));
+    if (estimate.in_average == 1 && average > __dmul_rn(BOUND, curvature)) {
+        estimate.entered = __dmul_rn(BOUND, curvature);
+        estimate.mean = __dmul_rn(__dsub_rn(1., estimate.power), estimate.entered);
+    }
+    const double difference = estimate.in_average > 0 ? __dsub_rn(entering, estimate.entered) : 0.;
+    const double half_square = __dmul_rn(__dmul_rn(0.5, difference), difference);
+    const double gain = __dsub_rn(1., decay);
+    estimate.mean = __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(gain, entering));
+    estimate.variance = __dmul_rn(decay, __dadd_rn(estimate.variance, __dmul_rn(gain, half_square)));
     estimate.power = __dmul_rn(estimate.power, decay);
+    estimate.entered = entering;
     estimate.spike = too_large ? curvature : 0.;
 }
 
@@ -171,6 +178,8 @@ __device__ inline void observe_step(SrklEstimate &estimate, double change, const
         estimate.mean = 0.;
         estimate.own = 0.;
         estimate.power = 1.;
+        estimate.variance = 0.;
+        estimate.entered = 0.;
         estimate.spike = 0.;
         estimate.in_average = 0;
         estimate.infinite = 0;

@@ -26,12 +26,22 @@ __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
 }
 
+// How much of the variance between measurements the brake adds to the square of their average.
+static const double NOISE = 2.;
+
+// `sqrt(average^2 + 2 variance)`
+__device__ inline double noisy_average_of(const SrklEstimate &estimate) {
+    const double average = average_of(estimate);
+    const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
+    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(NOISE, variance)));
+}
+
 // `H` of what has been measured, or UNKNOWN.
 __device__ inline double curvature_of(const SrklEstimate &estimate, u32 kind) {
     if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
     if (estimate.in_average == 0) return UNKNOWN;
     if (kind == SRKL_HUTCHINSON) return __dsqrt_rn(estimate.mean);
-    return estimate.spike > 0. ? estimate.spike : average_of(estimate);
+    return estimate.spike > 0. ? estimate.spike : noisy_average_of(estimate);
 }
 
 __device__ inline bool has_element_brakes(const SrklGroup &p) {

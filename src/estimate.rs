@@ -6,7 +6,10 @@ use crate::numerics::{Pair, fold};
 use crate::params::Curvature;
 
 /// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
-const BOUND: f64 = 4.;
+const BOUND: f64 = 8.;
+
+/// How much of the variance between measurements the brake adds to the square of their average.
+const NOISE: f64 = 2.;
 
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,6 +20,10 @@ pub(crate) struct Estimate {
     pub own: f64,
     /// The product of the average's decays: 1 before the first measurement.
     pub power: f64,
+    /// `Step`: the average of half the squared differences of neighbouring measurements, uncorrected.
+    pub variance: f64,
+    /// `Step`: the last measurement, as it entered the average.
+    pub entered: f64,
     /// `Step`: the last measurement, if it was too large for the average; 0 if not.
     pub spike: f64,
     /// H as it was measured last, and at its lowest and highest.
@@ -131,6 +138,8 @@ impl Estimate {
         mean: 0.,
         own: 0.,
         power: 1.,
+        variance: 0.,
+        entered: 0.,
         spike: 0.,
         last: 0.,
         lowest: f64::INFINITY,
@@ -158,8 +167,16 @@ impl Estimate {
         Some(match curvature {
             Curvature::Hutchinson { .. } => self.mean.sqrt(),
             _ if self.spike > 0. => self.spike,
-            _ => self.average(),
+            _ => self.noisy_average(),
         })
+    }
+
+    /// `sqrt(average^2 + 2 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
+    /// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well. Variance is taken
+    /// between neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
+    fn noisy_average(&self) -> f64 {
+        let (average, variance) = (self.average(), self.variance / (1. - self.power));
+        (average * average + NOISE * variance).sqrt()
     }
 
     /// The average of H along steps, corrected for having started at 0.
@@ -191,7 +208,7 @@ impl Estimate {
         }
     }
 
-    /// `H` enters the average as at most 4 times the average; beyond that it is a spike, which the brake goes by
+    /// `H` enters the average as at most 8 times the average; beyond that it is a spike, which the brake goes by
     /// in full up to the next measurement. So curvature that shoots up counts at once, one bad measurement is
     /// forgotten at the next, and a lasting rise enters the average. The first measurement has no average to be
     /// held against, so the second one bounds it.
@@ -200,10 +217,15 @@ impl Estimate {
         let too_large = average > 0. && curvature > BOUND * average;
         let entering = if too_large { BOUND * average } else { curvature };
         if self.in_average == 1 && average > BOUND * curvature {
-            self.mean = (1. - self.power) * (BOUND * curvature);
+            self.entered = BOUND * curvature;
+            self.mean = (1. - self.power) * self.entered;
         }
+        let difference = if self.in_average > 0 { entering - self.entered } else { 0. };
         self.mean = decay * self.mean + (1. - decay) * entering;
+        // Without memory (decay 0) there is none.
+        self.variance = decay * (self.variance + (1. - decay) * (0.5 * difference * difference));
         self.power *= decay;
+        self.entered = entering;
         self.spike = if too_large { curvature } else { 0. };
     }
 
@@ -258,34 +280,37 @@ impl Estimate {
 
     /// Whether a checkpoint may have it.
     pub fn is_valid(&self, curvature: Curvature) -> bool {
-        let Self { mean, own, power, spike, last, lowest, highest, in_average, .. } = *self;
+        let Self { mean, own, power, in_average, .. } = *self;
+        let Self { variance, entered, spike, last, lowest, highest, .. } = *self;
         // A block may have the rows of others alone.
         let by_others = matches!(curvature, Curvature::Hutchinson { .. }) && own == 0.;
-        [mean, own, spike, last, lowest, highest].iter().all(|number| *number >= 0.)
+        [mean, own, variance, entered, spike, last, lowest, highest].iter().all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
             && (power < 1. || in_average == 0 || by_others)
     }
 
     /// As a checkpoint has it.
     pub fn to_text(self) -> String {
-        let Self { mean, own, power, spike, last, lowest, highest, .. } = self;
+        let Self { mean, own, power, variance, entered, spike, last, lowest, highest, .. } = self;
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let (in_average, infinite, still) = (self.in_average, self.infinite as u8, self.still);
         format!(
-            "{mean:?} {own:?} {power:?} {spike:?} {last:?} {lowest:?} {highest:?} {in_average} {infinite} \
-             {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
+            "{mean:?} {own:?} {power:?} {variance:?} {entered:?} {spike:?} {last:?} {lowest:?} {highest:?} \
+             {in_average} {infinite} {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
             self.measured_at
         )
     }
 
-    pub fn from_numbers(numbers: [f64; 16]) -> Self {
-        let [mean, own, power, spike, last, lowest, highest, counts @ ..] = numbers;
+    pub fn from_numbers(numbers: [f64; 18]) -> Self {
+        let [mean, own, power, variance, entered, spike, last, lowest, highest, counts @ ..] = numbers;
         let [in_average, infinite, still, measured_at, counts @ ..] = counts.map(|n| n as u64);
         let [taken, nonfinite, unmoved, uninformative, missing] = counts;
         Self {
             mean,
             own,
             power,
+            variance,
+            entered,
             spike,
             last,
             lowest,

@@ -129,8 +129,10 @@ pub enum Curvature {
     /// `m` the gradient or momentum that it was made of: without Adam the second factor is 1. The norms are over
     /// all parameters that share an `H` ([`Scope`]) and have both gradients.
     ///
-    /// The brake uses a bias-corrected exponential average, of `min(H, 4 * average)`; while the last measurement
-    /// is above 4 times the average, it uses that one.
+    /// The brake uses `sqrt(average^2 + 2 * variance)`: bias-corrected exponential averages of
+    /// `x = min(H, 8 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
+    /// without memory it is the last `x` alone). While the last measurement is above 8 times the average, it uses
+    /// that one.
     ///
     /// A step that measures without any estimate is a small one:
     /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move. If it

@@ -12,7 +12,7 @@
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
-//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, spike, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
+//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, variance, entered, spike, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 

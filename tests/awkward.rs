@@ -130,7 +130,7 @@ fn settings_out_of_range_are_named() -> Result<()> {
     let reference = ParamsSrkl::reference;
     let cases = [
         ("`lr`", ParamsSrkl { lr: -1., ..reference() }),
-        ("`lr`", ParamsSrkl { lr: 0., ..reference() }),
+        ("`lr`", ParamsSrkl { lr: -1e-300, ..reference() }),
         ("`lr`", ParamsSrkl { lr: f64::NAN, ..reference() }),
         ("`lr`", ParamsSrkl { lr: f64::INFINITY, ..reference() }),
         ("`beta", ParamsSrkl { beta: Beta::Fixed(-0.1), ..reference() }),

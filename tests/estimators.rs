@@ -381,8 +381,55 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
     Ok(())
 }
 
-/// The brake uses the bias-corrected average of the estimates; a loss scale, clipping and weight decay
-/// change the step but not what curvature is.
+/// The curvature that the brake goes by after these measurements, none of which is a spike: weights fall by `decay`
+/// into the past.
+fn braking(measured: &[f64], decay: f64) -> f64 {
+    let n = measured.len();
+    let weights: Vec<f64> = (0..n).map(|k| decay.powi((n - 1 - k) as i32)).collect();
+    let all: f64 = weights.iter().sum();
+    let average = dot(measured, &weights) / all;
+    let differences = measured.windows(2).zip(&weights[1..]);
+    let variance: f64 = differences.map(|(x, w)| w * (x[1] - x[0]).powi(2) / 2.).sum();
+    (average.powi(2) + 2. * decay * variance / all).sqrt()
+}
+
+/// The worked number of `braking`, and of a spike.
+#[test]
+fn the_average_in_numbers() -> Result<()> {
+    // (w - 1)^2 has a curvature of 2; the second gradient says what it should be.
+    let w = var(&[3.], DType::F64)?;
+    let mut opt = Srkl::new(vec![w.clone()], along(0.5, Scope::Global, Direction::Gradient))?;
+    let mut told = vec![];
+    for h in [2., 4., 2., 100., 2.] {
+        let (before, g) = (values(&w)?[0], 1.);
+        opt.step(&grads([(&w, tensor(&[g], DType::F64)?)]))?;
+        let moved = values(&w)?[0] - before;
+        opt.observe(&grads([(&w, tensor(&[g + h * moved], DType::F64)?)]))?;
+        told.push(opt.measurements()?.curvature.unwrap());
+    }
+    // Weights 1, 1/2, 1/4, ... into the past: 2; (4 + 1) / 1.5 and a variance of 1/2 (2^2 / 2) / 1.5; and so on. 100
+    // is above 8 times the average (2.57), and counts in full; then as 8 times that.
+    let third: f64 = (2. + 2. + 0.5) / 1.75;
+    let spike = 8. * third;
+    let jump = (spike - 2.).powi(2) / 2.;
+    let (all, differences) = (1.9375, [2. / 8., 2. / 4., jump / 2., jump]);
+    let average = (2. + spike / 2. + 2. / 4. + 4. / 8. + 2. / 16.) / all;
+    let variance = 0.5 * differences.iter().sum::<f64>() / all;
+    let exact = [
+        2.,
+        ((5f64 / 1.5).powi(2) + 2. * 0.5 * 2. / 1.5).sqrt(),
+        (third.powi(2) + 2. * 0.5 * (2. / 2. + 2.) / 1.75).sqrt(),
+        100.,
+        (average.powi(2) + 2. * variance).sqrt(),
+    ];
+    for (got, exact) in told.iter().zip(exact) {
+        assert_close(*got, exact, 1e-9);
+    }
+    Ok(())
+}
+
+/// The brake uses the bias-corrected average of the estimates and their variance; a loss scale, clipping and weight
+/// decay change the step but not what curvature is.
 #[test]
 fn average_of_step_curvature() -> Result<()> {
     for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM] {
@@ -399,7 +446,7 @@ fn average_of_step_curvature() -> Result<()> {
             let mut opt = Srkl::new(network.vars.clone(), params)?;
             opt.set_grad_scale(grad_scale)?;
             let mut gradients = vec![];
-            let mut average = 0.;
+            let mut measured: Vec<f64> = vec![];
             for t in 0..8 {
                 let (w, g) = (network.w()?, network.g()?);
                 let clip = max_grad_norm.map_or(1., |max| f64::min(1., max / norm(&g)));
@@ -407,7 +454,7 @@ fn average_of_step_curvature() -> Result<()> {
                 gradients.push(g.iter().map(|g| clip * g).collect());
                 measured_step(&mut opt, || (network.loss()? * grad_scale)?.backward())?;
                 if t > 0 {
-                    let exact = average / (1. - f64::powi(decay, t));
+                    let exact = braking(&measured, decay);
                     for telemetry in opt.telemetry()? {
                         assert_close(telemetry.curvature.unwrap(), exact, 1e-9);
                         let phi = 1. / (1. / 0.5 + 0.5 * exact);
@@ -416,7 +463,7 @@ fn average_of_step_curvature() -> Result<()> {
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
                 let (d, m) = self::direction(direction, &gradients);
-                average = decay * average + (1. - decay) * along_step(&change, &step, &d, &m);
+                measured.push(along_step(&change, &step, &d, &m));
             }
         }
     }

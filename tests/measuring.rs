@@ -21,6 +21,8 @@ fn along(every: u64, first: u64) -> ParamsSrkl {
         beta: Beta::Tied(0.5),
         curvature: Curvature::Step { every, first, decay: 0. },
         scope: Scope::Global,
+        // Tests of the check say so.
+        repeatable: Repeatable::Assume,
         ..ParamsSrkl::reference()
     }
 }
@@ -30,6 +32,7 @@ fn hutchinson(every: u64, first: u64) -> ParamsSrkl {
         lr: 10.,
         beta: Beta::Tied(1.),
         curvature: Curvature::Hutchinson { every, first, decay: 0., delta: 3e-3, seed: 5 },
+        repeatable: Repeatable::Assume,
         ..ParamsSrkl::reference()
     }
 }
@@ -63,8 +66,7 @@ fn measuring_steps(params: ParamsSrkl, steps: u64, requests: &[u64]) -> Result<V
         if opt.measuring() {
             measuring.push(step);
         }
-        // Once more before the first measurement, to see whether the loss is repeatable.
-        let expected = 1 + opt.measuring() as u64 + (measuring == [step]) as u64;
+        let expected = 1 + opt.measuring() as u64;
         opt.backward_step_with(|| {
             calls.set(calls.get() + 1);
             square(&w)
@@ -413,24 +415,162 @@ fn calls_out_of_place() -> Result<()> {
     Ok(())
 }
 
-/// A closure whose loss differs from call to call, as with dropout, is found.
+/// Closures, as people write them by mistake: a loss that differs from call to call is found before the first step
+/// that measures, which is not taken.
 #[test]
-fn repeatable_and_other_closures() -> Result<()> {
+fn a_loss_that_differs_is_refused() -> Result<()> {
+    for params in [along(10, 1), hutchinson(10, 1), ParamsSrkl::braked_adam(), ParamsSrkl::hessian()]
+    {
+        let w = var(&[1., -2.], DType::F32)?;
+        let params = ParamsSrkl { repeatable: Repeatable::Check, ..params };
+        let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+        let before = bits(&w)?;
+        let calls = Cell::new(0);
+        let drifting = || {
+            calls.set(calls.get() + 1);
+            square(&w)? * (1. + 1e-6 * calls.get() as f64)
+        };
+        for _ in 0..2 {
+            let advice = ["not repeatable", "Dropout", "batch", "Repeatable::Assume"];
+            assert_error(opt.backward_step_with(drifting), &advice);
+            assert_eq!((bits(&w)?, opt.steps()?, counts(&opt)?), (before.clone(), 0, [0; 4]));
+            assert_error(opt.check_repeatable(drifting), &advice);
+        }
+        // A repeatable one is called once more in a whole training.
+        calls.set(0);
+        let repeatable = || {
+            calls.set(calls.get() + 1);
+            square(&w)
+        };
+        let mut gradients = 0;
+        for _ in 0..50 {
+            gradients += 1 + opt.measuring() as u64;
+            opt.backward_step_with(repeatable)?;
+        }
+        assert_eq!(calls.get(), gradients + 1);
+        // Whoever says so is believed.
+        let params = ParamsSrkl { repeatable: Repeatable::Assume, ..params };
+        Srkl::new(vec![w.clone()], params)?.backward_step_with(drifting)?;
+    }
+    Ok(())
+}
+
+/// `check_repeatable` compares gradients too, takes losses of any shape, and changes nothing.
+#[test]
+fn checking_a_closure_by_hand() -> Result<()> {
     for params in [along(10, 1), hutchinson(10, 1), ParamsSrkl::reference()] {
         let w = var(&[1., -2.], DType::F32)?;
         let opt = Srkl::new(vec![w.clone()], params)?;
         let before = bits(&w)?;
         opt.check_repeatable(|| square(&w))?;
+        opt.check_repeatable(|| square(&w)?.reshape(1))?;
+        opt.check_repeatable(|| w.sqr())?;
         let calls = Cell::new(0);
-        let drifting = || {
+        // The same loss, of another gradient each time.
+        let turning = || {
             calls.set(calls.get() + 1);
-            square(&w)? * (1. + 1e-3 * calls.get() as f64)
+            let sign = if calls.get() % 2 == 0 { 1. } else { -1. };
+            let still = w.detach();
+            still.sqr()?.sum_all()? + ((&*w - &still)? * sign)?.sum_all()?
         };
-        assert!(opt.check_repeatable(drifting).is_err());
+        assert_error(opt.check_repeatable(turning), &["gradient of `0`", "not repeatable"]);
         // A failing closure fails.
-        assert_error(opt.check_repeatable(|| bail!("no batch")), &["no batch"]);
+        assert_error(opt.check_repeatable(|| -> Result<Tensor> { bail!("no batch") }), &["no batch"]);
         assert_eq!((bits(&w)?, opt.steps()?), (before, 0));
     }
+    Ok(())
+}
+
+/// A closure may fail by an error type of its own.
+#[test]
+fn errors_of_ones_own() -> Result<()> {
+    #[derive(Debug)]
+    enum Mine {
+        NoBatch,
+        Candle,
+    }
+    impl From<candle_core::Error> for Mine {
+        fn from(e: candle_core::Error) -> Self {
+            drop(e);
+            Self::Candle
+        }
+    }
+    let w = var(&[1., -2.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    let failed = opt.backward_step_with(|| Err(Mine::NoBatch));
+    assert!(matches!(failed, Err(Mine::NoBatch)));
+    let failed = opt.backward_step_with(|| -> std::result::Result<Tensor, Mine> {
+        Ok(w.matmul(&w)?)
+    });
+    assert!(matches!(failed, Err(Mine::Candle)));
+    let taken: anyhow::Result<Tensor> = opt.backward_step_with(|| Ok(square(&w)?));
+    assert!(taken.is_ok() && opt.steps()? == 1);
+    Ok(())
+}
+
+/// A loss of shape \[1\] is as good as a scalar.
+#[test]
+fn a_loss_of_one_element() -> Result<()> {
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
+        let train = |shape: &[usize]| -> Result<Vec<u64>> {
+            let w = var(&[1., -2.], DType::F32)?;
+            let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+            for _ in 0..12 {
+                let loss = opt.backward_step_with(|| square(&w)?.reshape(shape))?;
+                assert_eq!(loss.dims(), shape);
+            }
+            bits(&w)
+        };
+        assert_eq!(train(&[])?, train(&[1])?);
+    }
+    Ok(())
+}
+
+/// A loss that reaches no parameter is an error that says so, and nothing has changed.
+#[test]
+fn a_loss_that_reaches_nothing() -> Result<()> {
+    let (w, other) = (var(&[1., -2.], DType::F32)?, var(&[3.], DType::F32)?);
+    let losses: [(&str, Result<Tensor>); 5] = [
+        ("a constant", Tensor::new(1f32, &Device::Cpu)),
+        ("an integer", Tensor::new(1u32, &Device::Cpu)),
+        ("detached", square(&w)?.detach().sqr()),
+        ("of other variables", other.sqr()?.sum_all()),
+        ("by a fused operation", candle_nn::ops::softmax_last_dim(&w.reshape((1, 2))?)?.sum_all()),
+    ];
+    for params in [ParamsSrkl::reference(), ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
+        for (what, loss) in &losses {
+            let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+            let loss = loss.as_ref().unwrap();
+            println!("{what}");
+            let before = bits(&w)?;
+            let reached = opt.backward_step_with(|| Ok::<_, candle_core::Error>(loss.clone()));
+            assert_error(reached, &["reaches none", "softmax_last_dim"]);
+            if params == ParamsSrkl::reference() {
+                assert_error(opt.backward_step(loss), &["reaches none"]);
+            }
+            assert_eq!((bits(&w)?, opt.steps()?, opt.untrained()), (before, 0, vec!["0"]));
+        }
+    }
+    Ok(())
+}
+
+/// Parameters that have had no gradient yet can be asked for.
+#[test]
+fn parameters_without_a_gradient_so_far() -> Result<()> {
+    let vars = [var(&[1., -2.], DType::F32)?, var(&[3.], DType::F32)?, var(&[4.], DType::F32)?];
+    let named = ["used", "later", "frozen"].map(str::to_string).into_iter().zip(vars.clone());
+    let frozen = ParamsSrkl { lr: 0., ..ParamsSrkl::braked_adam() };
+    let mut opt = Srkl::builder()
+        .default_group(ParamsSrkl::braked_adam())
+        .group("frozen", frozen, |name, _| name == "frozen")
+        .build(named)?;
+    assert_eq!(opt.untrained(), ["used", "later", "frozen"]);
+    let all = || square(&vars[0])? + square(&vars[2])?;
+    opt.backward_step_with(all)?;
+    assert_eq!(opt.untrained(), ["later"]);
+    opt.backward_step_with(|| square(&vars[0])? + square(&vars[1])?)?;
+    assert!(opt.untrained().is_empty());
+    assert_eq!(values(&vars[2])?, [4.]);
     Ok(())
 }
 
@@ -572,10 +712,8 @@ fn a_second_call_that_fails_after_the_step() -> Result<()> {
     assert_eq!((opt.steps()?, counts(&opt)?), (1, [0; 4]));
     let after = bits(&w)?;
     assert_ne!(after, before);
-    while !opt.measuring() {
-        opt.backward_step_with(|| square(&w))?;
-        assert_eq!(bits(&w)?, after);
-    }
+    // So the next one measures, and is a small one again.
+    assert!(opt.measuring());
     opt.backward_step_with(|| square(&w))?;
     assert_ne!(bits(&w)?, after);
     assert_eq!(opt.measurements()?.taken, 1);

@@ -244,6 +244,8 @@ pub struct SrklEstimate {
     pub mean: f64,
     pub own: f64,
     pub power: f64,
+    pub variance: f64,
+    pub entered: f64,
     pub spike: f64,
     pub last: f64,
     pub lowest: f64,
@@ -260,33 +262,38 @@ pub struct SrklEstimate {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 128usize];
+    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 144usize];
     ["Alignment of SrklEstimate"][::std::mem::align_of::<SrklEstimate>() - 8usize];
     ["Offset of field: SrklEstimate::mean"][::std::mem::offset_of!(SrklEstimate, mean) - 0usize];
     ["Offset of field: SrklEstimate::own"][::std::mem::offset_of!(SrklEstimate, own) - 8usize];
     ["Offset of field: SrklEstimate::power"][::std::mem::offset_of!(SrklEstimate, power) - 16usize];
-    ["Offset of field: SrklEstimate::spike"][::std::mem::offset_of!(SrklEstimate, spike) - 24usize];
-    ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 32usize];
+    ["Offset of field: SrklEstimate::variance"]
+        [::std::mem::offset_of!(SrklEstimate, variance) - 24usize];
+    ["Offset of field: SrklEstimate::entered"]
+        [::std::mem::offset_of!(SrklEstimate, entered) - 32usize];
+    ["Offset of field: SrklEstimate::spike"][::std::mem::offset_of!(SrklEstimate, spike) - 40usize];
+    ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 48usize];
     ["Offset of field: SrklEstimate::lowest"]
-        [::std::mem::offset_of!(SrklEstimate, lowest) - 40usize];
+        [::std::mem::offset_of!(SrklEstimate, lowest) - 56usize];
     ["Offset of field: SrklEstimate::highest"]
-        [::std::mem::offset_of!(SrklEstimate, highest) - 48usize];
+        [::std::mem::offset_of!(SrklEstimate, highest) - 64usize];
     ["Offset of field: SrklEstimate::in_average"]
-        [::std::mem::offset_of!(SrklEstimate, in_average) - 56usize];
+        [::std::mem::offset_of!(SrklEstimate, in_average) - 72usize];
     ["Offset of field: SrklEstimate::infinite"]
-        [::std::mem::offset_of!(SrklEstimate, infinite) - 64usize];
-    ["Offset of field: SrklEstimate::still"][::std::mem::offset_of!(SrklEstimate, still) - 72usize];
+        [::std::mem::offset_of!(SrklEstimate, infinite) - 80usize];
+    ["Offset of field: SrklEstimate::still"][::std::mem::offset_of!(SrklEstimate, still) - 88usize];
     ["Offset of field: SrklEstimate::measured_at"]
-        [::std::mem::offset_of!(SrklEstimate, measured_at) - 80usize];
-    ["Offset of field: SrklEstimate::taken"][::std::mem::offset_of!(SrklEstimate, taken) - 88usize];
+        [::std::mem::offset_of!(SrklEstimate, measured_at) - 96usize];
+    ["Offset of field: SrklEstimate::taken"]
+        [::std::mem::offset_of!(SrklEstimate, taken) - 104usize];
     ["Offset of field: SrklEstimate::nonfinite"]
-        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 96usize];
+        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 112usize];
     ["Offset of field: SrklEstimate::unmoved"]
-        [::std::mem::offset_of!(SrklEstimate, unmoved) - 104usize];
+        [::std::mem::offset_of!(SrklEstimate, unmoved) - 120usize];
     ["Offset of field: SrklEstimate::uninformative"]
-        [::std::mem::offset_of!(SrklEstimate, uninformative) - 112usize];
+        [::std::mem::offset_of!(SrklEstimate, uninformative) - 128usize];
     ["Offset of field: SrklEstimate::missing"]
-        [::std::mem::offset_of!(SrklEstimate, missing) - 120usize];
+        [::std::mem::offset_of!(SrklEstimate, missing) - 136usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
