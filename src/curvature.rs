@@ -211,10 +211,12 @@ impl Srkl {
     /// [`random::with_seed`] is given in both calls of a closure. For loops of your own: compute both losses of a
     /// step that measures inside `with_seed(seed, ..)`, with the seed as it was before `step`.
     ///
-    /// It depends on [`Srkl::set_seed`] and on the number of the step alone, and goes on from a checkpoint.
+    /// It depends on [`Srkl::set_seed`] and the number of the step alone, and on the seed of a
+    /// [`random::with_seed`] around the call, if there is one; it goes on from a checkpoint.
     pub fn step_seed(&self) -> u64 {
         let waits = self.progress.pending.is_some() as u64;
-        random_bits(self.seed, self.progress.attempts - waits, STEP_SEEDS, 0)
+        let outer = random::current_seed().unwrap_or(0);
+        random_bits(self.seed, self.progress.attempts - waits, STEP_SEEDS, outer)
     }
 
     /// Sets what the seeds of steps are made from. 0 unless set; a checkpoint has it.

@@ -1093,6 +1093,7 @@ pub(crate) fn measures_steps(params: &ParamsSrkl) -> bool {
 }
 
 /// Whether parameters are kept while something else is in their place.
+#[cfg(feature = "cuda")]
 pub(crate) fn keeps_parameters(params: &ParamsSrkl) -> bool {
     params.average.is_some() || matches!(params.curvature, Curvature::Hutchinson { .. })
 }
