@@ -29,7 +29,8 @@ fn exact_values(tensor: &Tensor) -> Result<Vec<f64>> {
 }
 
 fn same_bits(first: Option<&[f64]>, second: Option<&[f64]>) -> bool {
-    let bits = |values: Option<&[f64]>| values.map(|v| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    let bits =
+        |values: Option<&[f64]>| values.map(|v| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     bits(first) == bits(second)
 }
 
@@ -395,7 +396,8 @@ impl Srkl {
     /// Whether a closure is to be checked before it is measured by.
     fn checks_closures(&self) -> bool {
         let measured = |params: &ParamsSrkl| Plan::of(params).is_some();
-        let checks = |params: &ParamsSrkl| measured(params) && params.repeatable == Repeatable::Check;
+        let checks =
+            |params: &ParamsSrkl| measured(params) && params.repeatable == Repeatable::Check;
         !self.progress.checked && self.groups.iter().any(|group| checks(&group.params))
     }
 

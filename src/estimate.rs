@@ -284,7 +284,9 @@ impl Estimate {
         let Self { variance, entered, spike, last, lowest, highest, .. } = *self;
         // A block may have the rows of others alone.
         let by_others = matches!(curvature, Curvature::Hutchinson { .. }) && own == 0.;
-        [mean, own, variance, entered, spike, last, lowest, highest].iter().all(|number| *number >= 0.)
+        [mean, own, variance, entered, spike, last, lowest, highest]
+            .iter()
+            .all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
             && (power < 1. || in_average == 0 || by_others)
     }
@@ -302,7 +304,8 @@ impl Estimate {
     }
 
     pub fn from_numbers(numbers: [f64; 18]) -> Self {
-        let [mean, own, power, variance, entered, spike, last, lowest, highest, counts @ ..] = numbers;
+        let [mean, own, power, variance, entered, spike, last, lowest, highest, counts @ ..] =
+            numbers;
         let [in_average, infinite, still, measured_at, counts @ ..] = counts.map(|n| n as u64);
         let [taken, nonfinite, unmoved, uninformative, missing] = counts;
         Self {

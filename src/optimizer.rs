@@ -915,9 +915,7 @@ impl Srkl {
             self.progress.draws += 1;
             return Ok(());
         }
-        let moves = |block: &Block| {
-            grads.get_id(block.id).is_some() && !stages.frozen[block.group]
-        };
+        let moves = |block: &Block| grads.get_id(block.id).is_some() && !stages.frozen[block.group];
         let places = self.blocks.iter().enumerate();
         let places: Vec<_> = places.map(|(i, block)| moves(block).then_some(i as u64)).collect();
         let mut squares = stages.each(&mut self.blocks, &places, |scratch, block, _| {
@@ -968,7 +966,8 @@ impl Srkl {
         let has_first = |groups: &[Group], block: &Block| {
             grads.get_id(block.id).filter(|_| decay(groups, block).is_some())
         };
-        let both = self.both_gradients(&stages, |_, block| has_first(&self.groups, block), again)?;
+        let both =
+            self.both_gradients(&stages, |_, block| has_first(&self.groups, block), again)?;
         let now = self.steps + self.skipped_steps;
         let Self { blocks, groups, cuda, .. } = self;
         let given: Vec<_> = blocks

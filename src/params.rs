@@ -315,11 +315,7 @@ impl ParamsSrkl {
     /// Momentum braked by the curvature along its steps. `Momentum { 0.9 }`, `lr`, [`Curvature::Step`] and
     /// `beta` as [`braked_adam`](Self::braked_adam), trust clip 0.1.
     pub fn kinetic() -> Self {
-        Self {
-            direction: Direction::Momentum { mu: 0.9 },
-            trust: Some(0.1),
-            ..Self::braked_adam()
-        }
+        Self { direction: Direction::Momentum { mu: 0.9 }, trust: Some(0.1), ..Self::braked_adam() }
     }
 
     /// Momentum braked by the row norms of the Hessian. `lr = 1`, `Momentum { 0.9 }`,

@@ -223,7 +223,9 @@ impl Loaded {
         let attempts = number(metadata, "attempts")?;
         let (asked, seed, blind) = match version {
             1 => (attempts, 0, 0u8),
-            _ => (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?),
+            _ => {
+                (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?)
+            }
         };
         let progress = Progress {
             attempts,

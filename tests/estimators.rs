@@ -325,7 +325,9 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
         average.iter().map(|a| a / correction).collect()
     };
     match of {
-        Direction::Gradient => (gradients.last().unwrap().clone(), gradients.last().unwrap().clone()),
+        Direction::Gradient => {
+            (gradients.last().unwrap().clone(), gradients.last().unwrap().clone())
+        }
         Direction::Momentum { mu } => (average(mu, |g| g), average(mu, |g| g)),
         Direction::Adam { beta1, beta2, eps } => {
             let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));

@@ -218,8 +218,7 @@ fn a_step_that_moves_nothing_leaves_no_estimate() -> Result<()> {
         (DType::BF16, MasterWeights::None),
     ] {
         let w = var(&[1., -1.], dtype)?;
-        let mut opt =
-            Srkl::new(vec![w.clone()], ParamsSrkl { master_weights, ..tiny.clone() })?;
+        let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl { master_weights, ..tiny.clone() })?;
         let before = bits(&w)?;
         for count in 1..=3 {
             assert!(opt.measuring());
@@ -419,7 +418,8 @@ fn calls_out_of_place() -> Result<()> {
 /// that measures, which is not taken.
 #[test]
 fn a_loss_that_differs_is_refused() -> Result<()> {
-    for params in [along(10, 1), hutchinson(10, 1), ParamsSrkl::braked_adam(), ParamsSrkl::hessian()]
+    for params in
+        [along(10, 1), hutchinson(10, 1), ParamsSrkl::braked_adam(), ParamsSrkl::hessian()]
     {
         let w = var(&[1., -2.], DType::F32)?;
         let params = ParamsSrkl { repeatable: Repeatable::Check, ..params };
@@ -475,7 +475,10 @@ fn checking_a_closure_by_hand() -> Result<()> {
         };
         assert_error(opt.check_repeatable(turning), &["gradient of `0`", "not repeatable"]);
         // A failing closure fails.
-        assert_error(opt.check_repeatable(|| -> Result<Tensor> { bail!("no batch") }), &["no batch"]);
+        assert_error(
+            opt.check_repeatable(|| -> Result<Tensor> { bail!("no batch") }),
+            &["no batch"],
+        );
         assert_eq!((bits(&w)?, opt.steps()?), (before, 0));
     }
     Ok(())
@@ -499,9 +502,8 @@ fn errors_of_ones_own() -> Result<()> {
     let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
     let failed = opt.backward_step_with(|| Err(Mine::NoBatch));
     assert!(matches!(failed, Err(Mine::NoBatch)));
-    let failed = opt.backward_step_with(|| -> std::result::Result<Tensor, Mine> {
-        Ok(w.matmul(&w)?)
-    });
+    let failed =
+        opt.backward_step_with(|| -> std::result::Result<Tensor, Mine> { Ok(w.matmul(&w)?) });
     assert!(matches!(failed, Err(Mine::Candle)));
     let taken: anyhow::Result<Tensor> = opt.backward_step_with(|| Ok(square(&w)?));
     assert!(taken.is_ok() && opt.steps()? == 1);

@@ -872,7 +872,8 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
     #[inline(always)]
     fn run(self) -> Pair {
         let Self { terms, start, len, scratch } = self;
-        let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b, _] } = scratch;
+        let Scratch { rows: Rows { tensors, terms: [a, b], .. }, lanes: [sum_a, sum_b, _] } =
+            scratch;
         let (a, b) = (f64::buffer(a), f64::buffer(b));
         let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
