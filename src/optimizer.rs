@@ -8,11 +8,11 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::Inputs;
 use crate::backend::cpu::{self, Asked, Decision, Directions, Measured, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
+use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::block::{Block, Last, Powers, STATE, has_state};
@@ -52,8 +52,9 @@ const BLOCK_WORK: usize = 256;
 ///
 /// Parameters are stepped in place, in f32, f64, bf16 and f16 and mixed; their gradients may be of
 /// any of these dtypes and of any layout. A parameter without a gradient is left alone, without
-/// decay. Work is spread over threads of its own, as many as the rayon pool has that it is built in
-/// (`RAYON_NUM_THREADS`); the result does not depend on their number: see
+/// decay. Work is spread over threads that all optimizers share, as many as the rayon pool has that it
+/// is built in (`RAYON_NUM_THREADS`); one that steps at the same time as another waits for them, or, on a
+/// thread of rayon, does without. The result does not depend on their number: see
 /// [`numerics`](crate::numerics).
 ///
 /// On a CUDA device a step goes to the stream of candle's [`Device`](candle_core::Device), which for
@@ -73,9 +74,9 @@ pub struct Srkl {
     pub(crate) progress: Progress,
     grad_norm: Option<f64>,
     pub(crate) simd: Simd,
-    /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
+    /// The threads of all optimizers, if there is enough work for them. Not those of rayon's global
     /// pool: candle computes there, holding locks of tensors that a step waits for.
-    pool: Option<Arc<ThreadPool>>,
+    pool: Option<Arc<Pool>>,
     /// The CUDA devices that parameters are on.
     pub(crate) cuda: Vec<Cuda>,
 }
@@ -880,7 +881,7 @@ impl Srkl {
             restored = restored.and(cuda.restore(&self.blocks));
         }
         let all = vec![Some(()); self.blocks.len()];
-        // By the optimizer's own threads: see `Stages::spread`.
+        // By threads that wait for no other's lock: see `Stages::spread`.
         let on_cpu = self.stages().each(&mut self.blocks, &all, |_, block, ()| block.restore());
         restored.and(on_cpu.map(|_| ()))
     }
@@ -940,15 +941,6 @@ fn uses_sum4(params: &ParamsSrkl) -> bool {
 /// Whether no parameter may move before the statistics of all gradients are known.
 pub(crate) fn steps_whole(params: &ParamsSrkl) -> bool {
     params.nonfinite == NonFinite::SkipStep || uses_total(params)
-}
-
-/// As many threads as rayon's pool has that the optimizer is built in.
-fn new_pool() -> Result<Arc<ThreadPool>> {
-    let pool = ThreadPoolBuilder::new()
-        .num_threads(rayon::current_num_threads())
-        .thread_name(|i| format!("srkl-{i}"))
-        .build();
-    Ok(Arc::new(pool.map_err(candle_core::Error::wrap)?))
 }
 
 pub(crate) fn uses_norm(params: &ParamsSrkl) -> bool {
@@ -1048,7 +1040,7 @@ impl<'a> SrklBuilder<'a> {
         storages.sort_unstable();
         let on_cpu = blocks.iter().filter(|block| block.on_cpu);
         let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
-        let pool = (work >= PARALLEL_WORK).then(new_pool).transpose()?;
+        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
         let cuda = cuda::devices_of(&blocks, &groups)?;
         Ok(Srkl {
             cuda,
