@@ -8,6 +8,7 @@ mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod curvature;
+mod file;
 pub mod numerics;
 mod optimizer;
 mod params;

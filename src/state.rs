@@ -16,8 +16,8 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::str::FromStr;
 
 use candle_core::{DType, Device, Error, Result, bail};
@@ -26,6 +26,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use crate::backend::cpu;
 use crate::block::{Block, Buffer, Powers};
 use crate::curvature::{Estimate, Progress};
+use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, check, check_grad_scale};
 
@@ -39,7 +40,8 @@ impl Srkl {
     /// not part of it.
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
-    /// renamed, so a crash leaves the old file, or the new one, whole.
+    /// renamed, so a crash leaves the old file, or the new one, whole. A symbolic link stays, and the file that
+    /// it leads to is replaced; permissions are those of the old file.
     ///
     /// A parameter that somebody else has written since the last step is saved with a master of its
     /// value, as by [`Srkl::sync_master`].
@@ -68,10 +70,12 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Whatever the file system refuses, a path without a file name, a step that waits for its measurement,
-    /// or a learning rate that `step` would refuse; an older file of that name is then untouched.
+    /// Whatever the file system refuses, a path that leads to anything but a regular file, a step that waits
+    /// for its measurement, or a learning rate that `step` would refuse; an older file of that name is then
+    /// untouched.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
+        let target = Target::of(path).map_err(|e| e.with_path(path))?;
         // What `load` would refuse.
         self.scalars()?;
         self.refuse_pending()?;
@@ -103,19 +107,9 @@ impl Srkl {
             }
         }
 
-        let temporary = temporary_name(path)?;
-        let write = || -> Result<()> {
-            safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
-            // Opened for writing, which Windows wants for this.
-            File::options().write(true).open(&temporary)?.sync_all()?;
-            fs::rename(&temporary, path)?;
-            Ok(())
-        };
-        write().map_err(|e| {
-            // The temporary file may not exist; the error to report is the first one.
-            let _ = fs::remove_file(&temporary);
-            e.with_path(path)
-        })
+        let write =
+            |path: &Path| Ok(safetensors::serialize_to_file(tensors, Some(metadata), path)?);
+        target.replace(write).map_err(|e| e.with_path(path))
     }
 
     /// Reads what [`Srkl::save`] wrote, into an optimizer of the same parameters. Training goes on
@@ -303,16 +297,6 @@ fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Res
         Some(numbers) => Ok(numbers),
         None => bail!("`{key}`: expected {N} numbers, got {text:?}"),
     }
-}
-
-/// A name beside `path` that no other process uses.
-fn temporary_name(path: &Path) -> Result<PathBuf> {
-    let Some(name) = path.file_name() else {
-        bail!("expected the path of a file, got {}", path.display())
-    };
-    let mut temporary = name.to_os_string();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    Ok(path.with_file_name(temporary))
 }
 
 /// State as a safetensors tensor.
