@@ -29,6 +29,8 @@ pub(crate) struct Block {
     pub elements: usize,
     /// Its place in the optimizer's list of groups.
     pub group: usize,
+    /// Its place in the list that the optimizer was given. A checkpoint may bring blocks into another order.
+    pub place: usize,
     pub state: State,
     pub powers: Powers,
     pub estimate: Estimate,
@@ -173,6 +175,7 @@ impl Block {
             storage,
             elements,
             group,
+            place: 0,
             state,
             powers,
             estimate,

@@ -63,6 +63,8 @@ const BLOCK_WORK: usize = 256;
 pub struct Srkl {
     pub(crate) groups: Vec<Group>,
     pub(crate) blocks: Vec<Block>,
+    /// Whether parameters came without names, which are their places in a list then.
+    pub(crate) by_position: bool,
     /// Where each variable's storage is, sorted: a gradient must not be one of them.
     storages: Arc<[usize]>,
     pub(crate) schedule: f64,
@@ -110,16 +112,19 @@ pub struct BlockTelemetry {
 impl Optimizer for Srkl {
     type Config = ParamsSrkl;
 
-    /// An optimizer of `vars` in one group. State is saved under their places in `vars`: "0", "1",
-    /// ... and sums over all of them ([`Scope::Global`], clipping) are added in that order. The order
-    /// of [`VarMap::all_vars`] differs from run to run: [`Srkl::from_varmap`] goes by name.
+    /// An optimizer of `vars` in one group. Their names are their places in `vars`: "0", "1", ... and sums
+    /// over all of them ([`Scope::Global`], clipping) are added in that order.
+    ///
+    /// The order of [`VarMap::all_vars`] differs from run to run. So [`Srkl::load`] tells parameters by their
+    /// values, and refuses equal ones whose state differs; [`Srkl::from_varmap`] goes by name.
     ///
     /// # Errors
     ///
     /// As [`SrklBuilder::build`].
     fn new(vars: Vec<Var>, params: ParamsSrkl) -> Result<Self> {
         let named = vars.into_iter().enumerate().map(|(place, var)| (place.to_string(), var));
-        Self::builder().default_group(params).build(named)
+        let opt = Self::builder().default_group(params).build(named)?;
+        Ok(Self { by_position: true, ..opt })
     }
 
     /// One step by `grads`.
@@ -327,19 +332,22 @@ impl Srkl {
         let entry = |(block, (last, skipped)): (&Block, (Last, u64))| {
             let group = &self.groups[block.group];
             let last = last.filter(|_| !cpu::has_element_brakes(&group.params));
-            BlockTelemetry {
+            let telemetry = BlockTelemetry {
                 name: block.name.clone(),
                 group: group.name.clone(),
                 curvature: last.map(|(curvature, _)| curvature).filter(|h| *h != UNKNOWN),
                 phi: last.map(|(_, phi)| phi),
                 skipped,
-            }
+            };
+            (block.place, telemetry)
         };
-        Ok(self.blocks.iter().zip(self.outcomes()?).map(entry).collect())
+        let mut all: Vec<_> = self.blocks.iter().zip(self.outcomes()?).map(entry).collect();
+        all.sort_by_key(|(place, _)| *place);
+        Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
     }
 
     /// For each block what the last step did, and how often it was skipped.
-    fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
+    pub(crate) fn outcomes(&self) -> Result<Vec<(Last, u64)>> {
         if self.decides_on_device() {
             return self.cuda[0].outcomes();
         }
@@ -1034,7 +1042,8 @@ impl<'a> SrklBuilder<'a> {
             }
             let taken = predicates.iter().position(|belongs| belongs(&name, &var));
             let group = taken.map_or(0, |place| place + 1);
-            blocks.push(Block::new(name, var, group, &groups[group].params)?);
+            let block = Block::new(name, var, group, &groups[group].params)?;
+            blocks.push(Block { place: blocks.len(), ..block });
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
@@ -1046,6 +1055,7 @@ impl<'a> SrklBuilder<'a> {
             cuda,
             groups,
             blocks,
+            by_position: false,
             storages: storages.into(),
             schedule: 1.,
             grad_scale: 1.,
