@@ -17,6 +17,8 @@ use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
 /// goes into following pointers.
 pub(crate) struct Block {
     pub name: String,
+    /// Its other names.
+    pub tied: Vec<String>,
     pub var: Var,
     pub id: TensorId,
     pub dtype: DType,
@@ -166,6 +168,7 @@ impl Block {
         let (powers, estimate) = (Powers::NONE, Estimate::NONE);
         Ok(Self {
             name,
+            tied: vec![],
             var,
             id,
             dtype,

@@ -93,6 +93,9 @@ pub(crate) struct Group {
 pub struct BlockTelemetry {
     /// The parameter's name.
     pub name: String,
+    /// Its other names, where a [`VarMap`] has several for one variable (tied weights). [`Srkl::master`] takes
+    /// any of them.
+    pub tied: Vec<String>,
     /// The name of its group.
     pub group: String,
     /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass), as the
@@ -213,7 +216,8 @@ impl Optimizer for Srkl {
 }
 
 impl Srkl {
-    /// An optimizer of all variables of `varmap`, in the order of their names, in one group.
+    /// An optimizer of all variables of `varmap`, in the order of their names, in one group. A variable of
+    /// several names (tied weights) is one parameter, under the first of them.
     ///
     /// # Errors
     ///
@@ -334,6 +338,7 @@ impl Srkl {
             let last = last.filter(|_| !cpu::has_element_brakes(&group.params));
             let telemetry = BlockTelemetry {
                 name: block.name.clone(),
+                tied: block.tied.clone(),
                 group: group.name.clone(),
                 curvature: last.map(|(curvature, _)| curvature).filter(|h| *h != UNKNOWN),
                 phi: last.map(|(_, phi)| phi),
@@ -432,14 +437,15 @@ impl Srkl {
         Ok(())
     }
 
-    /// A copy of the f32 master weights of a parameter, in the order of its elements. `None` for a
-    /// parameter without a master, or an unknown name.
+    /// A copy of the f32 master weights of a parameter, by any of its names, in the order of its elements.
+    /// `None` for a parameter without a master, or an unknown name.
     ///
     /// # Errors
     ///
     /// None on the CPU. (The master may live on a device.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let block = self.blocks.iter().find(|block| block.name == name);
+        let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
+        let block = self.blocks.iter().find(is_it);
         block.map_or(Ok(None), Block::master_values)
     }
 
@@ -991,18 +997,28 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
-    /// An optimizer of all variables of `varmap`, in the order of their names.
+    /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
+    /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`] has the others.
     ///
     /// # Errors
     ///
-    /// As [`SrklBuilder::build`].
+    /// As [`SrklBuilder::build`], and a variable whose names belong to different groups.
     pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
         let mut named: Vec<(String, Var)> = match varmap.data().lock() {
             Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
             Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
         };
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        self.build(named)
+        let mut places: HashMap<TensorId, usize> = HashMap::new();
+        let mut parameters: Vec<(String, Vec<String>, Var)> = vec![];
+        for (name, var) in named {
+            let place = *places.entry(var.id()).or_insert(parameters.len());
+            match parameters.get_mut(place) {
+                Some((_, tied, _)) => tied.push(name),
+                None => parameters.push((name, vec![], var)),
+            }
+        }
+        self.build_all(parameters)
     }
 
     /// An optimizer of named variables, in the given order; those of an integer dtype are left out,
@@ -1015,6 +1031,14 @@ impl<'a> SrklBuilder<'a> {
     /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
     /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
+        self.build_all(named.into_iter().map(|(name, var)| (name, vec![], var)))
+    }
+
+    /// An optimizer of variables, each with its name and its other names.
+    fn build_all(
+        self,
+        named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
+    ) -> Result<Srkl> {
         let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
         let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
@@ -1030,7 +1054,7 @@ impl<'a> SrklBuilder<'a> {
         let mut blocks: Vec<Block> = vec![];
         let mut names: HashSet<String> = HashSet::new();
         let mut ids: HashMap<TensorId, String> = HashMap::new();
-        for (name, var) in named {
+        for (name, tied, var) in named {
             if !var.dtype().is_float() {
                 continue;
             }
@@ -1040,10 +1064,20 @@ impl<'a> SrklBuilder<'a> {
             if let Some(other) = ids.insert(var.id(), name.clone()) {
                 bail!("`{name}` and `{other}` are the same variable, which would be stepped twice")
             }
-            let taken = predicates.iter().position(|belongs| belongs(&name, &var));
-            let group = taken.map_or(0, |place| place + 1);
+            let group_of = |name: &str| {
+                let taken = predicates.iter().position(|belongs| belongs(name, &var));
+                taken.map_or(0, |place| place + 1)
+            };
+            let group = group_of(&name);
+            if let Some(other) = tied.iter().find(|other| group_of(other) != group) {
+                bail!(
+                    "`{name}` and `{other}` are the same variable, which can't be in two groups: `{}` and `{}`",
+                    groups[group].name,
+                    groups[group_of(other)].name
+                )
+            }
             let block = Block::new(name, var, group, &groups[group].params)?;
-            blocks.push(Block { place: blocks.len(), ..block });
+            blocks.push(Block { place: blocks.len(), tied, ..block });
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
