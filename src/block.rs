@@ -17,6 +17,8 @@ use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
 /// goes into following pointers.
 pub(crate) struct Block {
     pub name: String,
+    /// Its other names.
+    pub tied: Vec<String>,
     pub var: Var,
     pub id: TensorId,
     pub dtype: DType,
@@ -29,6 +31,8 @@ pub(crate) struct Block {
     pub elements: usize,
     /// Its place in the optimizer's list of groups.
     pub group: usize,
+    /// Its place in the list that the optimizer was given. A checkpoint may bring blocks into another order.
+    pub place: usize,
     pub state: State,
     pub powers: Powers,
     pub estimate: Estimate,
@@ -174,6 +178,7 @@ impl Block {
         let (powers, estimate) = (Powers::NONE, Estimate::NONE);
         Ok(Self {
             name,
+            tied: vec![],
             var,
             id,
             dtype,
@@ -183,6 +188,7 @@ impl Block {
             storage,
             elements,
             group,
+            place: 0,
             state,
             powers,
             estimate,

@@ -244,7 +244,9 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn untrained(&self) -> Vec<&str> {
-        self.blocks.iter().filter(|block| !block.trained).map(|b| b.name.as_str()).collect()
+        let mut untrained: Vec<&Block> = self.blocks.iter().filter(|b| !b.trained).collect();
+        untrained.sort_by_key(|block| block.place);
+        untrained.into_iter().map(|block| block.name.as_str()).collect()
     }
 
     /// Whether the next step measures the curvature: each of the `first` steps, then every `every`-th, skipped ones

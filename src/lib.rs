@@ -10,6 +10,7 @@ mod cuda;
 mod curvature;
 mod dropout;
 mod estimate;
+mod file;
 pub mod numerics;
 mod optimizer;
 mod params;

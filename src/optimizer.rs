@@ -8,11 +8,11 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::Inputs;
 use crate::backend::cpu::{self, Asked, Decision, Directions, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
+use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages, UpdateOptions};
 use crate::block::{Block, Last, Powers, STATE, has_state};
@@ -53,8 +53,9 @@ const BLOCK_WORK: usize = 256;
 ///
 /// Parameters are stepped in place, in f32, f64, bf16 and f16 and mixed; their gradients may be of
 /// any of these dtypes and of any layout. A parameter without a gradient is left alone, without
-/// decay. Work is spread over threads of its own, as many as the rayon pool has that it is built in
-/// (`RAYON_NUM_THREADS`); the result does not depend on their number: see
+/// decay. Work is spread over threads that all optimizers share, as many as the rayon pool has that it
+/// is built in (`RAYON_NUM_THREADS`); one that steps at the same time as another waits for them, or, on a
+/// thread of rayon, does without. The result does not depend on their number: see
 /// [`numerics`](crate::numerics).
 ///
 /// On a CUDA device a step goes to the stream of candle's [`Device`](candle_core::Device), which for
@@ -63,6 +64,8 @@ const BLOCK_WORK: usize = 256;
 pub struct Srkl {
     pub(crate) groups: Vec<Group>,
     pub(crate) blocks: Vec<Block>,
+    /// Whether parameters came without names, which are their places in a list then.
+    pub(crate) by_position: bool,
     /// Where each variable's storage is, sorted: a gradient must not be one of them.
     storages: Arc<[usize]>,
     pub(crate) schedule: f64,
@@ -78,9 +81,9 @@ pub struct Srkl {
     records: bool,
     grad_norm: Option<f64>,
     pub(crate) simd: Simd,
-    /// The optimizer's own threads, if there is enough work for them. Not those of rayon's global
+    /// The threads of all optimizers, if there is enough work for them. Not those of rayon's global
     /// pool: candle computes there, holding locks of tensors that a step waits for.
-    pool: Option<Arc<ThreadPool>>,
+    pool: Option<Arc<Pool>>,
     /// The CUDA devices that parameters are on.
     pub(crate) cuda: Vec<Cuda>,
 }
@@ -96,6 +99,9 @@ pub(crate) struct Group {
 pub struct BlockTelemetry {
     /// The parameter's name.
     pub name: String,
+    /// Its other names, where a [`VarMap`] has several for one variable (tied weights). [`Srkl::master`] takes
+    /// any of them.
+    pub tied: Vec<String>,
     /// The name of its group.
     pub group: String,
     /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass), as the
@@ -125,16 +131,19 @@ pub struct BlockTelemetry {
 impl Optimizer for Srkl {
     type Config = ParamsSrkl;
 
-    /// An optimizer of `vars` in one group. State is saved under their places in `vars`: "0", "1",
-    /// ... and sums over all of them ([`Scope::Global`], clipping) are added in that order. The order
-    /// of [`VarMap::all_vars`] differs from run to run: [`Srkl::from_varmap`] goes by name.
+    /// An optimizer of `vars` in one group. Their names are their places in `vars`: "0", "1", ... and sums
+    /// over all of them ([`Scope::Global`], clipping) are added in that order.
+    ///
+    /// The order of [`VarMap::all_vars`] differs from run to run. So [`Srkl::load`] tells parameters by their
+    /// values, and refuses equal ones whose state differs; [`Srkl::from_varmap`] goes by name.
     ///
     /// # Errors
     ///
     /// As [`SrklBuilder::build`].
     fn new(vars: Vec<Var>, params: ParamsSrkl) -> Result<Self> {
         let named = vars.into_iter().enumerate().map(|(place, var)| (place.to_string(), var));
-        Self::builder().default_group(params).build(named)
+        let opt = Self::builder().default_group(params).build(named)?;
+        Ok(Self { by_position: true, ..opt })
     }
 
     /// One step by `grads`.
@@ -233,7 +242,8 @@ impl Optimizer for Srkl {
 }
 
 impl Srkl {
-    /// An optimizer of all variables of `varmap`, in the order of their names, in one group.
+    /// An optimizer of all variables of `varmap`, in the order of their names, in one group. A variable of
+    /// several names (tied weights) is one parameter, under the first of them.
     ///
     /// # Errors
     ///
@@ -361,8 +371,9 @@ impl Srkl {
             let group = &self.groups[block.group];
             let norms = last.and_then(|last| last.norms);
             let shared = last.filter(|_| !cpu::has_element_brakes(&group.params));
-            BlockTelemetry {
+            let telemetry = BlockTelemetry {
                 name: block.name.clone(),
+                tied: block.tied.clone(),
                 group: group.name.clone(),
                 curvature: shared.map(|last| last.curvature).filter(|h| *h != UNKNOWN),
                 phi: shared.map(|last| last.phi),
@@ -371,9 +382,12 @@ impl Srkl {
                 step_norm: norms.map(|[_, step]| step),
                 param_norm,
                 skipped,
-            }
+            };
+            (block.place, telemetry)
         };
-        Ok(all.map(entry).collect())
+        let mut all: Vec<_> = all.map(entry).collect();
+        all.sort_by_key(|(place, _)| *place);
+        Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
     }
 
     /// Whether the steps to come record what [`BlockTelemetry`] has of norms: of gradients, of steps, and of
@@ -400,7 +414,7 @@ impl Srkl {
     }
 
     /// For each block what the last step did, and how often it was skipped.
-    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+    pub(crate) fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
         if self.decides_on_device() {
             return self.cuda[0].outcomes();
         }
@@ -509,14 +523,15 @@ impl Srkl {
         Ok(())
     }
 
-    /// A copy of the f32 master weights of a parameter, in the order of its elements. `None` for a
-    /// parameter without a master, or an unknown name.
+    /// A copy of the f32 master weights of a parameter, by any of its names, in the order of its elements.
+    /// `None` for a parameter without a master, or an unknown name.
     ///
     /// # Errors
     ///
     /// None on the CPU. (The master may live on a device.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let block = self.blocks.iter().find(|block| block.name == name);
+        let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
+        let block = self.blocks.iter().find(is_it);
         block.map_or(Ok(None), Block::master_values)
     }
 
@@ -1050,7 +1065,7 @@ impl Srkl {
             restored = restored.and(cuda.restore(&self.blocks));
         }
         let all = vec![Some(()); self.blocks.len()];
-        // By the optimizer's own threads: see `Stages::spread`.
+        // By threads that wait for no other's lock: see `Stages::spread`.
         let on_cpu = self.stages().each(&mut self.blocks, &all, |_, block, ()| block.restore());
         restored.and(on_cpu.map(|_| ()))
     }
@@ -1113,15 +1128,6 @@ pub(crate) fn steps_whole(params: &ParamsSrkl) -> bool {
     params.nonfinite == NonFinite::SkipStep || uses_total(params)
 }
 
-/// As many threads as rayon's pool has that the optimizer is built in.
-fn new_pool() -> Result<Arc<ThreadPool>> {
-    let pool = ThreadPoolBuilder::new()
-        .num_threads(rayon::current_num_threads())
-        .thread_name(|i| format!("srkl-{i}"))
-        .build();
-    Ok(Arc::new(pool.map_err(candle_core::Error::wrap)?))
-}
-
 pub(crate) fn uses_norm(params: &ParamsSrkl) -> bool {
     params.max_grad_norm.is_some()
 }
@@ -1162,18 +1168,28 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
-    /// An optimizer of all variables of `varmap`, in the order of their names.
+    /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
+    /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`] has the others.
     ///
     /// # Errors
     ///
-    /// As [`SrklBuilder::build`].
+    /// As [`SrklBuilder::build`], and a variable whose names belong to different groups.
     pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
         let mut named: Vec<(String, Var)> = match varmap.data().lock() {
             Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
             Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
         };
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        self.build(named)
+        let mut places: HashMap<TensorId, usize> = HashMap::new();
+        let mut parameters: Vec<(String, Vec<String>, Var)> = vec![];
+        for (name, var) in named {
+            let place = *places.entry(var.id()).or_insert(parameters.len());
+            match parameters.get_mut(place) {
+                Some((_, tied, _)) => tied.push(name),
+                None => parameters.push((name, vec![], var)),
+            }
+        }
+        self.build_all(parameters)
     }
 
     /// An optimizer of named variables, in the given order; those of an integer dtype are left out,
@@ -1186,6 +1202,14 @@ impl<'a> SrklBuilder<'a> {
     /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
     /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
+        self.build_all(named.into_iter().map(|(name, var)| (name, vec![], var)))
+    }
+
+    /// An optimizer of variables, each with its name and its other names.
+    fn build_all(
+        self,
+        named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
+    ) -> Result<Srkl> {
         let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
         let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
@@ -1201,7 +1225,7 @@ impl<'a> SrklBuilder<'a> {
         let mut blocks: Vec<Block> = vec![];
         let mut names: HashSet<String> = HashSet::new();
         let mut ids: HashMap<TensorId, String> = HashMap::new();
-        for (name, var) in named {
+        for (name, tied, var) in named {
             if !var.dtype().is_float() {
                 continue;
             }
@@ -1211,21 +1235,33 @@ impl<'a> SrklBuilder<'a> {
             if let Some(other) = ids.insert(var.id(), name.clone()) {
                 bail!("`{name}` and `{other}` are the same variable, which would be stepped twice")
             }
-            let taken = predicates.iter().position(|belongs| belongs(&name, &var));
-            let group = taken.map_or(0, |place| place + 1);
-            blocks.push(Block::new(name, var, group, &groups[group].params)?);
+            let group_of = |name: &str| {
+                let taken = predicates.iter().position(|belongs| belongs(name, &var));
+                taken.map_or(0, |place| place + 1)
+            };
+            let group = group_of(&name);
+            if let Some(other) = tied.iter().find(|other| group_of(other) != group) {
+                bail!(
+                    "`{name}` and `{other}` are the same variable, which can't be in two groups: `{}` and `{}`",
+                    groups[group].name,
+                    groups[group_of(other)].name
+                )
+            }
+            let block = Block::new(name, var, group, &groups[group].params)?;
+            blocks.push(Block { place: blocks.len(), tied, ..block });
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
         storages.sort_unstable();
         let on_cpu = blocks.iter().filter(|block| block.on_cpu);
         let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
-        let pool = (work >= PARALLEL_WORK).then(new_pool).transpose()?;
+        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
         let cuda = cuda::devices_of(&blocks, &groups)?;
         let progress = Progress { blind: plan.is_some(), ..Progress::default() };
         Ok(Srkl {
             cuda,
             groups,
             blocks,
+            by_position: false,
             storages: storages.into(),
             schedule: 1.,
             grad_scale: 1.,

@@ -9,7 +9,10 @@
 //! | metadata | `attempts`, `asked`, `draws` | steps asked for, how many measured, and random vectors drawn, decimal |
 //! | metadata | `seed` | what the seeds of steps are made from, decimal |
 //! | metadata | `requested`, `blind`, `measured` | whether the next step measures whatever its number, since somebody has asked for it or since a parameter has no estimate, and whether it has been measured, 0 or 1 |
+//! | metadata | `by_position` | whether names are places in a list, 0 or 1; without it 0 |
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
+//! | metadata | `fingerprint.NAME` | XXH3 (128 bits, seed 0) of the parameter's bytes, little-endian, as 32 hexadecimal digits; older files have none |
+//! | metadata | `place.NAME` | its place in sums over all parameters, decimal; without it that of the optimizer that loads |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
 //! | metadata | `curvature.NAME` | what is known of it: mean, own, power, variance, entered, spike, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
@@ -17,18 +20,21 @@
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
 use std::borrow::Cow;
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::path::Path;
 use std::str::FromStr;
 
-use candle_core::{DType, Device, Error, Result, bail};
+use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Var, bail};
+use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, View};
+use twox_hash::XxHash3_128;
 
 use crate::backend::cpu;
-use crate::block::{Block, Buffer, Powers};
+use crate::block::{Block, Buffer, Powers, STATE};
 use crate::curvature::Progress;
 use crate::estimate::Estimate;
+use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
 
@@ -42,7 +48,8 @@ impl Srkl {
     /// not part of it.
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
-    /// renamed, so a crash leaves the old file, or the new one, whole.
+    /// renamed, so a crash leaves the old file, or the new one, whole. A symbolic link stays, and the file that
+    /// it leads to is replaced; permissions are those of the old file.
     ///
     /// A parameter that somebody else has written since the last step is saved with a master of its
     /// value, as by [`Srkl::sync_master`].
@@ -71,10 +78,12 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Whatever the file system refuses, a path without a file name, a step that waits for its measurement,
-    /// or a learning rate that `step` would refuse; an older file of that name is then untouched.
+    /// Whatever the file system refuses, a path that leads to anything but a regular file, a step that waits
+    /// for its measurement, or a learning rate that `step` would refuse; an older file of that name is then
+    /// untouched.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
+        let target = Target::of(path).map_err(|e| e.with_path(path))?;
         // What `load` would refuse.
         self.scalars()?;
         self.refuse_pending()?;
@@ -93,14 +102,18 @@ impl Srkl {
             ("requested".to_string(), (self.progress.requested as u8).to_string()),
             ("blind".to_string(), (self.progress.blind as u8).to_string()),
             ("measured".to_string(), (self.progress.measured as u8).to_string()),
+            ("by_position".to_string(), (self.by_position as u8).to_string()),
         ]);
         let mut tensors = vec![];
-        let numbers = self.telemetry()?.into_iter().zip(self.powers()?).zip(self.estimates()?);
-        for (block, ((telemetry, powers), estimate)) in self.blocks.iter().zip(numbers) {
+        let numbers = self.outcomes()?.into_iter().zip(self.powers()?).zip(self.estimates()?);
+        for (place, (block, numbers)) in self.blocks.iter().zip(numbers).enumerate() {
+            let (((_, skipped), powers), estimate) = numbers;
             let name = &block.name;
             let Powers { first, second, average } = powers;
             metadata.insert(format!("parameter.{name}"), description(block));
-            metadata.insert(format!("skipped.{name}"), telemetry.skipped.to_string());
+            metadata.insert(format!("fingerprint.{name}"), fingerprint(&block.var)?);
+            metadata.insert(format!("place.{name}"), place.to_string());
+            metadata.insert(format!("skipped.{name}"), skipped.to_string());
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
@@ -110,39 +123,37 @@ impl Srkl {
             }
         }
 
-        let temporary = temporary_name(path)?;
-        let write = || -> Result<()> {
-            safetensors::serialize_to_file(tensors, Some(metadata), &temporary)?;
-            // Opened for writing, which Windows wants for this.
-            File::options().write(true).open(&temporary)?.sync_all()?;
-            fs::rename(&temporary, path)?;
-            Ok(())
-        };
-        write().map_err(|e| {
-            // The temporary file may not exist; the error to report is the first one.
-            let _ = fs::remove_file(&temporary);
-            e.with_path(path)
-        })
+        let write =
+            |path: &Path| Ok(safetensors::serialize_to_file(tensors, Some(metadata), path)?);
+        target.replace(write).map_err(|e| e.with_path(path))
     }
 
     /// Reads what [`Srkl::save`] wrote, into an optimizer of the same parameters. Training goes on
-    /// with the same bits as if it had not been interrupted, given the same settings.
+    /// with the same bits as if it had not been interrupted, given the same settings. (With parameters
+    /// on a CUDA device also the same order of the list: elsewhere the file brings back its own.)
     ///
     /// Load the model's parameters **first**: masters are only taken for the parameters they belong
     /// to.
+    ///
+    /// Whose state is whose is told by names, where both optimizers were given names: then a parameter
+    /// without a master may have another value than when it was saved. A place in a list, which is all that
+    /// [`Srkl::new`](candle_nn::Optimizer::new) is given, is no name: if one of the two was built so, a parameter
+    /// takes the state of the one with its dtype, shape and **value**. (Older files have no fingerprints of
+    /// values; there a place is a name.)
     ///
     /// # Errors
     ///
     /// A file that cannot be read, is truncated or not of this format, or of a newer version; one
     /// whose parameters differ in name, dtype, shape or kind of state, or whose masters do not
-    /// round to the parameters. Nothing has changed then.
+    /// round to the parameters; one that does not tell for sure whose state is whose. Nothing has changed
+    /// then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let loaded = fs::read(path)
             .map_err(Error::from)
             .and_then(|bytes| {
                 let params = |block: &Block| &self.groups[block.group].params;
-                Loaded::new(&bytes, &self.blocks, params)
+                Loaded::new(&bytes, &self.blocks, self.by_position, params)
             })
             .map_err(|e| e.with_path(path))?;
         // Nothing below can fail, but for a device that has failed already.
@@ -158,8 +169,14 @@ impl Srkl {
         self.seed = loaded.seed;
         let checked = self.progress.checked;
         self.progress = Progress { checked, ..loaded.progress };
+        let mut both: Vec<_> = loaded.blocks.into_iter().zip(self.blocks.drain(..)).collect();
+        // Sums are added, and random vectors drawn, in the order of blocks. (Devices know theirs.)
+        if self.cuda.is_empty() {
+            both.sort_by_key(|(loaded, _)| loaded.place);
+        }
+        let skipped: Vec<u64> = both.iter().map(|(loaded, _)| loaded.skipped).collect();
+        self.blocks.extend(both.into_iter().map(|(_, block)| block));
         self.send_settings()?;
-        let skipped: Vec<u64> = loaded.blocks.iter().map(|block| block.skipped).collect();
         self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
     }
 }
@@ -176,6 +193,7 @@ struct Loaded {
 }
 
 struct LoadedBlock {
+    place: u64,
     skipped: u64,
     trained: bool,
     powers: Powers,
@@ -188,6 +206,7 @@ impl Loaded {
     fn new<'a>(
         bytes: &[u8],
         blocks: &'a [Block],
+        by_position: bool,
         params: impl Fn(&'a Block) -> &'a ParamsSrkl,
     ) -> Result<Self> {
         let broken = |e| Error::msg(format!("truncated, or not a safetensors file: {e}"));
@@ -213,13 +232,10 @@ impl Loaded {
         let grad_scale = number(metadata, "grad_scale")?;
         check_grad_scale(grad_scale)?;
 
-        let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
-        let known: HashMap<&str, &Block> = blocks.iter().map(|b| (b.name.as_str(), b)).collect();
-        if let Some(stranger) = saved.filter(|name| !known.contains_key(name)).min() {
-            bail!("the checkpoint has a parameter `{stranger}`, this optimizer has not")
-        }
-        let load = |block| load_block(block, params(block), version, metadata, &tensors);
-        let loaded = blocks.iter().map(load);
+        let names = match_names(blocks, by_position, metadata, &tensors)?;
+        let load =
+            |(block, name)| load_block(block, name, params(block), version, metadata, &tensors);
+        let loaded = blocks.iter().zip(names).map(load);
         let attempts = number(metadata, "attempts")?;
         let (asked, seed, blind) = match version {
             1 => (attempts, 0, 0u8),
@@ -248,14 +264,116 @@ impl Loaded {
     }
 }
 
+/// The name under which the state of each block was saved: its own, unless names are only places in a list.
+fn match_names<'a>(
+    blocks: &'a [Block],
+    by_position: bool,
+    metadata: &'a HashMap<String, String>,
+    tensors: &SafeTensors,
+) -> Result<Vec<&'a str>> {
+    let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
+    let by_value = by_position || optional::<u8>(metadata, "by_position")?.unwrap_or(0) != 0;
+    let has_values = metadata.keys().any(|key| key.starts_with("fingerprint."));
+    if !by_value || !has_values {
+        let known: HashSet<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
+        if let Some(stranger) = saved.filter(|name| !known.contains(name)).min() {
+            bail!("the checkpoint has a parameter `{stranger}`, this optimizer has not")
+        }
+        return Ok(blocks.iter().map(|block| block.name.as_str()).collect());
+    }
+    match_values(blocks, by_position, metadata, tensors)
+}
+
+/// The same where names don't tell, by what does: dtype, shape, kind of state, and value. Where that is the same,
+/// either the state is too, or names that were given to our blocks settle it.
+fn match_values<'a>(
+    blocks: &[Block],
+    by_position: bool,
+    metadata: &'a HashMap<String, String>,
+    tensors: &SafeTensors,
+) -> Result<Vec<&'a str>> {
+    let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
+    let place = |name| Ok((saved_place(metadata, name)?, name));
+    let mut saved = saved.map(place).collect::<Result<Vec<(u64, &str)>>>()?;
+    saved.sort();
+    if saved.len() != blocks.len() {
+        bail!(
+            "expected the state of {} parameters, the checkpoint has {}",
+            blocks.len(),
+            saved.len()
+        )
+    }
+    let like = |block: &Block| Ok([description(block), fingerprint(&block.var)?]);
+    let own = blocks.iter().map(like).collect::<Result<Vec<_>>>()?;
+    // By description and value, the names that were saved and the places of our blocks.
+    let mut alike: BTreeMap<[&str; 2], (Vec<&str>, Vec<usize>)> = BTreeMap::new();
+    for (_, name) in saved {
+        let description = text(metadata, &format!("parameter.{name}"))?;
+        let value = text(metadata, &format!("fingerprint.{name}"))?;
+        alike.entry([description, value]).or_default().0.push(name);
+    }
+    for (i, [description, value]) in own.iter().enumerate() {
+        if let Some((saved, own)) = alike.get_mut(&[description.as_str(), value])
+            && own.len() < saved.len()
+        {
+            own.push(i);
+            continue;
+        }
+        let name = &blocks[i].name;
+        if !alike.keys().any(|[other, _]| other == description) {
+            bail!("parameter `{name}`: expected {description}, the checkpoint has none like it")
+        }
+        bail!(
+            "parameter `{name}`, {description}: the checkpoint has none of its value, by which parameters \
+             without names are told (with `Srkl::new` places in a list are all they have); load the \
+             model's parameters of the same checkpoint first, or save and load by `Srkl::from_varmap`, \
+             which goes by names"
+        )
+    }
+    // There are as many blocks as names, so each name has found its block.
+    let mut names = vec![""; blocks.len()];
+    for (saved, own) in alike.values() {
+        let sure = if saved.iter().all(|name| same_state(metadata, tensors, [saved[0], name])) {
+            Some(saved.clone())
+        } else {
+            let given = |i: &usize| saved.iter().find(|name| **name == blocks[*i].name).copied();
+            own.iter().map(given).collect::<Option<_>>().filter(|_| !by_position)
+        };
+        let Some(sure) = sure else {
+            bail!(
+                "parameters saved as {saved:?}: their values are equal and their states differ, so nothing \
+                 tells whose is whose; build the optimizer by `Srkl::builder`, or `Srkl::from_varmap`, with \
+                 the names that these were saved under"
+            )
+        };
+        own.iter().zip(sure).for_each(|(i, name)| names[*i] = name);
+    }
+    Ok(names)
+}
+
+/// Whether it does not matter which of two names a parameter takes its state from.
+fn same_state(
+    metadata: &HashMap<String, String>,
+    tensors: &SafeTensors,
+    [a, b]: [&str; 2],
+) -> bool {
+    let entry = |kind, name| metadata.get(&format!("{kind}.{name}"));
+    let tensor = |kind, name| tensors.tensor(&format!("{name}.{kind}")).ok().map(|t| t.data());
+    ["skipped", "powers", "estimate", "curvature", "trained"]
+        .iter()
+        .all(|kind| entry(kind, a) == entry(kind, b))
+        && STATE.iter().all(|kind| tensor(kind, a) == tensor(kind, b))
+}
+
+/// `block` with the state that was saved as `name`.
 fn load_block(
     block: &Block,
+    name: &str,
     params: &ParamsSrkl,
     version: u64,
     metadata: &HashMap<String, String>,
     tensors: &SafeTensors,
 ) -> Result<LoadedBlock> {
-    let name = &block.name;
     let expected = description(block);
     match metadata.get(&format!("parameter.{name}")) {
         Some(saved) if *saved == expected => {}
@@ -304,7 +422,8 @@ fn load_block(
         }
         state.push(tensor.data().to_vec());
     }
-    Ok(LoadedBlock { skipped, trained, powers, estimate, state })
+    let place = saved_place(metadata, name)?;
+    Ok(LoadedBlock { place, skipped, trained, powers, estimate, state })
 }
 
 /// Masters must be those of the parameter.
@@ -323,6 +442,28 @@ fn check_master(block: &Block, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Tells parameters by their bits.
+fn fingerprint(var: &Var) -> Result<String> {
+    fn hash<T: Copy, const N: usize>(values: &[T], to_bytes: fn(T) -> [u8; N]) -> String {
+        let (mut hasher, mut bytes) = (XxHash3_128::new(), vec![]);
+        for values in values.chunks(4096) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|x| to_bytes(*x)));
+            hasher.write(&bytes);
+        }
+        format!("{:032x}", hasher.finish_128())
+    }
+    let (var, n) = (var.to_device(&Device::Cpu)?, var.elem_count());
+    let (storage, _) = var.storage_and_layout();
+    Ok(match &*storage {
+        Storage::Cpu(CpuStorage::F32(w)) => hash(&w[..n], f32::to_le_bytes),
+        Storage::Cpu(CpuStorage::F64(w)) => hash(&w[..n], f64::to_le_bytes),
+        Storage::Cpu(CpuStorage::BF16(w)) => hash(&w[..n], bf16::to_le_bytes),
+        Storage::Cpu(CpuStorage::F16(w)) => hash(&w[..n], f16::to_le_bytes),
+        _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+    })
+}
+
 /// What must be equal for a checkpoint to fit a parameter.
 fn description(block: &Block) -> String {
     let state: Vec<&str> = block.state.named().map(|(kind, _)| kind).collect();
@@ -337,30 +478,35 @@ fn dtype(buffer: &Buffer) -> Dtype {
     }
 }
 
-fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
+fn text<'a>(metadata: &'a HashMap<String, String>, key: &str) -> Result<&'a str> {
     let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
+    Ok(text)
+}
+
+/// The place of a parameter in sums; 0, and so that of its optimizer, for all of an older file.
+fn saved_place(metadata: &HashMap<String, String>, name: &str) -> Result<u64> {
+    Ok(optional(metadata, &format!("place.{name}"))?.unwrap_or(0))
+}
+
+/// A number that older files do not have.
+fn optional<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<Option<T>> {
+    metadata.contains_key(key).then(|| number(metadata, key)).transpose()
+}
+
+fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
+    let text = text(metadata, key)?;
     let Ok(number) = text.parse() else { bail!("`{key}` is not a number: {text:?}") };
     Ok(number)
 }
 
 /// Several numbers with spaces between them.
 fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Result<[f64; N]> {
-    let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
+    let text = text(metadata, key)?;
     let parsed: Option<Vec<f64>> = text.split(' ').map(|number| number.parse().ok()).collect();
     match parsed.and_then(|numbers| numbers.try_into().ok()) {
         Some(numbers) => Ok(numbers),
         None => bail!("`{key}`: expected {N} numbers, got {text:?}"),
     }
-}
-
-/// A name beside `path` that no other process uses.
-fn temporary_name(path: &Path) -> Result<PathBuf> {
-    let Some(name) = path.file_name() else {
-        bail!("expected the path of a file, got {}", path.display())
-    };
-    let mut temporary = name.to_os_string();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    Ok(path.with_file_name(temporary))
 }
 
 /// State as a safetensors tensor.

@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Init, Optimizer, VarMap};
 use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Srkl};
 use common::*;
@@ -279,33 +279,6 @@ fn a_missing_file_and_a_folder_that_is_not_there() -> Result<()> {
     assert!(opt.load(&nowhere).unwrap_err().to_string().contains("no/such"));
     assert!(opt.save(&nowhere).unwrap_err().to_string().contains("no/such"));
     assert!(opt.save("/").is_err());
-    Ok(())
-}
-
-/// Saving leaves nothing but the file, replaces an older one, and leaves that whole if it fails.
-#[test]
-fn saving_is_atomic() -> Result<()> {
-    let (varmap, mut opt) = bias_only()?;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("state");
-    let names = || -> Vec<_> {
-        let entries = std::fs::read_dir(folder.path()).unwrap();
-        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
-    };
-    opt.save(&path)?;
-    let first = std::fs::read(&path)?;
-    let var: Var = varmap.all_vars()[0].clone();
-    opt.step(&grads([(&var, var.ones_like()?)]))?;
-    opt.save(&path)?;
-    assert_ne!(std::fs::read(&path)?, first);
-    assert_eq!(names(), ["state"]);
-
-    // A folder is in the way of the new file.
-    let blocked = folder.path().join("blocked");
-    std::fs::create_dir_all(blocked.join("full"))?;
-    assert!(opt.save(&blocked).is_err());
-    assert!(blocked.join("full").exists());
-    assert_eq!(names().len(), 2);
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::gradient::{FromGradient, Gradient, RowBuffer};
+use super::pool::has_helpers;
 use super::simd::{Kernel, Simd};
 use crate::block::{Block, Buffer, Powers, State};
 use crate::estimate::{Estimate, StepSums};
@@ -26,8 +27,13 @@ use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 /// of this size: enough to outweigh the handing over, a whole number of chunks.
 ///
 /// Pieces go to the threads of the pool that the step runs in, while the block's lock is held: see
-/// [`Stages::spread`](super::stages::Stages) for why that must be the optimizer's own.
+/// [`Pool`](super::pool::Pool) for why no other work may be there.
 pub(crate) const PIECE: usize = 8 * CHUNK;
+
+/// Whether the work on a block of `n` elements is split.
+fn splits(n: usize) -> bool {
+    n > PIECE && has_helpers()
+}
 
 // ---------------------------------------------------------------------------------------------
 // Stage 1: statistics
@@ -141,7 +147,7 @@ fn each_chunk<T: Send>(
     work: impl Fn(&mut Scratch, usize) -> T + Sync,
 ) -> Vec<T> {
     let chunks = 0..n.div_ceil(CHUNK);
-    if n <= PIECE {
+    if !splits(n) {
         return chunks.map(|chunk| work(scratch, chunk)).collect();
     }
     let chunks = chunks.into_par_iter().with_min_len(PIECE / CHUNK);
@@ -564,7 +570,7 @@ fn block_update<P: Parameter>(
     let update = |scratch: &mut Scratch, start, part| {
         simd.run(Update { start, part, g, coefficients, measures: *measures, scratch })
     };
-    let chunks: Vec<[f64; 3]> = if n <= PIECE {
+    let chunks: Vec<[f64; 3]> = if !splits(n) {
         update(scratch, 0, block)
     } else {
         let pieces = block.pieces(PIECE).into_par_iter().enumerate();
@@ -1108,7 +1114,7 @@ pub(crate) fn average_probe(
             }
             Pair { a: tree(&mut lanes[..width]), b: 0. }
         };
-        let sums: Vec<Pair> = if q.len() <= PIECE {
+        let sums: Vec<Pair> = if !splits(q.len()) {
             q.chunks_mut(CHUNK).enumerate().map(|item| chunk_sum(scratch, item)).collect()
         } else {
             let chunks = q.par_chunks_mut(CHUNK).enumerate().with_min_len(PIECE / CHUNK);
@@ -1164,7 +1170,7 @@ pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
     fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
         let size = P::Compute::from_f64(size);
-        w.par_chunks_mut(PIECE).enumerate().for_each(|(piece, w)| {
+        let add = |(piece, w): (usize, &mut [P])| {
             for (word, w) in w.chunks_mut(64).enumerate() {
                 let bits = bits((piece * PIECE / 64 + word) as u64);
                 for (i, w) in w.iter_mut().enumerate() {
@@ -1172,7 +1178,11 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
                     *w = P::narrow(w.widen().add(by).canonical());
                 }
             }
-        });
+        };
+        match splits(w.len()) {
+            true => w.par_chunks_mut(PIECE).enumerate().for_each(add),
+            false => w.chunks_mut(PIECE).enumerate().for_each(add),
+        }
     }
     if block.n == 0 {
         return Ok(());
@@ -1193,8 +1203,11 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
 /// Copies a parameter to a variable like it.
 pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
     fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
-        let pieces = to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE));
-        pieces.for_each(|(to, from)| to.copy_from_slice(from));
+        let copy = |(to, from): (&mut [P], &[P])| to.copy_from_slice(from);
+        match splits(to.len()) {
+            true => to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(copy),
+            false => copy((to, from)),
+        }
     }
     if from.elem_count() == 0 {
         return Ok(());
@@ -1216,10 +1229,14 @@ pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
 /// Puts the average in the place of the parameter.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
-        let pieces = w.par_chunks_mut(PIECE).zip(average.unwrap_or_default().par_chunks(PIECE));
-        pieces.for_each(|(w, average)| {
+        let put = |(w, average): (&mut [P], &[P::Compute])| {
             w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
-        });
+        };
+        let average = average.unwrap_or_default();
+        match splits(w.len()) {
+            true => w.par_chunks_mut(PIECE).zip(average.par_chunks(PIECE)).for_each(put),
+            false => put((w, average)),
+        }
     }
     if block.n == 0 {
         return Ok(());

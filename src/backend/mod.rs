@@ -12,7 +12,7 @@
 //! | `squares`, `perturb`, `probe_sums`, `average_probe` | parameters; both gradients | an estimate by random vectors |
 //!
 //! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
-//! hands blocks to threads and `cpu.rs` has the mathematics; on a CUDA device `cuda.rs` launches the
+//! hands blocks to the threads of `pool.rs` and `cpu.rs` has the mathematics; on a CUDA device `cuda.rs` launches the
 //! kernels of `kernels/srkl.cu`.
 
 use candle_core::backprop::GradStore;
@@ -27,6 +27,7 @@ pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda_dropout;
 pub(crate) mod gradient;
+pub(crate) mod pool;
 pub(crate) mod simd;
 pub(crate) mod stages;
 

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
-use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::cpu::{self, Asked, Decision, PIECE, Scratch};
 use super::gradient::Gradient;
+use super::pool::Pool;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Buffer, Last, storage_address};
 use crate::numerics::{LANES, Sums};
@@ -57,8 +57,8 @@ pub(crate) struct UpdateOptions {
 #[derive(Clone)]
 pub(crate) struct Stages {
     pub simd: Simd,
-    /// The optimizer's own threads, if they are worth it.
-    pub pool: Option<Arc<ThreadPool>>,
+    /// Threads, if they are worth it.
+    pub pool: Option<Arc<Pool>>,
     /// Where the storages of all variables are, sorted: a gradient must not be one of them.
     pub storages: Arc<[usize]>,
     /// Of each group whether its gradients are ignored.
@@ -196,26 +196,26 @@ impl Stages {
     /// Runs `work` on every item: on those with a large block in turn, then on the others over the
     /// threads where they are worth it.
     ///
-    /// `work` holds a tensor's lock while it waits for the threads to split a large block. A thread
-    /// that waits takes up other work of its pool, so that must not wait for a lock in its turn:
-    /// hence the pool is the optimizer's own, and one large block is finished before the next one's
-    /// lock is taken. Whoever reads the parameters meanwhile, or steps them by another optimizer,
-    /// then waits for a lock that is always released.
+    /// `work` holds a tensor's lock while it waits for the threads to split a large block, and a thread
+    /// that waits takes up other work of its pool, which must not wait for a lock in its turn: hence one
+    /// optimizer at a time is in the pool, and one large block is finished before the next one's lock is
+    /// taken. Whoever reads the parameters meanwhile, or steps them by another optimizer, then waits for a
+    /// lock that is always released.
     fn spread<T: Send>(
         &self,
         items: Vec<(bool, T)>,
         work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
     ) -> Result<()> {
         let mut scratch = Scratch::new();
-        let Some(pool) = &self.pool else {
+        let Some(turn) = self.pool.as_ref().and_then(|pool| pool.turn()) else {
             return items.into_iter().try_for_each(|(_, item)| work(&mut scratch, item));
         };
         let (large, small): (Vec<_>, Vec<_>) = items.into_iter().partition(|(large, _)| *large);
-        pool.install(|| {
+        turn.run(|threads| {
             large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
             let work = |scratch: &mut Scratch, (_, item)| work(scratch, item);
             // Each split has working memory of its own, so not too many of them.
-            let least = (small.len() / (8 * pool.current_num_threads())).max(1);
+            let least = (small.len() / (8 * threads)).max(1);
             let small = small.into_par_iter().with_min_len(least);
             small.try_for_each_init(Scratch::new, work)
         })
