@@ -50,6 +50,7 @@
 #define SRKL_DECIDE 2
 #define SRKL_UPDATE 4
 #define SRKL_COUNT 8
+#define SRKL_RECORD 16 // the norms of gradients; the update must sum up too
 
 // Which sums srkl_sums makes, and what becomes of them.
 #define SRKL_SUM_DIRECTIONS 0 // the trust clip
@@ -66,8 +67,9 @@
 #define SRKL_NOTHING 2
 
 // What the host is told of an estimate.
-#define SRKL_KNOWN 1   // there is one
-#define SRKL_UNMOVED 2 // there is none, since the step has moved nothing
+#define SRKL_KNOWN 1     // there is one
+#define SRKL_LOST 2      // `Left::Lost` in src/estimate.rs
+#define SRKL_AS_IT_WAS 4 // `Left::AsItWas`
 
 // What srkl_replace does with parameters.
 #define SRKL_PERTURB 0           // those that have a gradient
@@ -123,10 +125,10 @@ typedef struct {
 typedef struct {
     double schedule;
     double grad_scale;
-    unsigned int norm;    // whether any group clips
-    unsigned int total;   // whether any group needs sums over all blocks
-    unsigned int whole;   // whether no block may move before the statistics of all of them
-    unsigned int records; // whether norms of gradients and steps are recorded
+    unsigned int norm;  // whether any group clips
+    unsigned int total; // whether any group needs sums over all blocks
+    unsigned int whole; // whether no block may move before the statistics of all of them
+    unsigned int pad;
 } SrklScalars;
 
 // A part of a block. Written once.
@@ -169,7 +171,7 @@ typedef struct {
     double power;
     double variance;
     double entered;
-    double spike;
+    double curvature; // H, as the brake goes by it
     double last;
     double lowest;
     double highest;
@@ -198,8 +200,9 @@ typedef struct {
     double correction1;
     double correction2;
     double average;
-    SrklPowers powers;       // after the step
-    unsigned long long step; // whether the block moves, unless the whole step is skipped
+    SrklPowers powers;        // after the step
+    unsigned long long step;  // whether the block moves, unless the whole step is skipped
+    unsigned long long small; // whether by a small step, shorter than on flat ground
 } SrklDecision;
 
 // Counters and flags of the optimizer.
@@ -207,6 +210,7 @@ typedef struct {
     unsigned long long steps;
     unsigned long long skipped_steps;
     double grad_norm;
+    double grad_scale; // of the last step
     double probe_size;
     unsigned long long next_statistics; // the next chunk to take; 0 between steps
     unsigned long long next_update;     // likewise
@@ -238,7 +242,7 @@ typedef struct {
     unsigned long long chunk_pairs; // SrklPair[chunk_count]
     unsigned long long pairs;       // SrklPair[block_count]
     unsigned long long step_sums;   // SrklStepSums[block_count]: of a step that measures or records
-    unsigned long long told;        // unsigned int[block_count]: after a measurement SRKL_KNOWN, SRKL_UNMOVED
+    unsigned long long told;        // unsigned int[block_count]: after a measurement SRKL_KNOWN and so on
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
@@ -252,7 +256,7 @@ typedef struct {
 static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 104 && offsetof(SrklGroup, pad) == 100, "SrklGroup");
-static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, records) == 28, "SrklScalars");
+static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
 static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
@@ -261,7 +265,7 @@ static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16,
 static_assert(sizeof(SrklEstimate) == 144 && offsetof(SrklEstimate, missing) == 136, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
               "SrklStatistics");
-static_assert(sizeof(SrklDecision) == 80 && offsetof(SrklDecision, step) == 72, "SrklDecision");
-static_assert(sizeof(SrklState) == 80 && offsetof(SrklState, recorded) == 72, "SrklState");
+static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, step) == 72, "SrklDecision");
+static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
 static_assert(sizeof(SrklTable) == 184 && offsetof(SrklTable, stages) == 176, "SrklTable");
 #endif

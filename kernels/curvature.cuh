@@ -136,6 +136,21 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 // A measurement along a step enters the average as at most so many times the average.
 static const double BOUND = 8.;
 
+// How much of the variance between measurements the brake adds to the square of their average.
+static const double NOISE = 2.;
+
+// The average of H along steps, corrected for having started at 0.
+__device__ inline double average_of(const SrklEstimate &estimate) {
+    return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
+}
+
+// `sqrt(average^2 + 2 variance)`
+__device__ inline double noisy_average_of(const SrklEstimate &estimate) {
+    const double average = average_of(estimate);
+    const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
+    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(NOISE, variance)));
+}
+
 __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
     estimate.last = curvature;
     if (curvature < estimate.lowest) estimate.lowest = curvature;
@@ -151,7 +166,7 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
     const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
     const double entering = too_large ? __dmul_rn(BOUND, average) : curvature;
-    if (estimate.in_average == 1 && average > __dmul_rn(BOUND, curvature)) {
+    if (estimate.in_average == 1 && curvature > 0. && average > __dmul_rn(BOUND, curvature)) {
         estimate.entered = __dmul_rn(BOUND, curvature);
         estimate.mean = __dmul_rn(__dsub_rn(1., estimate.power), estimate.entered);
     }
@@ -162,161 +177,216 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     estimate.variance = __dmul_rn(decay, __dadd_rn(estimate.variance, __dmul_rn(gain, half_square)));
     estimate.power = __dmul_rn(estimate.power, decay);
     estimate.entered = entering;
-    estimate.spike = too_large ? curvature : 0.;
+    estimate.curvature = too_large ? curvature : noisy_average_of(estimate);
 }
 
-// Takes a measurement along a step: `Estimate::observe_step`.
-__device__ inline void observe_step(SrklEstimate &estimate, double change, const SrklStepSums &sums,
-                                    double decay, u64 now) {
+// Takes a measurement along a step: `Estimate::observe_step`. Returns what it has left of the estimate:
+// SRKL_LOST, SRKL_AS_IT_WAS or 0.
+__device__ inline u32 observe_step(SrklEstimate &estimate, double change, const SrklStepSums &sums,
+                                   double decay, bool small, u64 now) {
     const double secant = __ddiv_rn(__dsqrt_rn(change), __dsqrt_rn(sums.step));
     const double curvature = __dmul_rn(secant, __ddiv_rn(sums.direction, sums.along));
     const bool finite =
         is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) && is_finite(sums.along);
     if (sums.direction == 0.) {
         estimate.uninformative++;
-    } else if (finite && sums.step == 0.) {
+        return SRKL_AS_IT_WAS;
+    }
+    if (finite && (sums.step == 0. || (change == 0. && estimate.in_average == 0 && small))) {
         estimate.mean = 0.;
         estimate.own = 0.;
         estimate.power = 1.;
         estimate.variance = 0.;
         estimate.entered = 0.;
-        estimate.spike = 0.;
+        estimate.curvature = 0.;
         estimate.in_average = 0;
         estimate.infinite = 0;
-        estimate.still++;
+        estimate.still += small;
         estimate.unmoved++;
-    } else if (!(finite && is_finite(curvature))) {
-        estimate.infinite = 1;
-        estimate.nonfinite++;
-    } else {
+        return SRKL_LOST;
+    }
+    if (finite && is_finite(curvature)) {
         take_step(estimate, curvature, decay);
         record(estimate, curvature, now);
+    } else {
+        estimate.infinite = 1;
+        estimate.nonfinite++;
     }
+    return 0;
 }
 
-// Takes a measurement by random vectors: `Estimate::observe_rows`.
-__device__ inline void observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
+// Takes a measurement by random vectors: `Estimate::observe_rows`. Returns what it has left of the estimate.
+__device__ inline u32 observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
     if (probe == SRKL_NOTHING) {
         estimate.uninformative++;
-    } else if (probe == SRKL_INFINITE || !is_finite(squared)) {
+        return SRKL_AS_IT_WAS;
+    }
+    if (probe == SRKL_INFINITE || !is_finite(squared)) {
         estimate.infinite = 1;
         estimate.nonfinite++;
     } else {
         estimate.mean = squared;
-        record(estimate, __dsqrt_rn(squared), now);
+        estimate.curvature = __dsqrt_rn(squared);
+        record(estimate, estimate.curvature, now);
     }
+    return 0;
+}
+
+// The sums over all blocks that `finish` goes on by. In shared memory, read anew where they are used:
+// registers are few.
+struct Totals {
+    SrklPair sums;
+    double n; // elements
+    SrklStepSums step;
+    u64 now; // steps taken and skipped
+};
+
+// The estimate of block `b` after a measurement along a step, and what that has left of it.
+__device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile Totals &totals) {
+    const SrklGroup &group = ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group];
+    if (group.curvature != SRKL_STEP) return 0;
+    SrklEstimate &estimate = ((SrklEstimate *)table.estimates)[b];
+    SrklStepSums step = {0., 0., 0.};
+    double change = 0.;
+    const bool part = takes_part(table, SRKL_SUM_STEP, b);
+    const bool missing = !part && takes_first_part(table, SRKL_SUM_STEP, b);
+    estimate.missing += missing;
+    if (group.scope == SRKL_GLOBAL) {
+        step.step = totals.step.step;
+        step.direction = totals.step.direction;
+        step.along = totals.step.along;
+        change = totals.sums.a;
+    } else if (part) {
+        step = ((const SrklStepSums *)table.step_sums)[b];
+        change = read_pair(&((const SrklPair *)table.pairs)[b]).a;
+    } else if (missing) {
+        return 0;
+    }
+    const SrklDecision &decision = ((const SrklDecision *)table.decisions)[b];
+    const bool small = !decision.step || decision.small;
+    return observe_step(estimate, change, step, group.decay, small, totals.now);
+}
+
+// The same after one by random vectors.
+__device__ inline u32 finish_average(const SrklTable &table, u64 b, const volatile Totals &totals) {
+    const SrklGroup &group = ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group];
+    if (group.curvature != SRKL_HUTCHINSON || !(group.lr > 0.)) return 0;
+    SrklEstimate &estimate = ((SrklEstimate *)table.estimates)[b];
+    const bool first = takes_first_part(table, SRKL_SUM_AVERAGE, b);
+    const bool both = first && ((const SrklGradient *)table.again)[b].address != 0;
+    const bool global = group.scope == SRKL_GLOBAL;
+    estimate.missing += first && !both;
+    const u32 probe = ((const SrklState *)table.state)->probe;
+    if (!global && !both) return 0;
+    return observe_rows(estimate, probe, global ? totals.sums.a : estimate.own, totals.now);
+}
+
+// The decision about block `b`, by the directions.
+__device__ inline void finish_directions(const SrklTable &table, u32 what, u64 b,
+                                         const volatile Totals &totals) {
+    if (!takes_part(table, what, b)) return;
+    const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
+    const SrklPair total = {totals.sums.a, totals.sums.b};
+    adjust(((SrklDecision *)table.decisions)[b], ((const SrklGroup *)table.groups)[block.group],
+           *(const SrklScalars *)table.scalars, read_pair(&((const SrklPair *)table.pairs)[b]),
+           (double)block.n, total, totals.n, ((const SrklEstimate *)table.estimates)[b].still,
+           what == SRKL_SUM_MEASURING);
+}
+
+// Whether a block counts in the sums over all.
+__device__ inline bool counts(const SrklTable &table, u32 what, u64 b) {
+    if (!takes_part(table, what, b)) return false;
+    if (what != SRKL_SUM_DIRECTIONS && what != SRKL_SUM_MEASURING) return true;
+    return ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group].curvature ==
+           SRKL_STEP;
 }
 
 // What the sums of all blocks are for: by the block of threads that has finished the last one.
 __device__ inline void finish(const SrklTable &table, u32 what, double delta, Lanes &lanes) {
-    const SrklBlock *blocks = (const SrklBlock *)table.blocks;
-    const SrklGroup *groups = (const SrklGroup *)table.groups;
-    const SrklPair *pairs = (const SrklPair *)table.pairs;
-    SrklEstimate *estimates = (SrklEstimate *)table.estimates;
+    __shared__ Totals totals;
     SrklState *state = (SrklState *)table.state;
-    const SrklScalars scalars = *(const SrklScalars *)table.scalars;
     const u64 count = table.block_count;
-    const SrklPair none = {0., 0.};
-    auto kind = [=](u64 b) { return groups[blocks[b].group].curvature; };
-    auto counts = [=](u64 b) {
-        if (!takes_part(table, what, b)) return false;
-        bool directions = what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING;
-        return !directions || kind(b) == SRKL_STEP;
-    };
     if (what == SRKL_SUM_AVERAGE) {
         for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
             if (!takes_part(table, what, b)) continue;
-            const double decay = groups[blocks[b].group].decay;
-            estimates[b].power = __dmul_rn(estimates[b].power, decay);
-            const double corrected = __dsub_rn(1., estimates[b].power);
-            estimates[b].own = __ddiv_rn(read_pair(&pairs[b]).a, corrected);
+            const u32 group = ((const SrklBlock *)table.blocks)[b].group;
+            SrklEstimate &estimate = ((SrklEstimate *)table.estimates)[b];
+            estimate.power = __dmul_rn(estimate.power, ((const SrklGroup *)table.groups)[group].decay);
+            const double corrected = __dsub_rn(1., estimate.power);
+            estimate.own = __ddiv_rn(read_pair(&((const SrklPair *)table.pairs)[b]).a, corrected);
         }
         __threadfence();
         __syncthreads();
     }
-    const SrklPair total = fold_pairs(
+    const SrklPair sums = fold_pairs(
         count,
-        [=](u64 b) {
-            SrklPair own = none;
+        [&](u64 b) {
+            SrklPair own = {0., 0.};
             if (what == SRKL_SUM_AVERAGE)
-                own.a = __ldcg(&estimates[b].own);
-            else if (counts(b))
-                own = read_pair(&pairs[b]);
+                own.a = __ldcg(&((const SrklEstimate *)table.estimates)[b].own);
+            else if (counts(table, what, b))
+                own = read_pair(&((const SrklPair *)table.pairs)[b]);
             return own;
         },
         lanes);
-    // Elements: whole numbers, exact in any order.
-    const double total_n = fold_pairs(
-                               count,
-                               [=](u64 b) {
-                                   SrklPair n = none;
-                                   n.a = counts(b) ? (double)blocks[b].n : 0.;
-                                   return n;
-                               },
-                               lanes)
-                               .a;
+    if (threadIdx.x == 0) totals.sums = sums;
+    // Elements: whole numbers, exact in any order. And the third sum of a step.
+    const SrklPair more = fold_pairs(
+        count,
+        [&](u64 b) {
+            SrklPair own = {0., 0.};
+            if (!counts(table, what, b)) return own;
+            own.a = (double)((const SrklBlock *)table.blocks)[b].n;
+            if (what == SRKL_SUM_STEP) own.b = ((const SrklStepSums *)table.step_sums)[b].along;
+            return own;
+        },
+        lanes);
+    if (threadIdx.x == 0) {
+        totals.n = more.a;
+        totals.step.along = more.b;
+        totals.now = state->steps + state->skipped_steps;
+    }
+    if (what == SRKL_SUM_STEP) {
+        const SrklPair step = fold_pairs(
+            count,
+            [&](u64 b) {
+                SrklPair own = {0., 0.};
+                if (!counts(table, what, b)) return own;
+                own.a = ((const SrklStepSums *)table.step_sums)[b].step;
+                own.b = ((const SrklStepSums *)table.step_sums)[b].direction;
+                return own;
+            },
+            lanes);
+        if (threadIdx.x == 0) {
+            totals.step.step = step.a;
+            totals.step.direction = step.b;
+        }
+    }
+    __syncthreads();
     if (what == SRKL_SUM_SQUARES) {
-        double rms = __dsqrt_rn(__ddiv_rn(total.a, total_n));
+        const double rms = __dsqrt_rn(__ddiv_rn(totals.sums.a, totals.n));
         if (threadIdx.x == 0) state->probe_size = __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
         return;
     }
     if (what == SRKL_SUM_PROBE) {
-        const u32 probe = !is_finite(total.b)  ? SRKL_NOTHING
-                          : is_finite(total.a) ? SRKL_FINITE
-                                               : SRKL_INFINITE;
+        const u32 probe = !is_finite(totals.sums.b)  ? SRKL_NOTHING
+                          : is_finite(totals.sums.a) ? SRKL_FINITE
+                                                     : SRKL_INFINITE;
         if (threadIdx.x == 0) state->probe = probe;
         return;
     }
-    const SrklStepSums *steps = (const SrklStepSums *)table.step_sums;
-    auto steps_of = [=](u64 b) {
-        SrklStepSums sums = {0., 0., 0.};
-        return what == SRKL_SUM_STEP && takes_part(table, what, b) ? steps[b] : sums;
-    };
-    SrklStepSums total_step = {0., 0., 0.};
-    if (what == SRKL_SUM_STEP) {
-        const SrklPair first = fold_pairs(
-            count,
-            [=](u64 b) {
-                return SrklPair{steps_of(b).step, steps_of(b).direction};
-            },
-            lanes);
-        const SrklPair second = fold_pairs(
-            count,
-            [=](u64 b) {
-                return SrklPair{steps_of(b).along, 0.};
-            },
-            lanes);
-        total_step = {first.a, first.b, second.a};
-    }
-    const u64 now = state->steps + state->skipped_steps;
     for (u64 b = thread_number(); b < count; b += SRKL_THREADS) {
-        const SrklGroup &group = groups[blocks[b].group];
-        const bool global = group.scope == SRKL_GLOBAL, part = takes_part(table, what, b);
-        const bool missing = !part && takes_first_part(table, what, b);
-        const SrklPair own = part ? read_pair(&pairs[b]) : none;
-        if (what == SRKL_SUM_STEP && group.curvature == SRKL_STEP) {
-            estimates[b].missing += missing;
-            if (global)
-                observe_step(estimates[b], total.a, total_step, group.decay, now);
-            else if (!missing)
-                observe_step(estimates[b], own.a, steps_of(b), group.decay, now);
-        } else if (what == SRKL_SUM_AVERAGE && group.curvature == SRKL_HUTCHINSON && group.lr > 0.) {
-            const bool both =
-                takes_first_part(table, what, b) && ((const SrklGradient *)table.again)[b].address != 0;
-            estimates[b].missing += takes_first_part(table, what, b) && !both;
-            if (global || both)
-                observe_rows(estimates[b], state->probe, global ? total.a : estimates[b].own, now);
-        } else if (part && (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING)) {
-            SrklDecision decision = ((const SrklDecision *)table.decisions)[b];
-            const bool measures = what == SRKL_SUM_MEASURING;
-            adjust(decision, group, scalars, own, (double)blocks[b].n, total, total_n, estimates[b].still,
-                   measures);
-            ((SrklDecision *)table.decisions)[b] = decision;
-        }
-        if (what == SRKL_SUM_STEP || what == SRKL_SUM_AVERAGE) {
-            const bool known = estimates[b].infinite || estimates[b].in_average > 0;
-            ((u32 *)table.told)[b] = (known ? SRKL_KNOWN : 0) | (estimates[b].still > 0 ? SRKL_UNMOVED : 0);
-        }
+        u32 left = 0;
+        if (what == SRKL_SUM_STEP)
+            left = finish_step(table, b, totals);
+        else if (what == SRKL_SUM_AVERAGE)
+            left = finish_average(table, b, totals);
+        else
+            finish_directions(table, what, b, totals);
+        if (what != SRKL_SUM_STEP && what != SRKL_SUM_AVERAGE) continue;
+        const SrklEstimate &estimate = ((const SrklEstimate *)table.estimates)[b];
+        const bool known = estimate.infinite || estimate.in_average > 0;
+        ((u32 *)table.told)[b] = left | (known ? SRKL_KNOWN : 0);
     }
 }
 

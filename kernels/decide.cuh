@@ -21,27 +21,10 @@ __device__ inline double correction(double power) {
 // The curvature of a block that has not been measured.
 static const double UNKNOWN = -1.;
 
-// The average of H along steps, corrected for having started at 0.
-__device__ inline double average_of(const SrklEstimate &estimate) {
-    return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
-}
-
-// How much of the variance between measurements the brake adds to the square of their average.
-static const double NOISE = 2.;
-
-// `sqrt(average^2 + 2 variance)`
-__device__ inline double noisy_average_of(const SrklEstimate &estimate) {
-    const double average = average_of(estimate);
-    const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
-    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(NOISE, variance)));
-}
-
 // `H` of what has been measured, or UNKNOWN.
-__device__ inline double curvature_of(const SrklEstimate &estimate, u32 kind) {
+__device__ inline double curvature_of(const SrklEstimate &estimate) {
     if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
-    if (estimate.in_average == 0) return UNKNOWN;
-    if (kind == SRKL_HUTCHINSON) return __dsqrt_rn(estimate.mean);
-    return estimate.spike > 0. ? estimate.spike : noisy_average_of(estimate);
+    return estimate.in_average == 0 ? UNKNOWN : estimate.curvature;
 }
 
 __device__ inline bool has_element_brakes(const SrklGroup &p) {
@@ -67,13 +50,14 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
         finite = finite && is_finite(curvature);
         phi = brake(lr, p.beta, curvature);
     } else {
-        curvature = curvature_of(estimate, p.curvature);
+        curvature = curvature_of(estimate);
         if (curvature != UNKNOWN && is_finite(curvature)) phi = brake(lr, p.beta, curvature);
     }
     if (has_element_brakes(p) && phi != 0.) phi = lr;
     decision.c = c;
     decision.curvature = curvature;
     decision.phi = phi;
+    decision.small = 0;
     decision.powers = powers;
     decision.correction1 = correction(powers.first);
     decision.correction2 = correction(powers.second);
@@ -93,7 +77,7 @@ __device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGro
 // The smallest size of parameters that steps are compared with, and the length of a step that nothing is
 // known for, beside that size; how often it is doubled at most.
 static const double LEAST_RMS = 0.01, SMALL_STEP = 0.003;
-static const u64 MOST_DOUBLINGS = 1000;
+static const u64 MOST_DOUBLINGS = 8;
 
 // Decides again about a block of `n` elements, by the directions: `own` are its sums, `total` those of all
 // blocks, of `total_n` elements, that move by SRKL_STEP. So many measurements in a row, `still`, have found
@@ -106,10 +90,13 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
         double rms_w = __dsqrt_rn(__ddiv_rn(total.b, total_n));
         double rms_d = __dsqrt_rn(__ddiv_rn(total.a, total_n));
         double least = rms_w > LEAST_RMS ? rms_w : LEAST_RMS;
-        double doubled = __dmul_rn(SMALL_STEP, pow2((int)(still < MOST_DOUBLINGS ? still : MOST_DOUBLINGS)));
-        double small = __ddiv_rn(__dmul_rn(doubled, least), rms_d);
+        double share = __dmul_rn(SMALL_STEP, pow2((int)(still < MOST_DOUBLINGS ? still : MOST_DOUBLINGS)));
+        double by_direction = __ddiv_rn(__dmul_rn(share, least), rms_d);
+        double by_decay = __ddiv_rn(share, p.weight_decay);
+        double small = by_decay < by_direction ? by_decay : by_direction;
         double lr = __dmul_rn(s.schedule, p.lr);
-        decision.phi = small < lr ? small : lr;
+        decision.small = small < lr;
+        decision.phi = decision.small ? small : lr;
     }
     if (p.trust > 0.) {
         double length = __dsqrt_rn(own.a);
@@ -130,6 +117,7 @@ __device__ inline bool has_gradient(const SrklTable &table, u64 b) {
 // The sums over all blocks, to all threads of the block that calls it together.
 __device__ inline SrklSums total_sums(const SrklTable &table, const SrklScalars &s, Lanes &lanes) {
     const SrklBlock *blocks = (const SrklBlock *)table.blocks;
+    const SrklGradient *gradients = (const SrklGradient *)table.gradients;
     const SrklGroup *groups = (const SrklGroup *)table.groups;
     const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
     const double c = __ddiv_rn(1., s.grad_scale);
@@ -139,7 +127,8 @@ __device__ inline SrklSums total_sums(const SrklTable &table, const SrklScalars 
             SrklSums sums = read_sums(&statistics[b].sums);
             bool finite = is_finite(curvature_of(sums, c));
             bool skips = groups[blocks[b].group].nonfinite == SRKL_SKIP_BLOCK;
-            bool counts = has_gradient(table, b) && (finite || !skips);
+            bool present = gradients[b].address != 0 && groups[blocks[b].group].lr > 0.;
+            bool counts = present && (finite || !skips);
             SrklSums zero = {0., 0., 0};
             return counts ? sums : zero;
         },
@@ -151,9 +140,9 @@ __device__ inline void decide_block(const SrklTable &table, const SrklScalars &s
                                     const SrklSums &total) {
     const u32 group = ((const SrklBlock *)table.blocks)[b].group;
     const SrklGroup p = ((const SrklGroup *)table.groups)[group];
-    const bool present = has_gradient(table, b);
+    const bool present = ((const SrklGradient *)table.gradients)[b].address != 0 && p.lr > 0.;
     const SrklPowers powers = next_powers(((const SrklPowers *)table.powers)[b], p);
-    const SrklEstimate estimate = ((const SrklEstimate *)table.estimates)[b];
+    const SrklEstimate &estimate = ((const SrklEstimate *)table.estimates)[b];
     SrklDecision decision;
     const bool finite = decide(p, s, own, total, estimate, powers, decision);
     const bool may_step = finite || p.nonfinite == SRKL_PROPAGATE;

@@ -118,7 +118,8 @@ template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &t
     work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
     if (table.stages & SRKL_COUNT) {
         const bool refused = __ldcg(&((const SrklState *)table.state)->refused);
-        if (work.start == 0 && has_gradient(table, work.b) && !work.numbers.decision.step && !refused)
+        const bool present = work.gradient.address != 0 && work.numbers.group.lr > 0.;
+        if (work.start == 0 && present && !work.numbers.decision.step && !refused)
             ((u64 *)table.skipped)[work.b]++;
         if (refused) work.numbers.decision.step = 0;
     }
@@ -165,7 +166,7 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
     SrklSums sums = {0., 0., 0};
     if (work.gradient.address != 0)
         sums = chunk_sums(work.gradient, block.dtype, work.start, len, block.n,
-                          work.scalars.norm || work.scalars.records, lanes);
+                          work.scalars.norm || (table.stages & SRKL_RECORD), lanes);
     if (threadIdx.x == 0) {
         of_chunks[work.chunk] = sums;
         work.last = arrives_last(&((u32 *)table.chunks_done)[work.b], block.chunk_count);
@@ -228,7 +229,8 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
             state->skipped = skipped;
             state->refused = 0;
             state->has_norm = work.scalars.norm;
-            state->recorded = work.scalars.records;
+            state->recorded = (table.stages & SRKL_RECORD) != 0;
+            state->grad_scale = work.scalars.grad_scale;
         }
     }
 }

@@ -224,30 +224,31 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
 #pragma unroll 1
     for (int at = from + threadIdx.x; at < len; at += SRKL_THREADS) {
         C gradient, phi_d = k.phi_d, keep = k.keep;
-        const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
-        C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
         from_f64(load_one(g, start + at), gradient);
-        C m = gradient;
-        if (group.direction != SRKL_GRADIENT) m = part.m()[at] = k.moments.first(part.m()[at], gradient);
-        C d = m;
-        if (group.direction == SRKL_ADAM) {
-            C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
-            d = div(m, k.moments.metric(v));
-        }
         if (ELEMENT) {
             double q = part.q() != 0 ? (double)part.q()[at] : 0.;
             double phi = element_phi(numbers, (double)gradient, q);
             of_phi(phi, group, numbers.decision, phi_d, keep);
         }
+        C d = gradient;
+        if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
+        const C m = d;
+        if (group.direction == SRKL_ADAM) {
+            C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
+            d = div(d, k.moments.metric(v));
+        }
+        const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
+        C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
         x = descend(x, d, phi_d, keep);
         narrow(x, part.w()[at]);
         if (part.master() != 0) part.master()[at] = x;
-        const C stored = (C)widen(part.w()[at]);
-        if (part.average() != 0)
-            part.average()[at] = approach(part.average()[at], part.master() != 0 ? x : stored, k.average);
+        if (part.average() != 0) {
+            C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
+            part.average()[at] = approach(part.average()[at], stored, k.average);
+        }
         if (MEASURES) {
             const int l = at % SRKL_LANES;
-            const double step = __dsub_rn((double)stored, (double)before);
+            const double step = __dsub_rn((double)(C)widen(part.w()[at]), (double)before);
             lanes.sum2[l] = __dadd_rn(lanes.sum2[l], __dmul_rn(step, step));
             lanes.sum4[l] = __dadd_rn(lanes.sum4[l], __dmul_rn((double)d, (double)m));
         }
@@ -255,24 +256,24 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
 }
 
 // The update of elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have
-// their own brakes, whose double precision takes registers. If it MEASURES the sums of `D^2` and `d m` are
-// left in the lanes.
+// their own brakes, whose double precision takes registers: all blocks then go element by element. If it
+// MEASURES the sums of `D^2` and `d m` are left in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
                               const Numbers &numbers, Lanes &lanes) {
     const Coefficients<C> k(numbers.group, numbers.decision);
     const Part<P, C> part(block, start);
-    const bool shared_brake = !ELEMENTS || !has_element_brakes(numbers.group);
     const u32 direction = numbers.group.direction;
+    constexpr bool WIDE = !ELEMENTS && !MEASURES;
     int wide = 0;
-    if (!MEASURES && g.dtype == block.dtype && shared_brake)
+    if (WIDE && g.dtype == block.dtype)
         wide = update_wide<P, C, P>(part, g, start, len, block.n, take, direction, k);
-    else if (!MEASURES && g.dtype == SRKL_F32 && sizeof(P) == 2 && shared_brake)
+    else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
         wide = update_wide<P, C, C>(part, g, start, len, block.n, take, direction, k);
-    if (shared_brake)
-        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes);
-    else
+    if (ELEMENTS && has_element_brakes(numbers.group))
         update_singles<true, MEASURES>(part, g, start, 0, len, take, numbers, k, lanes);
+    else
+        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes);
 }
 
 template <bool ELEMENTS, bool MEASURES>

@@ -42,8 +42,10 @@ pub(crate) struct Block {
     pub step_sums: StepSums,
     /// Whether any step has had a gradient for it.
     pub trained: bool,
-    /// Whether there is an estimate of its curvature.
+    /// Whether there is an estimate of its curvature, or nothing to make one of.
     pub known: bool,
+    /// Whether its last step was a small one, for lack of an estimate, or none.
+    pub small: bool,
     /// How often it was skipped alone.
     pub skipped: u64,
     pub last: Option<Last>,
@@ -196,6 +198,7 @@ impl Block {
             step_sums: StepSums::default(),
             trained: false,
             known: false,
+            small: true,
             skipped,
             last,
         })

@@ -9,7 +9,7 @@ use candle_core::{DType, Error, Result, Tensor, bail};
 use candle_nn::Optimizer;
 
 use crate::block::Block;
-use crate::estimate::{Estimate, Measurements};
+use crate::estimate::Measurements;
 use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
 use crate::params::{Curvature, ParamsSrkl, Repeatable};
@@ -201,7 +201,10 @@ impl Srkl {
     pub(crate) fn refuse_unreached(&self, grads: &GradStore) -> Result<()> {
         if !self.blocks.is_empty() && self.blocks.iter().all(|b| grads.get_id(b.id).is_none()) {
             bail!(
-                "the loss reaches none of the {} parameters: it is a constant, of an integer dtype, detached, or                  computed from other variables; or each way to them leads through an operation that has no                  backward pass in candle (the fused `layer_norm`, `rms_norm`, `softmax_last_dim` and `rope`)",
+                "the loss reaches none of the {} parameters: it is a constant, of an integer dtype, \
+                 detached, or computed from other variables; or each way to them leads through an \
+                 operation that has no backward pass in candle (the fused `layer_norm`, `rms_norm`, \
+                 `softmax_last_dim` and `rope`)",
                 self.blocks.len()
             )
         }
@@ -307,7 +310,7 @@ impl Srkl {
     pub fn skip_measurement(&mut self) {
         match self.progress.pending.take() {
             Some(_) => self.forget_kept(),
-            None => self.progress.measured = self.measuring(),
+            None => self.progress.measured |= self.measuring(),
         }
     }
 
@@ -372,7 +375,8 @@ impl Srkl {
             let (first, second) = (values(&first_grads)?, values(&second_grads)?);
             if !same_bits(first.as_deref(), second.as_deref()) {
                 Err(Error::msg(format!(
-                    "the gradient of `{}` is not repeatable: it differs between two calls at the same parameters,                      whose losses are the same{ADVICE}",
+                    "the gradient of `{}` is not repeatable: it differs between two calls at the same \
+                     parameters, whose losses are the same{ADVICE}",
                     block.name
                 )))?
             }
@@ -387,10 +391,7 @@ impl Srkl {
     /// None on the CPU. (The numbers may live on a device.)
     pub fn measurements(&self) -> Result<Measurements> {
         let now = self.steps()? + self.skipped_steps()?;
-        let told = |block: &Block, estimate: Estimate| {
-            estimate.measurements(self.groups[block.group].params.curvature, now)
-        };
-        let each = self.blocks.iter().zip(self.estimates()?).map(|(b, e)| told(b, e));
+        let each = self.estimates()?.into_iter().map(|estimate| estimate.measurements(now));
         let most = |m: &Measurements| (m.taken + m.nonfinite + m.unmoved, m.uninformative);
         Ok(each.max_by_key(most).unwrap_or_default())
     }

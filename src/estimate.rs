@@ -24,8 +24,8 @@ pub(crate) struct Estimate {
     pub variance: f64,
     /// `Step`: the last measurement, as it entered the average.
     pub entered: f64,
-    /// `Step`: the last measurement, if it was too large for the average; 0 if not.
-    pub spike: f64,
+    /// H, as the brake goes by it.
+    pub curvature: f64,
     /// H as it was measured last, and at its lowest and highest.
     pub last: f64,
     pub lowest: f64,
@@ -34,7 +34,7 @@ pub(crate) struct Estimate {
     pub in_average: u64,
     /// Whether the last measurement was not finite.
     pub infinite: bool,
-    /// `Step`: how many measurements in a row found that nothing had moved.
+    /// `Step`: how many small steps in a row were too small to measure anything.
     pub still: u64,
     /// Steps taken and skipped when it was last measured.
     pub measured_at: u64,
@@ -60,8 +60,9 @@ pub struct Measurements {
     /// How many met a NaN or an infinity, and count as infinite curvature up to the next step that
     /// measures.
     pub nonfinite: u64,
-    /// How many found that the step had moved nothing, though there was a direction to go: it was too small for
-    /// the parameters' dtype. There is then no estimate, and the next step is a small one that measures.
+    /// How many found that the step was too small, though there was a direction to go: it moved nothing, in the
+    /// parameters' dtype, or being the first it changed no gradient. There is then no estimate, and the next step is
+    /// a small one that measures.
     pub unmoved: u64,
     /// How many say nothing, of a step without a direction: one that was skipped, or whose gradients are 0; by
     /// [`Curvature::Hutchinson`] one whose gradient is not finite.
@@ -112,6 +113,17 @@ impl Measured {
     }
 }
 
+/// What a measurement has left of an estimate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// It has entered, or is an infinity.
+    Known,
+    /// The step was too small: there is none, and the next one measures.
+    Lost,
+    /// It says nothing, and there is what there was.
+    AsItWas,
+}
+
 /// What a product with the Hessian came to.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Probe {
@@ -140,7 +152,7 @@ impl Estimate {
         power: 1.,
         variance: 0.,
         entered: 0.,
-        spike: 0.,
+        curvature: 0.,
         last: 0.,
         lowest: f64::INFINITY,
         highest: 0.,
@@ -157,18 +169,16 @@ impl Estimate {
     }
 
     /// `H`; `None` without an estimate.
-    pub fn curvature(&self, curvature: Curvature) -> Option<f64> {
-        if self.infinite {
-            return Some(f64::INFINITY);
+    pub fn curvature(&self) -> Option<f64> {
+        match self.infinite {
+            true => Some(f64::INFINITY),
+            false => (self.in_average > 0).then_some(self.curvature),
         }
-        if self.in_average == 0 {
-            return None;
-        }
-        Some(match curvature {
-            Curvature::Hutchinson { .. } => self.mean.sqrt(),
-            _ if self.spike > 0. => self.spike,
-            _ => self.noisy_average(),
-        })
+    }
+
+    /// The average of H along steps, corrected for having started at 0.
+    fn average(&self) -> f64 {
+        self.mean / (1. - self.power)
     }
 
     /// `sqrt(average^2 + 2 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
@@ -179,33 +189,36 @@ impl Estimate {
         (average * average + NOISE * variance).sqrt()
     }
 
-    /// The average of H along steps, corrected for having started at 0.
-    fn average(&self) -> f64 {
-        self.mean / (1. - self.power)
-    }
-
     /// Takes a measurement along a step, which had its place after `now` steps:
     /// `H = (||G|| / ||D||) * (||d||^2 / <d, m>)`, the secant curvature along the step times the scale of its
     /// direction. With `D = -phi d` and `d = P^-1 m`, whatever `P`, it is `||G|| ||D|| / <D, P D>`: never below
     /// the curvature along the step in the metric `P` (Cauchy and Schwarz).
-    pub fn observe_step(&mut self, measured: &Measured, decay: f64, now: u64) {
+    ///
+    /// A step that moved nothing leaves no estimate. Nor does the first one if the gradient is the same to the last
+    /// bit and the step was a `small` one: it was too small to meet any curvature.
+    pub fn observe_step(&mut self, measured: &Measured, decay: f64, small: bool, now: u64) -> Left {
         let Measured { change, step: StepSums { step, direction, along } } = *measured;
         let curvature = (change.sqrt() / step.sqrt()) * (direction / along);
         let finite = [change, step, direction, along].iter().all(|sum| sum.is_finite());
         if direction == 0. {
             self.counts.uninformative += 1;
-        } else if finite && step == 0. {
+            return Left::AsItWas;
+        }
+        if finite && (step == 0. || change == 0. && self.in_average == 0 && small) {
             let Self { last, lowest, highest, measured_at, counts, still, .. } = *self;
-            *self = Self { last, lowest, highest, measured_at, ..Self::NONE };
-            (self.counts, self.still) = (counts, still + 1);
+            *self = Self { last, lowest, highest, measured_at, counts, ..Self::NONE };
+            self.still = still + small as u64;
             self.counts.unmoved += 1;
-        } else if !(finite && curvature.is_finite()) {
-            self.infinite = true;
-            self.counts.nonfinite += 1;
-        } else {
+            return Left::Lost;
+        }
+        if finite && curvature.is_finite() {
             self.take_step(curvature, decay);
             self.record(curvature, now);
+        } else {
+            self.infinite = true;
+            self.counts.nonfinite += 1;
         }
+        Left::Known
     }
 
     /// `H` enters the average as at most 8 times the average; beyond that it is a spike, which the brake goes by
@@ -216,7 +229,7 @@ impl Estimate {
         let average = if self.in_average > 0 { self.average() } else { 0. };
         let too_large = average > 0. && curvature > BOUND * average;
         let entering = if too_large { BOUND * average } else { curvature };
-        if self.in_average == 1 && average > BOUND * curvature {
+        if self.in_average == 1 && curvature > 0. && average > BOUND * curvature {
             self.entered = BOUND * curvature;
             self.mean = (1. - self.power) * self.entered;
         }
@@ -226,22 +239,27 @@ impl Estimate {
         self.variance = decay * (self.variance + (1. - decay) * (0.5 * difference * difference));
         self.power *= decay;
         self.entered = entering;
-        self.spike = if too_large { curvature } else { 0. };
+        self.curvature = if too_large { curvature } else { self.noisy_average() };
     }
 
     /// Takes a measurement by random vectors: `squared` is H squared.
-    pub fn observe_rows(&mut self, probe: Probe, squared: f64, now: u64) {
+    pub fn observe_rows(&mut self, probe: Probe, squared: f64, now: u64) -> Left {
         match probe {
-            Probe::Nothing => self.counts.uninformative += 1,
+            Probe::Nothing => {
+                self.counts.uninformative += 1;
+                return Left::AsItWas;
+            }
             Probe::Finite if squared.is_finite() => {
                 self.mean = squared;
-                self.record(squared.sqrt(), now);
+                self.curvature = squared.sqrt();
+                self.record(self.curvature, now);
             }
             _ => {
                 self.infinite = true;
                 self.counts.nonfinite += 1;
             }
         }
+        Left::Known
     }
 
     fn record(&mut self, curvature: f64, now: u64) {
@@ -256,7 +274,7 @@ impl Estimate {
     }
 
     /// What a user is told of it, after `now` steps.
-    pub fn measurements(&self, curvature: Curvature, now: u64) -> Measurements {
+    pub fn measurements(&self, now: u64) -> Measurements {
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let told = |x| (taken > 0).then_some(x);
         Measurements {
@@ -266,7 +284,7 @@ impl Estimate {
             uninformative,
             missing,
             age: self.age(now),
-            curvature: self.curvature(curvature),
+            curvature: self.curvature(),
             last: told(self.last),
             lowest: told(self.lowest),
             highest: told(self.highest),
@@ -281,30 +299,29 @@ impl Estimate {
     /// Whether a checkpoint may have it.
     pub fn is_valid(&self, curvature: Curvature) -> bool {
         let Self { mean, own, power, in_average, .. } = *self;
-        let Self { variance, entered, spike, last, lowest, highest, .. } = *self;
+        let Self { variance, entered, curvature: h, last, lowest, highest, .. } = *self;
         // A block may have the rows of others alone.
         let by_others = matches!(curvature, Curvature::Hutchinson { .. }) && own == 0.;
-        [mean, own, variance, entered, spike, last, lowest, highest]
-            .iter()
-            .all(|number| *number >= 0.)
+        [mean, own, variance, entered, h, last, lowest, highest].iter().all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
             && (power < 1. || in_average == 0 || by_others)
     }
 
     /// As a checkpoint has it.
     pub fn to_text(self) -> String {
-        let Self { mean, own, power, variance, entered, spike, last, lowest, highest, .. } = self;
+        let Self { mean, own, power, variance, entered, curvature, last, .. } = self;
+        let Self { lowest, highest, .. } = self;
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let (in_average, infinite, still) = (self.in_average, self.infinite as u8, self.still);
         format!(
-            "{mean:?} {own:?} {power:?} {variance:?} {entered:?} {spike:?} {last:?} {lowest:?} {highest:?} \
+            "{mean:?} {own:?} {power:?} {variance:?} {entered:?} {curvature:?} {last:?} {lowest:?} {highest:?} \
              {in_average} {infinite} {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
             self.measured_at
         )
     }
 
     pub fn from_numbers(numbers: [f64; 18]) -> Self {
-        let [mean, own, power, variance, entered, spike, last, lowest, highest, counts @ ..] =
+        let [mean, own, power, variance, entered, curvature, last, lowest, highest, counts @ ..] =
             numbers;
         let [in_average, infinite, still, measured_at, counts @ ..] = counts.map(|n| n as u64);
         let [taken, nonfinite, unmoved, uninformative, missing] = counts;
@@ -314,7 +331,7 @@ impl Estimate {
             power,
             variance,
             entered,
-            spike,
+            curvature,
             last,
             lowest,
             highest,
@@ -340,6 +357,7 @@ impl Estimate {
             mean,
             own,
             power,
+            curvature: last,
             last,
             lowest: range.0,
             highest: range.1,

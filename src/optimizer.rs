@@ -9,15 +9,15 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 
-use crate::backend::Inputs;
 use crate::backend::cpu::{self, Asked, Decision, Directions, StepScalars, UNKNOWN};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
-use crate::backend::stages::{Found, Stages, UpdateOptions};
+use crate::backend::stages::{Found, Stages};
+use crate::backend::{Inputs, StepOptions};
 use crate::block::{Block, Last, Powers, STATE, has_state};
 use crate::curvature::{Pending, Plan, Progress};
-use crate::estimate::{Estimate, Measured, Probe};
+use crate::estimate::{Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -169,10 +169,10 @@ impl Optimizer for Srkl {
         self.refuse_unmeasured()?;
         let measures = self.measuring() && !self.probes();
         if self.decides_on_device() {
-            let records = self.records;
+            let options = StepOptions { measures, records: self.records };
             let Self { cuda, blocks, storages, groups, .. } = self;
-            let inputs = Inputs { blocks, storages, groups, grads, scalars, records };
-            if cuda[0].step(&inputs, measures)? {
+            let inputs = Inputs { blocks, storages, groups, grads, scalars };
+            if cuda[0].step(&inputs, options)? {
                 return Ok(()); // Captured, not taken.
             }
             self.count_attempt(measures.then(Vec::new));
@@ -582,8 +582,8 @@ impl Srkl {
         // Devices work while the CPU does.
         for cuda in &mut self.cuda {
             let (blocks, storages, groups) = (&self.blocks, &self.storages, &self.groups);
-            let inputs = Inputs { blocks, storages, groups, grads, scalars, records };
-            cuda.statistics(&inputs)?;
+            let inputs = Inputs { blocks, storages, groups, grads, scalars };
+            cuda.statistics(&inputs, records)?;
         }
         if runs.len() > 1 {
             // Whatever can be wrong with a later run is found before the first one is updated.
@@ -619,7 +619,7 @@ impl Srkl {
                 cuda.send_decisions(&decisions, &self.blocks, &self.groups)?;
             }
             for cuda in &mut self.cuda {
-                cuda.update(measures || records)?;
+                cuda.update(StepOptions { measures, records })?;
             }
             let blocks = &mut self.blocks[run];
             if let Some(pending) = &mut pending {
@@ -631,8 +631,7 @@ impl Srkl {
                     }
                 }
             }
-            let recorded = records.then_some(scalars.grad_scale);
-            let options = UpdateOptions { measures, recorded };
+            let options = (StepOptions { measures, records }, scalars.grad_scale);
             stages.update(blocks, &gradients, &decisions, &self.groups, options)?;
         }
         if !measures {
@@ -664,27 +663,25 @@ impl Srkl {
         let group = |block: &Block| &self.groups[block.group].params;
         let missing = |block: &Block| {
             let measured = !matches!(group(block).curvature, Curvature::GradSquare);
-            !block.known && measured && group(block).lr > 0. && grads.get_id(block.id).is_some()
+            let moves = block.n > 0 && group(block).lr > 0. && grads.get_id(block.id).is_some();
+            !block.known && measured && moves
         };
         if !measures && self.blocks.iter().any(missing) {
             self.progress.blind = true;
         }
     }
 
-    /// Notes of which blocks there is an estimate; if one has been lost, since its step moved nothing, the next
-    /// step measures.
-    fn note_estimates(&mut self) -> Result<()> {
-        self.progress.blind = false;
-        let estimates = match self.decides_on_device() {
-            true => self.cuda[0].estimates_told()?,
-            false => {
-                let told = |block: &Block| (block.estimate.is_known(), block.estimate.still > 0);
-                self.blocks.iter().map(told).collect()
-            }
+    /// Notes what a measurement has left of each estimate, of those that it was about: where one has been lost, or
+    /// there is none at all, the next step measures.
+    fn note_estimates(&mut self, left: Vec<Option<Left>>) -> Result<()> {
+        let known: Vec<bool> = match self.decides_on_device() {
+            true => self.cuda[0].known()?,
+            false => self.blocks.iter().map(|block| block.estimate.is_known()).collect(),
         };
-        for (block, (known, still)) in self.blocks.iter_mut().zip(estimates) {
-            block.known = known;
-            self.progress.blind |= still;
+        self.progress.blind = !known.contains(&true) || left.contains(&Some(Left::Lost));
+        for ((block, known), left) in self.blocks.iter_mut().zip(known).zip(left) {
+            // A block without a direction has nothing to be measured by, and waits for the next time.
+            block.known = known || left == Some(Left::AsItWas);
         }
         Ok(())
     }
@@ -851,17 +848,18 @@ impl Srkl {
         let scalars = self.scalars()?;
         if self.decides_on_device() {
             let Self { cuda, blocks, storages, groups, .. } = self;
-            let inputs = Inputs { blocks, storages, groups, grads: again, scalars, records: false };
+            let inputs = Inputs { blocks, storages, groups, grads: again, scalars };
             cuda[0].observe(&inputs)?;
             cuda[0].forget();
-            return self.note_estimates();
+            let left = self.cuda[0].left()?;
+            return self.note_estimates(left);
         }
         let stages = self.stages();
         let given = self.both_gradients(&stages, |i, _| pending[i].as_ref(), again)?;
         let now = self.steps + self.skipped_steps;
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
-            let inputs = Inputs { blocks, storages, groups, grads: again, scalars, records: false };
+            let inputs = Inputs { blocks, storages, groups, grads: again, scalars };
             cuda.observe(&inputs)?;
         }
         let mut changes = stages.each(blocks, &given, |scratch, block, given| {
@@ -880,19 +878,18 @@ impl Srkl {
         };
         let measured: Vec<Measured> = blocks.iter().zip(&changes).map(own).collect();
         let total = Measured::fold(&measured);
-        for (i, block) in blocks.iter_mut().enumerate() {
+        let observe = |(i, block): (usize, &mut Block)| {
             let params = &groups[block.group].params;
-            let Curvature::Step { decay, .. } = params.curvature else { continue };
+            let Curvature::Step { decay, .. } = params.curvature else { return None };
             let is_missing = pending[i].is_some() && given[i].is_none();
             block.estimate.counts.missing += is_missing as u64;
-            if params.scope == Scope::Global {
-                block.estimate.observe_step(&total, decay, now);
-            } else if !is_missing {
-                block.estimate.observe_step(&measured[i], decay, now);
-            }
-        }
+            let own = if is_missing { None } else { Some(&measured[i]) };
+            let measured = if params.scope == Scope::Global { Some(&total) } else { own };
+            Some(block.estimate.observe_step(measured?, decay, block.small, now))
+        };
+        let left = blocks.iter_mut().enumerate().map(observe).collect();
         self.forget_kept();
-        self.note_estimates()
+        self.note_estimates(left)
     }
 
     /// Both gradients of every block that has them.
@@ -922,7 +919,7 @@ impl Srkl {
         self.forget_kept();
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
-            let inputs = Inputs { blocks, storages, groups, grads, scalars, records: false };
+            let inputs = Inputs { blocks, storages, groups, grads, scalars };
             cuda.squares(&inputs, delta)?;
         }
         if self.decides_on_device() {
@@ -967,12 +964,13 @@ impl Srkl {
         stages.check(&self.blocks, grads)?;
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
-            let first = Inputs { blocks, storages, groups, grads, scalars, records: false };
+            let first = Inputs { blocks, storages, groups, grads, scalars };
             cuda.probe_sums(&first, &Inputs { grads: again, ..first })?;
         }
         if self.decides_on_device() {
             self.cuda[0].average_probe()?;
-            return self.note_estimates();
+            let left = self.cuda[0].left()?;
+            return self.note_estimates(left);
         }
         let decay = |groups: &[Group], block: &Block| match groups[block.group].params.curvature {
             Curvature::Hutchinson { decay, .. } if !stages.frozen[block.group] => Some(decay),
@@ -1016,18 +1014,18 @@ impl Srkl {
         }
         let own = |block: &Block| Pair { a: block.estimate.own, b: 0. };
         let total = Pair::fold(&blocks.iter().map(own).collect::<Vec<_>>()).a;
-        for (block, given) in blocks.iter_mut().zip(&given) {
+        let observe = |(block, given): (&mut Block, &Option<_>)| {
             let is_missing = has_first(groups, block).is_some() && given.is_none();
             block.estimate.counts.missing += is_missing as u64;
             let global = groups[block.group].params.scope == Scope::Global;
-            if decay(groups, block).is_some() && (global || given.is_some()) {
-                let own = block.estimate.own;
-                block.estimate.observe_rows(probe, if global { total } else { own }, now);
-            }
-        }
+            let takes_part = decay(groups, block).is_some() && (global || given.is_some());
+            let squared = if global { total } else { block.estimate.own };
+            takes_part.then(|| block.estimate.observe_rows(probe, squared, now))
+        };
+        let left = blocks.iter_mut().zip(&given).map(observe).collect();
         self.forget_kept();
         self.send_known()?;
-        self.note_estimates()
+        self.note_estimates(left)
     }
 
     /// Puts the averages in the place of the parameters.

@@ -15,7 +15,7 @@
 //! | metadata | `place.NAME` | its place in sums over all parameters, decimal; without it that of the optimizer that loads |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
-//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, variance, entered, spike, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
+//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, variance, entered, curvature, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
@@ -156,7 +156,11 @@ impl Srkl {
                 Loaded::new(&bytes, &self.blocks, self.by_position, params)
             })
             .map_err(|e| e.with_path(path))?;
-        // Nothing below can fail, but for a device that has failed already.
+        for group in &self.groups {
+            check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
+                .map_err(|e| e.context(format!("group `{}`", group.name)).with_path(path))?;
+        }
+        // Nothing below can fail, but for a device that has failed already, or is being captured.
         for (block, loaded) in self.blocks.iter_mut().zip(&loaded.blocks) {
             for ((_, buffer), bytes) in block.state.named_mut().zip(&loaded.state) {
                 buffer.set(bytes)?;

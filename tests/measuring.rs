@@ -234,6 +234,103 @@ fn a_step_that_moves_nothing_leaves_no_estimate() -> Result<()> {
     Ok(())
 }
 
+/// A first step along which the gradient is the same to the last bit has met no curvature, and there is no estimate
+/// by which a long step would be safe: the steps are small ones, twice as long each time, up to a limit.
+#[test]
+fn a_flat_beginning_is_no_estimate() -> Result<()> {
+    // |w| is flat up to 0.
+    let w = var(&[1.; 3], DType::F64)?;
+    let mut opt = Srkl::new(vec![w.clone()], along(1 << 40, 1))?;
+    let mut lengths = vec![];
+    for step in 0..12 {
+        assert!(opt.measuring(), "{step}");
+        let before = values(&w)?[0];
+        measured_step(&mut opt, || Ok(grads([(&w, tensor(&[-1.; 3], DType::F64)?)])))?;
+        lengths.push(values(&w)?[0] / before - 1.);
+    }
+    for (step, length) in lengths.iter().enumerate() {
+        assert_close(*length, 0.003 * 2f64.powi(step.min(8) as i32), 1e-9);
+    }
+    assert_eq!(counts(&opt)?, [0, 0, 12, 0]);
+    // At s * lr a longer step is not to be had, and flat ground is what it is.
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl { lr: 1e-3, ..along(1 << 40, 1) })?;
+    measured_step(&mut opt, || Ok(grads([(&w, tensor(&[-1.; 3], DType::F64)?)])))?;
+    assert_eq!(counts(&opt)?, [1, 0, 0, 0]);
+    assert_eq!(opt.measurements()?.curvature, Some(0.));
+    Ok(())
+}
+
+/// Gradients that are 0 for long, and come back: no step is longer than a small one then, however long it was.
+#[test]
+fn a_long_time_without_gradients() -> Result<()> {
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic()] {
+        let w = var(&[1., -2.], DType::F32)?;
+        let params = ParamsSrkl { weight_decay: 0.1, ..params };
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        for step in 0..700 {
+            let on = !(100..600).contains(&step);
+            let before = values(&w)?;
+            opt.backward_step_with(|| square(&w)? * if on { 1. } else { 0. })?;
+            let after = values(&w)?;
+            let length = norm(&[after[0] - before[0], after[1] - before[1]]);
+            assert!(step < 100 || length < 0.05, "step {step}: {before:?} {after:?}");
+        }
+        assert!(norm(&values(&w)?) < 0.1);
+    }
+    Ok(())
+}
+
+/// A step without an estimate is a small one of the decay too, also where the gradient is 0.
+#[test]
+fn decay_of_a_step_without_an_estimate() -> Result<()> {
+    for g in [0., 1e-6, 1.] {
+        for (weight_decay, share) in [(0.1, 0.003), (0.01, 0.003), (1e-5, 1e-4)] {
+            let w = var(&[1., -2.], DType::F64)?;
+            let params = ParamsSrkl { weight_decay, ..along(10, 10) };
+            let mut opt = Srkl::new(vec![w.clone()], params)?;
+            opt.step(&grads([(&w, tensor(&[g, g], DType::F64)?)]))?;
+            let phi = opt.telemetry()?[0].phi.unwrap();
+            assert!(
+                phi * weight_decay <= share * (1. + 1e-9),
+                "g {g}, decay {weight_decay}: {phi}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A tensor whose gradient is always 0 has nothing to be measured by, and does not make every step measure; nor does
+/// one without an estimate make a resumed training differ.
+#[test]
+fn a_tensor_of_zero_gradients_asks_nothing() -> Result<()> {
+    let vars = [var(&[1., -2.], DType::F32)?, var(&[3.], DType::F32)?];
+    let mut opt = Srkl::new(vars.to_vec(), ParamsSrkl { scope: Scope::Tensor, ..along(10, 2) })?;
+    let mut measured = vec![];
+    for step in 0..25 {
+        if opt.measuring() {
+            measured.push(step);
+        }
+        opt.backward_step_with(|| square(&vars[0])? + (square(&vars[1])? * 0.)?)?;
+    }
+    assert_eq!(measured, [0, 1, 10, 20]);
+    Ok(())
+}
+
+/// Giving a measurement up twice is giving it up once.
+#[test]
+fn skipping_twice() -> Result<()> {
+    for params in [along(1, 1), hutchinson(1, 1)] {
+        let w = var(&[1., -2.], DType::F32)?;
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        opt.skip_measurement();
+        opt.skip_measurement();
+        assert!(!opt.measuring());
+        opt.step(&square(&w)?.backward()?)?;
+        assert!(opt.measuring());
+    }
+    Ok(())
+}
+
 /// Parameters of 16 bits without masters that a step of 0.003 can't move: it doubles until they do.
 #[test]
 fn a_small_step_grows_until_something_moves() -> Result<()> {
@@ -245,7 +342,7 @@ fn a_small_step_grows_until_something_moves() -> Result<()> {
     let mut steps = 0;
     while values(&w)? == [1.; 5] {
         assert!(opt.measuring(), "after {steps} steps");
-        measured_step(&mut opt, || Ok(grads([(&w, tensor(&[-1.; 5], DType::BF16)?)])))?;
+        measured_step(&mut opt, || Ok(grads([(&w, (&*w - 2.)?)])))?;
         phis.push(opt.telemetry()?[0].phi.unwrap());
         steps += 1;
         assert!(steps < 5);

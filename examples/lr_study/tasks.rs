@@ -123,8 +123,8 @@ impl Task {
         // (evaluations, seeds, half decades) of the short study and of the full one.
         let (short, full_study) = match self {
             Self::Digits => ((1000, 3, true), (3000, 3, true)),
-            Self::Deep => ((1000, 2, true), (3000, 3, true)),
-            Self::CharLm => ((500, 1, false), (1000, 3, true)),
+            Self::Deep => ((1000, 3, true), (3000, 3, true)),
+            Self::CharLm => ((500, 3, false), (1000, 3, true)),
             Self::Quadratic => ((1000, 3, true), (3000, 3, true)),
             Self::Rosenbrock => ((2000, 1, true), (5000, 3, true)),
             Self::Logistic => ((500, 3, true), (2000, 3, true)),

@@ -233,6 +233,8 @@ pub(crate) struct Decision {
     pub phi: f64,
     /// Whether everything that this block uses is finite.
     pub finite: bool,
+    /// Whether the step is a small one, shorter than it would be on flat ground.
+    pub small: bool,
 }
 
 /// The curvature of a block that has not been measured.
@@ -269,7 +271,7 @@ pub(crate) fn decide(
             finite &= curvature.is_finite();
             (curvature, brake(lr, params.beta_value(), curvature))
         }
-        measured => match estimate.curvature(measured) {
+        _ => match estimate.curvature() {
             // Never a step into the blind; `adjust` may allow a small one.
             None => (UNKNOWN, 0.),
             Some(f64::INFINITY) => (f64::INFINITY, 0.),
@@ -277,7 +279,7 @@ pub(crate) fn decide(
         },
     };
     let phi = if has_element_brakes(params) && phi != 0. { lr } else { phi };
-    Decision { c, curvature, phi, finite }
+    Decision { c, curvature, phi, finite, small: false }
 }
 
 /// What the averages of a block need in a step.
@@ -341,8 +343,8 @@ const LEAST_RMS: f64 = 0.01;
 /// The length of a step that nothing is known for, beside the size of the parameters.
 const SMALL_STEP: f64 = 0.003;
 
-/// How often it is doubled at most, one time for each in a row that has moved nothing.
-const MOST_DOUBLINGS: u64 = 1000;
+/// How often it is doubled at most, once for each in a row that was too small.
+const MOST_DOUBLINGS: u64 = 8;
 
 /// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
 /// come, of which `still` in a row have moved nothing, and the trust clip.
@@ -358,9 +360,14 @@ pub(crate) fn adjust(
     if measures_steps(params) && measures && !decision.is_known() {
         let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
         let rms_d = (total.a / total_n).sqrt();
-        let small = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32) * rms_w / rms_d;
+        let share = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32);
+        let by_direction = share * rms_w / rms_d;
+        // An infinity without decay.
+        let by_decay = share / params.weight_decay;
+        let small = if by_decay < by_direction { by_decay } else { by_direction };
         let lr = scalars.schedule * params.lr;
-        decision.phi = if small < lr { small } else { lr };
+        decision.small = small < lr;
+        decision.phi = if decision.small { small } else { lr };
     }
     if let Some(tau) = params.trust {
         let length = own.a.sqrt();

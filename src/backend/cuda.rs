@@ -23,10 +23,10 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
 use super::cpu::{Corrections, Decision, PROBES, StepScalars};
-use super::{Counters, Inputs};
+use super::{Counters, Inputs, StepOptions};
 use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
-use crate::estimate::{Counts, Estimate, Probe, StepSums};
+use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
 use crate::numerics::{CHUNK, LANES, Pair, Sums};
 use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
@@ -234,7 +234,7 @@ impl Cuda {
             entry.old = old.as_ref().map_or(0, |old| old.device_ptr(&stream).0 + entry.old);
         }
         let scalars = StepScalars { schedule: 1., grad_scale: 1. };
-        let settings = Settings::new(groups, scalars, false);
+        let settings = Settings::new(groups, scalars);
         let memory = Memory {
             blocks: device.clone_htod(&entries)?,
             gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
@@ -298,9 +298,10 @@ impl Cuda {
     /// # Errors
     ///
     /// Whatever can be wrong with a gradient, or with a capture; nothing is launched then.
-    pub fn step(&mut self, inputs: &Inputs, measures: bool) -> Result<bool> {
+    pub fn step(&mut self, inputs: &Inputs, options: StepOptions) -> Result<bool> {
+        let StepOptions { measures, records } = options;
         let (gradients, alive) = self.find(inputs)?;
-        let settings = Settings::new(inputs.groups, inputs.scalars, inputs.records);
+        let settings = Settings::new(inputs.groups, inputs.scalars);
         let capturing = self.is_capturing()?;
         let address = if capturing {
             if measures {
@@ -318,10 +319,10 @@ impl Cuda {
             self.send_gradients(gradients)?;
             self.table.gradients
         };
-        let sums_up = measures || inputs.records;
         let launch = |stages: u32| {
+            let stages = stages | if records { abi::SRKL_RECORD } else { 0 };
             let table = abi::SrklTable { gradients: address, ..self.for_stages(stages) };
-            self.launch(&table, sums_up && stages & abi::SRKL_UPDATE != 0)
+            self.launch(&table, (measures || records) && stages & abi::SRKL_UPDATE != 0)
         };
         let any = |holds: fn(&ParamsSrkl) -> bool| inputs.groups.iter().any(|g| holds(&g.params));
         // The gradients must live until the kernel is launched; then the stream's order protects them.
@@ -330,7 +331,7 @@ impl Cuda {
             let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
             self.launch_sums(address, what, 0.)?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
-        } else if any(uses_sums) || self.has_masters || inputs.records {
+        } else if any(uses_sums) || self.has_masters || records {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             launch(stages | abi::SRKL_COUNT)?;
         } else {
@@ -358,12 +359,22 @@ impl Cuda {
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0.)
     }
 
-    /// Of each block whether there is an estimate, and whether there is none since its last step moved nothing, as
-    /// the last measurement has left it. Waits for the device.
-    pub fn estimates_told(&self) -> Result<Vec<(bool, bool)>> {
+    /// Of each block whether there is an estimate, as the last measurement has left it. Waits for the device.
+    pub fn known(&self) -> Result<Vec<bool>> {
         let told = self.device.clone_dtoh(&self.memory.told)?;
-        let each = |told| (told & abi::SRKL_KNOWN != 0, told & abi::SRKL_UNMOVED != 0);
-        Ok(told.into_iter().map(each).collect())
+        Ok(told.into_iter().map(|told: u32| told & abi::SRKL_KNOWN != 0).collect())
+    }
+
+    /// Of each block what the last measurement has left of its estimate. Waits for the device.
+    pub fn left(&self) -> Result<Vec<Option<Left>>> {
+        let told = self.device.clone_dtoh(&self.memory.told)?;
+        let left = |told: u32| {
+            let is = |bit| (told & bit != 0).then_some(());
+            let lost = is(abi::SRKL_LOST).map(|()| Left::Lost);
+            let as_it_was = is(abi::SRKL_AS_IT_WAS).map(|()| Left::AsItWas);
+            lost.or(as_it_was).or(is(abi::SRKL_KNOWN).map(|()| Left::Known))
+        };
+        Ok(told.into_iter().map(left).collect())
     }
 
     /// The sums of each block's last step, by its place, of one that measured or recorded norms. Waits for the
@@ -394,7 +405,7 @@ impl Cuda {
     pub fn squares(&mut self, inputs: &Inputs, delta: f64) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         let (gradients, alive) = self.find(inputs)?;
-        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
+        self.send(Settings::new(inputs.groups, inputs.scalars))?;
         self.send_gradients(gradients)?;
         self.pending = alive;
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_SQUARES, delta)
@@ -455,7 +466,9 @@ impl Cuda {
     /// # Errors
     ///
     /// As [`Cuda::step`]; and such a step cannot be captured.
-    pub fn statistics(&mut self, inputs: &Inputs) -> Result<()> {
+    ///
+    /// `records` says whether norms are recorded.
+    pub fn statistics(&mut self, inputs: &Inputs, records: bool) -> Result<()> {
         if self.is_capturing()? {
             bail!(
                 "a step of parameters on several devices is decided on the host, which waits for them; \
@@ -463,10 +476,11 @@ impl Cuda {
             )
         }
         let (gradients, alive) = self.find(inputs)?;
-        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
+        self.send(Settings::new(inputs.groups, inputs.scalars))?;
         self.send_gradients(gradients)?;
         self.pending = alive;
-        self.launch(&self.for_stages(abi::SRKL_STATISTICS), false)
+        let record = if records { abi::SRKL_RECORD } else { 0 };
+        self.launch(&self.for_stages(abi::SRKL_STATISTICS | record), false)
     }
 
     /// What [`Cuda::statistics`] found: the places of blocks that have a gradient, with their sums. Waits
@@ -498,6 +512,7 @@ impl Cuda {
                     average: corrections.average,
                     powers: abi::SrklPowers::default(),
                     step: 1,
+                    small: 0,
                 }
             }
             None => abi::SrklDecision::default(),
@@ -536,8 +551,9 @@ impl Cuda {
     /// Stage 3 alone, by the decisions that were sent. The gradients are those of the last
     /// [`Cuda::statistics`], and still alive.
     ///
-    /// If it `sums_up` how blocks move, [`Cuda::step_sums`] tells.
-    pub fn update(&mut self, sums_up: bool) -> Result<()> {
+    /// If it measures or records, [`Cuda::step_sums`] tells how blocks have moved.
+    pub fn update(&mut self, options: StepOptions) -> Result<()> {
+        let sums_up = options.measures || options.records;
         self.launch(&self.for_stages(abi::SRKL_UPDATE), sums_up)
     }
 
@@ -547,8 +563,7 @@ impl Cuda {
     ///
     /// In a capture, where a replay would set them back each time.
     pub fn set(&mut self, groups: &[Group], scalars: StepScalars) -> Result<()> {
-        let records = self.settings.scalars.records != 0;
-        let settings = Settings::new(groups, scalars, records);
+        let settings = Settings::new(groups, scalars);
         if settings != self.settings && self.is_capturing()? {
             bail!("{SETTINGS_IN_CAPTURE}")
         }
@@ -572,7 +587,7 @@ impl Cuda {
         let skipped = self.device.clone_dtoh(&self.memory.skipped)?;
         let norms = match state.recorded != 0 {
             true => {
-                let c = 1. / self.settings.scalars.grad_scale;
+                let c = 1. / state.grad_scale;
                 let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
                 let steps = self.step_sums()?.into_iter().map(|(_, sums)| sums.step.sqrt());
                 let all = statistics.into_iter().zip(steps);
@@ -613,7 +628,7 @@ impl Cuda {
             power: e.power,
             variance: e.variance,
             entered: e.entered,
-            spike: e.spike,
+            curvature: e.curvature,
             last: e.last,
             lowest: e.lowest,
             highest: e.highest,
@@ -725,7 +740,7 @@ impl Cuda {
     /// Sends second gradients.
     fn send_again(&mut self, inputs: &Inputs) -> Result<Vec<Tensor>> {
         let (again, alive) = self.find(inputs)?;
-        self.send(Settings::new(inputs.groups, inputs.scalars, inputs.records))?;
+        self.send(Settings::new(inputs.groups, inputs.scalars))?;
         self.upload(&again, |memory| &mut memory.again)?;
         Ok(alive)
     }
@@ -910,7 +925,7 @@ impl Pinned {
 }
 
 impl Settings {
-    fn new(groups: &[Group], scalars: StepScalars, records: bool) -> Self {
+    fn new(groups: &[Group], scalars: StepScalars) -> Self {
         let any = |holds: fn(&ParamsSrkl) -> bool| groups.iter().any(|group| holds(&group.params));
         let (norm, total, whole) = (any(uses_norm), any(uses_total), any(steps_whole));
         let scalars = abi::SrklScalars {
@@ -919,7 +934,7 @@ impl Settings {
             norm: norm as u32,
             total: total as u32,
             whole: whole as u32,
-            records: records as u32,
+            pad: 0,
         };
         Self { groups: groups.iter().map(group).collect(), scalars }
     }
@@ -980,7 +995,7 @@ fn estimate(estimate: &Estimate) -> abi::SrklEstimate {
         power: estimate.power,
         variance: estimate.variance,
         entered: estimate.entered,
-        spike: estimate.spike,
+        curvature: estimate.curvature,
         last: estimate.last,
         lowest: estimate.lowest,
         highest: estimate.highest,
@@ -1068,7 +1083,6 @@ mod tests {
                         groups: &opt.groups,
                         grads: &grads,
                         scalars: StepScalars { schedule: 1., grad_scale: 1. },
-                        records: false,
                     };
                     opt.cuda[0].launch_shifted(&inputs, start)?;
                     var.to_dtype(DType::F32)?.to_vec1()
@@ -1096,7 +1110,7 @@ mod tests {
             let (mut gradients, _alive) = self.find(inputs)?;
             let size = inputs.blocks[0].dtype.size_in_bytes() as u64;
             gradients[0].address = gradients[0].address.wrapping_sub(size * by);
-            self.send(Settings::new(inputs.groups, inputs.scalars, false))?;
+            self.send(Settings::new(inputs.groups, inputs.scalars))?;
             self.send_gradients(gradients)?;
             let all = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             self.launch(&self.for_stages(all | abi::SRKL_COUNT), false)

@@ -40,6 +40,13 @@ pub(crate) struct Inputs<'a> {
     pub groups: &'a [Group],
     pub grads: &'a GradStore,
     pub scalars: StepScalars,
+}
+
+/// What a step does beside moving blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct StepOptions {
+    /// Whether curvature is measured along it.
+    pub measures: bool,
     /// Whether norms are recorded.
     pub records: bool,
 }

@@ -3,9 +3,9 @@
 use candle_core::Result;
 
 use super::cpu::{Decision, StepScalars};
-use super::{Counters, Inputs};
+use super::{Counters, Inputs, StepOptions};
 use crate::block::{Block, Last, Powers};
-use crate::estimate::{Estimate, Probe, StepSums};
+use crate::estimate::{Estimate, Left, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
 use crate::optimizer::Group;
 
@@ -17,7 +17,7 @@ pub(crate) fn devices_of(_: &[Block], _: &[Group]) -> Result<Vec<Cuda>> {
 }
 
 impl Cuda {
-    pub fn step(&mut self, _: &Inputs, _: bool) -> Result<bool> {
+    pub fn step(&mut self, _: &Inputs, _: StepOptions) -> Result<bool> {
         match *self {}
     }
 
@@ -37,7 +37,11 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn estimates_told(&self) -> Result<Vec<(bool, bool)>> {
+    pub fn known(&self) -> Result<Vec<bool>> {
+        match *self {}
+    }
+
+    pub fn left(&self) -> Result<Vec<Option<Left>>> {
         match *self {}
     }
 
@@ -89,7 +93,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn statistics(&mut self, _: &Inputs) -> Result<()> {
+    pub fn statistics(&mut self, _: &Inputs, _: bool) -> Result<()> {
         match *self {}
     }
 
@@ -110,7 +114,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn update(&mut self, _: bool) -> Result<()> {
+    pub fn update(&mut self, _: StepOptions) -> Result<()> {
         match *self {}
     }
 

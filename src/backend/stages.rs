@@ -12,6 +12,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
+use super::StepOptions;
 use super::cpu::{self, Asked, Decision, PIECE, Scratch};
 use super::gradient::Gradient;
 use super::pool::Pool;
@@ -42,15 +43,6 @@ impl<'a> Found<'a> {
         let gradient = grads.get_id(block.id)?;
         Some(Self { gradient, sums, storage: 0, elements: 0 })
     }
-}
-
-/// What an update does beside moving blocks.
-#[derive(Clone, Copy)]
-pub(crate) struct UpdateOptions {
-    /// Whether curvature is measured along the step.
-    pub measures: bool,
-    /// The gradient scale, if norms are recorded.
-    pub recorded: Option<f64>,
 }
 
 /// The CPU as a place for stages. Blocks on a CUDA device are passed over.
@@ -100,7 +92,8 @@ impl Stages {
     ) -> Result<Vec<Option<Found<'g>>>> {
         let find = |scratch: &mut Scratch, (batch, found): (&[Block], &mut [Option<Found<'g>>])| {
             let tensor_of = |block: &Block| {
-                grads.get_id(block.id).filter(|_| block.on_cpu && !self.frozen[block.group])
+                let takes_part = block.on_cpu && !self.frozen[block.group];
+                grads.get_id(block.id).filter(|_| takes_part)
             };
             let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
@@ -135,9 +128,8 @@ impl Stages {
         gradients: &[Option<Found>],
         decisions: &[Option<Decision>],
         groups: &[Group],
-        options: UpdateOptions,
+        (StepOptions { measures, records }, grad_scale): (StepOptions, f64),
     ) -> Result<()> {
-        let UpdateOptions { measures, recorded } = options;
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(gradients.chunks(size));
         let batches = batches.zip(decisions.chunks(size));
@@ -149,17 +141,18 @@ impl Stages {
                 }
             }
             for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
+                block.small = decision.is_none_or(|d| d.small);
                 block.last =
                     decision.map(|d| Last { curvature: d.curvature, phi: d.phi, norms: None });
                 match (found, decision) {
                     (Some(Found { gradient, sums, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
                         if block.on_cpu {
-                            let measures = measures && measures_steps(params) || recorded.is_some();
+                            let measures = measures && measures_steps(params) || records;
                             let numbers = (params, decision);
                             cpu::update(block, gradient, numbers, measures, self.simd, scratch)?;
                         }
-                        if let (Some(last), Some(grad_scale)) = (&mut block.last, recorded) {
+                        if let Some(last) = block.last.as_mut().filter(|_| records) {
                             let step = block.step_sums.step.sqrt();
                             last.norms = Some([sums.norm(1. / grad_scale), step]);
                         }

@@ -27,6 +27,7 @@ pub const SRKL_STATISTICS: u32 = 1;
 pub const SRKL_DECIDE: u32 = 2;
 pub const SRKL_UPDATE: u32 = 4;
 pub const SRKL_COUNT: u32 = 8;
+pub const SRKL_RECORD: u32 = 16;
 pub const SRKL_SUM_DIRECTIONS: u32 = 0;
 pub const SRKL_SUM_MEASURING: u32 = 1;
 pub const SRKL_SUM_STEP: u32 = 2;
@@ -38,7 +39,8 @@ pub const SRKL_FINITE: u32 = 0;
 pub const SRKL_INFINITE: u32 = 1;
 pub const SRKL_NOTHING: u32 = 2;
 pub const SRKL_KNOWN: u32 = 1;
-pub const SRKL_UNMOVED: u32 = 2;
+pub const SRKL_LOST: u32 = 2;
+pub const SRKL_AS_IT_WAS: u32 = 4;
 pub const SRKL_PERTURB: u32 = 0;
 pub const SRKL_SWAP: u32 = 1;
 pub const SRKL_RESTORE_PERTURBED: u32 = 2;
@@ -150,7 +152,7 @@ pub struct SrklScalars {
     pub norm: ::std::os::raw::c_uint,
     pub total: ::std::os::raw::c_uint,
     pub whole: ::std::os::raw::c_uint,
-    pub records: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -163,8 +165,7 @@ const _: () = {
     ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 16usize];
     ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 20usize];
     ["Offset of field: SrklScalars::whole"][::std::mem::offset_of!(SrklScalars, whole) - 24usize];
-    ["Offset of field: SrklScalars::records"]
-        [::std::mem::offset_of!(SrklScalars, records) - 28usize];
+    ["Offset of field: SrklScalars::pad"][::std::mem::offset_of!(SrklScalars, pad) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -246,7 +247,7 @@ pub struct SrklEstimate {
     pub power: f64,
     pub variance: f64,
     pub entered: f64,
-    pub spike: f64,
+    pub curvature: f64,
     pub last: f64,
     pub lowest: f64,
     pub highest: f64,
@@ -271,7 +272,8 @@ const _: () = {
         [::std::mem::offset_of!(SrklEstimate, variance) - 24usize];
     ["Offset of field: SrklEstimate::entered"]
         [::std::mem::offset_of!(SrklEstimate, entered) - 32usize];
-    ["Offset of field: SrklEstimate::spike"][::std::mem::offset_of!(SrklEstimate, spike) - 40usize];
+    ["Offset of field: SrklEstimate::curvature"]
+        [::std::mem::offset_of!(SrklEstimate, curvature) - 40usize];
     ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 48usize];
     ["Offset of field: SrklEstimate::lowest"]
         [::std::mem::offset_of!(SrklEstimate, lowest) - 56usize];
@@ -321,10 +323,11 @@ pub struct SrklDecision {
     pub average: f64,
     pub powers: SrklPowers,
     pub step: ::std::os::raw::c_ulonglong,
+    pub small: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 80usize];
+    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 88usize];
     ["Alignment of SrklDecision"][::std::mem::align_of::<SrklDecision>() - 8usize];
     ["Offset of field: SrklDecision::c"][::std::mem::offset_of!(SrklDecision, c) - 0usize];
     ["Offset of field: SrklDecision::curvature"]
@@ -339,6 +342,7 @@ const _: () = {
     ["Offset of field: SrklDecision::powers"]
         [::std::mem::offset_of!(SrklDecision, powers) - 48usize];
     ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 72usize];
+    ["Offset of field: SrklDecision::small"][::std::mem::offset_of!(SrklDecision, small) - 80usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -346,6 +350,7 @@ pub struct SrklState {
     pub steps: ::std::os::raw::c_ulonglong,
     pub skipped_steps: ::std::os::raw::c_ulonglong,
     pub grad_norm: f64,
+    pub grad_scale: f64,
     pub probe_size: f64,
     pub next_statistics: ::std::os::raw::c_ulonglong,
     pub next_update: ::std::os::raw::c_ulonglong,
@@ -360,28 +365,30 @@ pub struct SrklState {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 80usize];
+    ["Size of SrklState"][::std::mem::size_of::<SrklState>() - 88usize];
     ["Alignment of SrklState"][::std::mem::align_of::<SrklState>() - 8usize];
     ["Offset of field: SrklState::steps"][::std::mem::offset_of!(SrklState, steps) - 0usize];
     ["Offset of field: SrklState::skipped_steps"]
         [::std::mem::offset_of!(SrklState, skipped_steps) - 8usize];
     ["Offset of field: SrklState::grad_norm"]
         [::std::mem::offset_of!(SrklState, grad_norm) - 16usize];
+    ["Offset of field: SrklState::grad_scale"]
+        [::std::mem::offset_of!(SrklState, grad_scale) - 24usize];
     ["Offset of field: SrklState::probe_size"]
-        [::std::mem::offset_of!(SrklState, probe_size) - 24usize];
+        [::std::mem::offset_of!(SrklState, probe_size) - 32usize];
     ["Offset of field: SrklState::next_statistics"]
-        [::std::mem::offset_of!(SrklState, next_statistics) - 32usize];
+        [::std::mem::offset_of!(SrklState, next_statistics) - 40usize];
     ["Offset of field: SrklState::next_update"]
-        [::std::mem::offset_of!(SrklState, next_update) - 40usize];
-    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 48usize];
+        [::std::mem::offset_of!(SrklState, next_update) - 48usize];
+    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 56usize];
     ["Offset of field: SrklState::blocks_done"]
-        [::std::mem::offset_of!(SrklState, blocks_done) - 52usize];
-    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 56usize];
-    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 60usize];
-    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 64usize];
-    ["Offset of field: SrklState::probe"][::std::mem::offset_of!(SrklState, probe) - 68usize];
-    ["Offset of field: SrklState::recorded"][::std::mem::offset_of!(SrklState, recorded) - 72usize];
-    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 76usize];
+        [::std::mem::offset_of!(SrklState, blocks_done) - 60usize];
+    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 64usize];
+    ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 68usize];
+    ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 72usize];
+    ["Offset of field: SrklState::probe"][::std::mem::offset_of!(SrklState, probe) - 76usize];
+    ["Offset of field: SrklState::recorded"][::std::mem::offset_of!(SrklState, recorded) - 80usize];
+    ["Offset of field: SrklState::pad"][::std::mem::offset_of!(SrklState, pad) - 84usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
