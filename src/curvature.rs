@@ -201,8 +201,8 @@ impl Srkl {
     pub(crate) fn refuse_unreached(&self, grads: &GradStore) -> Result<()> {
         if !self.blocks.is_empty() && self.blocks.iter().all(|b| grads.get_id(b.id).is_none()) {
             bail!(
-                "the loss reaches none of the {} parameters: it is a constant, of an integer dtype, \
-                 detached, or computed from other variables; or each way to them leads through an \
+                "the loss reaches none of the {} parameters: it is a constant, times 0, of an \
+                 integer dtype, detached, or computed from other variables; or each way to them leads through an \
                  operation that has no backward pass in candle (the fused `layer_norm`, `rms_norm`, \
                  `softmax_last_dim` and `rope`)",
                 self.blocks.len()

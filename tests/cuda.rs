@@ -198,12 +198,13 @@ fn train_measuring(
             .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
                 name.len() > 1
             })
+            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "3")
             .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
     };
     let mut opt = build()?;
     let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
     let mut lines = vec![];
-    for step in 0..5 {
+    for step in 0..6 {
         let (mut store, mut again) = (grads([]), grads([]));
         for (i, var) in vars.iter().enumerate() {
             let salt = seed + 1000 * step + 10 * i as u64;
@@ -211,7 +212,9 @@ fn train_measuring(
                 let other = noise(var.elem_count(), 0.1, salt + 1);
                 let other = tensor(&other, g.dtype())?.to_device(on(i))?;
                 let mut second = (&g + other)?;
+                // Not finite, or 0.
                 let first = if matches!(step, 1 | 2) && i == 5 { (&g / 0.)? } else { g };
+                let first = if i == 6 { (&first * 0.)? } else { first };
                 if step == 3 && i == 7 {
                     second = (second / 0.)?;
                 }
@@ -226,6 +229,12 @@ fn train_measuring(
         if step == 1 {
             opt.set_grad_scale(3.)?;
             opt.set_learning_rate(params.lr / 7.);
+        }
+        if step == 4 {
+            // Does not move, nor measure along the step.
+            opt.set_learning_rate(0.);
+        } else if step == 5 {
+            opt.set_learning_rate(params.lr);
         }
         if step == 2 {
             // Goes on from a checkpoint.
@@ -248,6 +257,10 @@ fn train_measuring(
         opt.step(&store)?;
         if measures && !probes {
             opt.observe(&again)?;
+        }
+        if step == 3 {
+            // What is told of the last step does not depend on it.
+            opt.set_grad_scale(5.)?;
         }
         lines.push(format!("{step} {:?}", opt.measurements()?));
         lines.extend(opt.telemetry()?.into_iter().map(|t| format!("{step} {t:?}")));
@@ -608,8 +621,11 @@ fn measuring_steps_between_replays() -> Result<()> {
     let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9 };
     let params = ParamsSrkl { curvature, average: Some(0.9), ..ParamsSrkl::braked_adam() };
     for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
+        let records = params.trust.is_none();
         let mut eager = Learner::with(params.clone(), &device)?;
         let mut replayed = Learner::with(params, &device)?;
+        eager.opt.record_norms(records);
+        replayed.opt.record_norms(records);
         for _ in 0..2 {
             eager.train()?;
             replayed.train()?;
@@ -625,6 +641,9 @@ fn measuring_steps_between_replays() -> Result<()> {
             }
             eager.train()?;
             assert_eq!(eager.state()?, replayed.state()?, "step {step}");
+            let told = replayed.opt.telemetry()?;
+            assert_eq!(eager.opt.telemetry()?, told, "step {step}");
+            assert_eq!(told[0].step_norm.is_some(), records);
         }
         assert_eq!(eager.opt.measurements()?.taken, 4);
         let grads = grads(replayed.vars.iter().map(|var| (var, var.ones_like().unwrap())));
