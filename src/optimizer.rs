@@ -363,11 +363,9 @@ impl Srkl {
         let outcomes = self.outcomes()?;
         let param_norms = self.param_norms(&outcomes)?;
         let estimates = self.estimates()?;
-        let all = self.blocks.iter().zip(outcomes).zip(param_norms).zip(estimates);
-        let entry = |(((block, (last, skipped)), param_norm), estimate): (
-            ((&Block, (Option<Last>, u64)), Option<f64>),
-            Estimate,
-        )| {
+        let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);
+        let mut all = Vec::with_capacity(self.blocks.len());
+        for (block, (((last, skipped), param_norm), estimate)) in self.blocks.iter().zip(numbers) {
             let group = &self.groups[block.group];
             let norms = last.and_then(|last| last.norms);
             let shared = last.filter(|_| !cpu::has_element_brakes(&group.params));
@@ -383,9 +381,8 @@ impl Srkl {
                 param_norm,
                 skipped,
             };
-            (block.place, telemetry)
-        };
-        let mut all: Vec<_> = all.map(entry).collect();
+            all.push((block.place, telemetry));
+        }
         all.sort_by_key(|(place, _)| *place);
         Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
     }
