@@ -7,6 +7,7 @@
 // Elements in a chunk and lanes of a sum: src/numerics.rs explains them.
 #define SRKL_CHUNK 8192
 #define SRKL_LANES 1024
+#define SRKL_STRIP 32
 
 // How many elements of a block are compared with their masters before a step.
 #define SRKL_PROBES 32
@@ -242,6 +243,7 @@ typedef struct {
     unsigned long long chunk_pairs; // SrklPair[chunk_count]
     unsigned long long pairs;       // SrklPair[block_count]
     unsigned long long step_sums;   // SrklStepSums[block_count]: of a step that measures or records
+    unsigned long long strips;      // double[chunk_count * SRKL_CHUNK / SRKL_STRIP]: sums of D^2, or 0
     unsigned long long told;        // unsigned int[block_count]: after a measurement SRKL_KNOWN and so on
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
@@ -267,5 +269,5 @@ static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_para
               "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, step) == 72, "SrklDecision");
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
-static_assert(sizeof(SrklTable) == 184 && offsetof(SrklTable, stages) == 176, "SrklTable");
+static_assert(sizeof(SrklTable) == 192 && offsetof(SrklTable, stages) == 184, "SrklTable");
 #endif

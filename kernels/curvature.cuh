@@ -59,10 +59,6 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     C g2;
     from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
     double change = __dmul_rn(numbers.decision.c, __dsub_rn((double)g2, (double)g));
-    if (what == SRKL_SUM_STEP) {
-        pair.a = __dmul_rn(change, change);
-        return pair;
-    }
     double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
     // As q can hold it.
     C square;
@@ -100,6 +96,41 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
         lanes.sum4[l] = b2;
     }
     return tree_pair(lanes, width);
+}
+
+// SRKL_SUM_STEP: with `G = c (again - first)` the sums of `G^2`, and of `||G|| ||D||` over strips, over
+// elements `start..start + len` of a block, one chunk, of whose strips `strips` has the sums of `D^2`.
+template <typename C>
+__device__ inline SrklPair chunk_change(const SrklTable &table, u64 b, double c, u64 start, int len,
+                                        const double *strips, Lanes &lanes) {
+    const SrklGradient first = ((const SrklGradient *)table.gradients)[b];
+    const SrklGradient again = ((const SrklGradient *)table.again)[b];
+    const int STRIPS = SRKL_CHUNK / SRKL_STRIP;
+    for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = 0.;
+    for (int l = threadIdx.x; l < STRIPS; l += SRKL_THREADS) lanes.sum4[l] = 0.;
+    __syncthreads();
+    for (int row = 0; row < len; row += SRKL_THREADS) {
+        const int at = row + threadIdx.x;
+        double square = 0.;
+        if (at < len) {
+            C g, g2;
+            from_f64(load_one(first, start + at), g);
+            from_f64(load_one(again, start + at), g2);
+            const double change = __dmul_rn(c, __dsub_rn((double)g2, (double)g));
+            square = __dmul_rn(change, change);
+            double *lane = &lanes.sum2[at % SRKL_LANES];
+            *lane = __dadd_rn(*lane, square);
+        }
+        const double sum = strip_sum(square);
+        if (at < len && at % SRKL_STRIP == 0) {
+            const int strip = at / SRKL_STRIP;
+            lanes.sum4[strip] = __dmul_rn(__dsqrt_rn(sum), __dsqrt_rn(strips[strip]));
+        }
+    }
+    SrklPair sums;
+    sums.a = tree(lanes.sum2, SRKL_LANES);
+    sums.b = tree(lanes.sum4, STRIPS);
+    return sums;
 }
 
 // Whether a block would take part in these sums, if it has a second gradient where they need one.
@@ -180,14 +211,23 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     estimate.curvature = too_large ? curvature : noisy_average_of(estimate);
 }
 
+// What a measurement along a step comes to: `Measured` in src/estimate.rs.
+struct Measured {
+    double change, step, direction, bound, metric;
+};
+
+// `<D, P D>` of a block.
+__device__ inline double metric_of(const SrklStepSums &sums) {
+    return sums.direction == 0. ? 0. : __dmul_rn(sums.step, __ddiv_rn(sums.along, sums.direction));
+}
+
 // Takes a measurement along a step: `Estimate::observe_step`. Returns what it has left of the estimate:
 // SRKL_LOST, SRKL_AS_IT_WAS or 0.
-__device__ inline u32 observe_step(SrklEstimate &estimate, double change, const SrklStepSums &sums,
-                                   double decay, bool small, u64 now) {
-    const double secant = __ddiv_rn(__dsqrt_rn(change), __dsqrt_rn(sums.step));
-    const double curvature = __dmul_rn(secant, __ddiv_rn(sums.direction, sums.along));
-    const bool finite =
-        is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) && is_finite(sums.along);
+__device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, double decay, bool small,
+                                   u64 now) {
+    const double change = sums.change, curvature = __ddiv_rn(sums.bound, sums.metric);
+    const bool finite = is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) &&
+                        is_finite(sums.bound) && is_finite(sums.metric);
     if (sums.direction == 0.) {
         estimate.uninformative++;
         return SRKL_AS_IT_WAS;
@@ -237,7 +277,7 @@ __device__ inline u32 observe_rows(SrklEstimate &estimate, u32 probe, double squ
 struct Totals {
     SrklPair sums;
     double n; // elements
-    SrklStepSums step;
+    Measured step;
     u64 now; // steps taken and skipped
 };
 
@@ -246,25 +286,30 @@ __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile 
     const SrklGroup &group = ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group];
     if (group.curvature != SRKL_STEP) return 0;
     SrklEstimate &estimate = ((SrklEstimate *)table.estimates)[b];
-    SrklStepSums step = {0., 0., 0.};
-    double change = 0.;
+    Measured sums = {0., 0., 0., 0., 0.};
     const bool part = takes_part(table, SRKL_SUM_STEP, b);
     const bool missing = !part && takes_first_part(table, SRKL_SUM_STEP, b);
     estimate.missing += missing;
     if (group.scope == SRKL_GLOBAL) {
-        step.step = totals.step.step;
-        step.direction = totals.step.direction;
-        step.along = totals.step.along;
-        change = totals.sums.a;
+        sums.change = totals.sums.a;
+        sums.step = totals.step.step;
+        sums.direction = totals.step.direction;
+        sums.bound = totals.sums.b;
+        sums.metric = totals.step.metric;
     } else if (part) {
-        step = ((const SrklStepSums *)table.step_sums)[b];
-        change = read_pair(&((const SrklPair *)table.pairs)[b]).a;
+        const SrklStepSums &step = ((const SrklStepSums *)table.step_sums)[b];
+        const SrklPair pair = read_pair(&((const SrklPair *)table.pairs)[b]);
+        sums.change = pair.a;
+        sums.step = step.step;
+        sums.direction = step.direction;
+        sums.bound = pair.b;
+        sums.metric = metric_of(step);
     } else if (missing) {
         return 0;
     }
     const SrklDecision &decision = ((const SrklDecision *)table.decisions)[b];
     const bool small = !decision.step || decision.small;
-    return observe_step(estimate, change, step, group.decay, small, totals.now);
+    return observe_step(estimate, sums, group.decay, small, totals.now);
 }
 
 // The same after one by random vectors.
@@ -330,20 +375,20 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         },
         lanes);
     if (threadIdx.x == 0) totals.sums = sums;
-    // Elements: whole numbers, exact in any order. And the third sum of a step.
+    // Elements: whole numbers, exact in any order. And the metric of a step.
     const SrklPair more = fold_pairs(
         count,
         [&](u64 b) {
             SrklPair own = {0., 0.};
             if (!counts(table, what, b)) return own;
             own.a = (double)((const SrklBlock *)table.blocks)[b].n;
-            if (what == SRKL_SUM_STEP) own.b = ((const SrklStepSums *)table.step_sums)[b].along;
+            if (what == SRKL_SUM_STEP) own.b = metric_of(((const SrklStepSums *)table.step_sums)[b]);
             return own;
         },
         lanes);
     if (threadIdx.x == 0) {
         totals.n = more.a;
-        totals.step.along = more.b;
+        totals.step.metric = more.b;
         totals.now = state->steps + state->skipped_steps;
     }
     if (what == SRKL_SUM_STEP) {
@@ -417,15 +462,23 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             numbers.group = ((const SrklGroup *)table.groups)[block.group];
             numbers.set_rows(((const SrklEstimate *)table.estimates)[part.block]);
             numbers.decision = ((const SrklDecision *)table.decisions)[part.block];
-            // A change of gradients is unscaled, and not clipped.
-            if (what != SRKL_SUM_DIRECTIONS && what != SRKL_SUM_MEASURING)
+            // A product with the Hessian is unscaled, and not clipped.
+            if (what == SRKL_SUM_PROBE || what == SRKL_SUM_AVERAGE)
                 numbers.decision.c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
         }
         __syncthreads();
         const u64 left = block.n - part.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         SrklPair sums = {0., 0.};
-        if (takes) sums = chunk_pair(table, what, part.block, block, numbers, part.start, len, lanes);
+        if (takes && what == SRKL_SUM_STEP) {
+            const double *strips = (const double *)table.strips + chunk * (SRKL_CHUNK / SRKL_STRIP);
+            const double c = numbers.decision.c;
+            sums = block.dtype == SRKL_F64
+                       ? chunk_change<double>(table, part.block, c, part.start, len, strips, lanes)
+                       : chunk_change<float>(table, part.block, c, part.start, len, strips, lanes);
+        } else if (takes) {
+            sums = chunk_pair(table, what, part.block, block, numbers, part.start, len, lanes);
+        }
         if (threadIdx.x == 0) {
             of_chunks[chunk] = sums;
             last = arrives_last(&((u32 *)table.chunks_done)[part.block], block.chunk_count);

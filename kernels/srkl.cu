@@ -273,8 +273,10 @@ __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
         if (work.stage == SRKL_STATISTICS) {
             run_statistics(table, work, len, lanes);
         } else if (work.numbers.decision.step) {
+            double *strips = (double *)table.strips;
+            if (strips != 0) strips += work.chunk * (SRKL_CHUNK / SRKL_STRIP);
             update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.take_parameter,
-                                       work.numbers, lanes);
+                                       work.numbers, lanes, strips);
             if (MEASURES) add_up_step(table, work, lanes);
         }
         __syncthreads();

@@ -98,6 +98,14 @@ __device__ inline SrklPair tree_pair(Lanes &lanes, int width) {
     return sums;
 }
 
+// The sum over a strip, of which each thread of a warp has a term, to its first thread. All of them come.
+__device__ inline double strip_sum(double term) {
+#pragma unroll
+    for (int width = SRKL_STRIP / 2; width > 0; width /= 2)
+        term = __dadd_rn(term, __shfl_down_sync(0xffffffff, term, width));
+    return term;
+}
+
 // The sum of `count` pairs, by rule 4; `item(i)` reads one.
 template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
     if (count == 1) return item(0);

@@ -12,6 +12,7 @@
 
 #include "access.cuh"
 #include "decide.cuh"
+#include "sums.cuh"
 
 // `w <- keep * w - phi_d * d`
 template <typename C> __device__ inline C descend(C w, C d, C phi_d, C keep) {
@@ -213,44 +214,53 @@ __device__ inline int update_wide(const Part<P, C> &part, const SrklGradient &g,
 // Elements `from..len` of a chunk one by one: the single ones behind the wide part; all of them where every
 // element has its own brake, or the gradient's dtype is not one that `update_wide` is used for. If it
 // MEASURES, from 0, terms of `D^2` and `d m` are added to the lanes, of which a thread has the same ones for
-// every row.
+// every row, and the sums of `D^2` over the chunk's strips go to `strips`, if there are any.
 template <bool ELEMENT, bool MEASURES, typename P, typename C>
 __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
                                       int len, bool take, const Numbers &numbers, const Coefficients<C> &k,
-                                      Lanes &lanes) {
+                                      Lanes &lanes, double *strips) {
     const SrklGroup &group = numbers.group;
     if (MEASURES)
         for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = lanes.sum4[l] = 0.;
 #pragma unroll 1
-    for (int at = from + threadIdx.x; at < len; at += SRKL_THREADS) {
-        C gradient, phi_d = k.phi_d, keep = k.keep;
-        from_f64(load_one(g, start + at), gradient);
-        if (ELEMENT) {
-            double q = part.q() != 0 ? (double)part.q()[at] : 0.;
-            double phi = element_phi(numbers, (double)gradient, q);
-            of_phi(phi, group, numbers.decision, phi_d, keep);
-        }
-        C d = gradient;
-        if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
-        const C m = d;
-        if (group.direction == SRKL_ADAM) {
-            C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
-            d = div(d, k.moments.metric(v));
-        }
-        const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
-        C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
-        x = descend(x, d, phi_d, keep);
-        narrow(x, part.w()[at]);
-        if (part.master() != 0) part.master()[at] = x;
-        if (part.average() != 0) {
-            C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
-            part.average()[at] = approach(part.average()[at], stored, k.average);
+    for (int first = from; first < len; first += SRKL_THREADS) {
+        const int at = first + threadIdx.x;
+        double square = 0.;
+        if (at < len) {
+            C gradient, phi_d = k.phi_d, keep = k.keep;
+            from_f64(load_one(g, start + at), gradient);
+            if (ELEMENT) {
+                double q = part.q() != 0 ? (double)part.q()[at] : 0.;
+                double phi = element_phi(numbers, (double)gradient, q);
+                of_phi(phi, group, numbers.decision, phi_d, keep);
+            }
+            C d = gradient;
+            if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
+            const C m = d;
+            if (group.direction == SRKL_ADAM) {
+                C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
+                d = div(d, k.moments.metric(v));
+            }
+            const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
+            C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
+            x = descend(x, d, phi_d, keep);
+            narrow(x, part.w()[at]);
+            if (part.master() != 0) part.master()[at] = x;
+            if (part.average() != 0) {
+                C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
+                part.average()[at] = approach(part.average()[at], stored, k.average);
+            }
+            if (MEASURES) {
+                const int l = at % SRKL_LANES;
+                const double step = __dsub_rn((double)(C)widen(part.w()[at]), (double)before);
+                square = __dmul_rn(step, step);
+                lanes.sum2[l] = __dadd_rn(lanes.sum2[l], square);
+                lanes.sum4[l] = __dadd_rn(lanes.sum4[l], __dmul_rn((double)d, (double)m));
+            }
         }
         if (MEASURES) {
-            const int l = at % SRKL_LANES;
-            const double step = __dsub_rn((double)(C)widen(part.w()[at]), (double)before);
-            lanes.sum2[l] = __dadd_rn(lanes.sum2[l], __dmul_rn(step, step));
-            lanes.sum4[l] = __dadd_rn(lanes.sum4[l], __dmul_rn((double)d, (double)m));
+            const double sum = strip_sum(square);
+            if (strips != 0 && at < len && at % SRKL_STRIP == 0) strips[at / SRKL_STRIP] = sum;
         }
     }
 }
@@ -260,7 +270,7 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
 // MEASURES the sums of `D^2` and `d m` are left in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers, Lanes &lanes) {
+                              const Numbers &numbers, Lanes &lanes, double *strips) {
     const Coefficients<C> k(numbers.group, numbers.decision);
     const Part<P, C> part(block, start);
     const u32 direction = numbers.group.direction;
@@ -271,21 +281,22 @@ __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64
     else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
         wide = update_wide<P, C, C>(part, g, start, len, block.n, take, direction, k);
     if (ELEMENTS && has_element_brakes(numbers.group))
-        update_singles<true, MEASURES>(part, g, start, 0, len, take, numbers, k, lanes);
+        update_singles<true, MEASURES>(part, g, start, 0, len, take, numbers, k, lanes, strips);
     else
-        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes);
+        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes, strips);
 }
 
 template <bool ELEMENTS, bool MEASURES>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers, Lanes &lanes) {
+                              const Numbers &numbers, Lanes &lanes, double *strips) {
     switch (block.dtype) {
     case SRKL_F32:
-        return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, take, numbers, lanes);
+        return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, take, numbers, lanes, strips);
     case SRKL_F64:
-        return update<ELEMENTS, MEASURES, double, double>(block, g, start, len, take, numbers, lanes);
+        return update<ELEMENTS, MEASURES, double, double>(block, g, start, len, take, numbers, lanes, strips);
     case SRKL_BF16:
-        return update<ELEMENTS, MEASURES, bf16, float>(block, g, start, len, take, numbers, lanes);
-    default: return update<ELEMENTS, MEASURES, f16, float>(block, g, start, len, take, numbers, lanes);
+        return update<ELEMENTS, MEASURES, bf16, float>(block, g, start, len, take, numbers, lanes, strips);
+    default:
+        return update<ELEMENTS, MEASURES, f16, float>(block, g, start, len, take, numbers, lanes, strips);
     }
 }

@@ -40,6 +40,10 @@ pub(crate) struct Block {
     pub old: Kept,
     /// What the last step left for its measurement, or for telemetry, where the block is on the CPU.
     pub step_sums: StepSums,
+    /// What the last step multiplied the gradient by, unscaling and clipping.
+    pub grad_factor: f64,
+    /// Its sums of `D^2` over strips, until it is measured.
+    pub strips: Vec<f64>,
     /// Whether any step has had a gradient for it.
     pub trained: bool,
     /// Whether there is an estimate of its curvature, or nothing to make one of.
@@ -196,6 +200,8 @@ impl Block {
             estimate,
             old: Kept::default(),
             step_sums: StepSums::default(),
+            grad_factor: 1.,
+            strips: vec![],
             trained: false,
             known: false,
             small: true,

@@ -42,6 +42,8 @@
 //! below -1022; its sums carry the exponent along. Before sums are added they are brought to the largest
 //! exponent among those with a `sum4` other than 0, by powers of two (0 below 2^-1074).
 //!
+//! A sum over a strip of 32 neighbours (for curvature along a step) is their tree, by rule 3.
+//!
 //! Sums of products of parameters, directions and differences of gradients (for the trust clip and for
 //! measured curvature) go by the same rules, in f64 without a scale; what is beyond f64 counts as not
 //! finite.
@@ -82,6 +84,9 @@ pub const CHUNK: usize = 8192;
 
 /// Lanes of a sum: element `i` of a chunk belongs to lane `i % LANES`.
 pub const LANES: usize = 1024;
+
+/// Elements in a strip: neighbours in a chunk, whose sum is wanted by itself.
+pub(crate) const STRIP: usize = 32;
 
 /// A compute type: f32, or f64 for f64 parameters.
 pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
@@ -278,6 +283,14 @@ pub(crate) fn eighths(x: f64, k: u32) -> f64 {
         power = if k & bit != 0 { power * root } else { power };
     }
     power
+}
+
+/// The sum of up to [`STRIP`] neighbours.
+#[inline(always)]
+pub(crate) fn strip_sum(terms: &[f64]) -> f64 {
+    let mut lanes = [0.; STRIP];
+    lanes[..terms.len()].copy_from_slice(terms);
+    tree(&mut lanes)
 }
 
 /// The smallest number of lanes that [`tree`] takes: those of two AVX2 registers.

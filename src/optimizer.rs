@@ -852,7 +852,12 @@ impl Srkl {
             return self.note_estimates(left);
         }
         let stages = self.stages();
-        let given = self.both_gradients(&stages, |i, _| pending[i].as_ref(), again)?;
+        let given = self.both_gradients(
+            &stages,
+            |i, _| pending[i].as_ref(),
+            again,
+            |block| block.grad_factor,
+        )?;
         let now = self.steps + self.skipped_steps;
         let Self { cuda, blocks, storages, groups, .. } = self;
         for cuda in cuda.iter_mut() {
@@ -860,8 +865,7 @@ impl Srkl {
             cuda.observe(&inputs)?;
         }
         let mut changes = stages.each(blocks, &given, |scratch, block, given| {
-            let a = cpu::change_of_gradient(block, given, stages.simd, scratch)?;
-            Ok(Pair { a, b: 0. })
+            cpu::change_of_gradient(block, given, stages.simd, scratch)
         })?;
         add_pairs(cuda, &mut changes, |place| given[place].is_some())?;
         for cuda in cuda.iter() {
@@ -870,7 +874,7 @@ impl Srkl {
             }
         }
         let own = |(block, change): (&Block, &Option<Pair>)| match change {
-            Some(Pair { a, .. }) => Measured { change: *a, step: block.step_sums },
+            Some(change) => Measured::new(*change, &block.step_sums),
             None => Measured::default(),
         };
         let measured: Vec<Measured> = blocks.iter().zip(&changes).map(own).collect();
@@ -885,21 +889,23 @@ impl Srkl {
             Some(block.estimate.observe_step(measured?, decay, block.small, now))
         };
         let left = blocks.iter_mut().enumerate().map(observe).collect();
+        blocks.iter_mut().for_each(|block| block.strips = vec![]);
         self.forget_kept();
         self.note_estimates(left)
     }
 
-    /// Both gradients of every block that has them.
+    /// Both gradients of every block that has them, and what they are multiplied by.
     fn both_gradients<'a>(
         &self,
         stages: &Stages,
         first: impl Fn(usize, &Block) -> Option<&'a Tensor>,
         again: &'a GradStore,
+        factor: impl Fn(&Block) -> f64,
     ) -> Result<Vec<Option<cpu::Measured<'a>>>> {
         stages.check(&self.blocks, again)?;
-        let c = 1. / self.grad_scale;
         let both = |(i, block): (usize, &Block)| {
-            Some(cpu::Measured { first: first(i, block)?, again: again.get_id(block.id)?, c })
+            let (first, again) = (first(i, block)?, again.get_id(block.id)?);
+            Some(cpu::Measured { first, again, c: factor(block) })
         };
         Ok(self.blocks.iter().enumerate().map(both).collect())
     }
@@ -976,8 +982,9 @@ impl Srkl {
         let has_first = |groups: &[Group], block: &Block| {
             grads.get_id(block.id).filter(|_| decay(groups, block).is_some())
         };
-        let both =
-            self.both_gradients(&stages, |_, block| has_first(&self.groups, block), again)?;
+        let c = 1. / self.grad_scale;
+        let first = |_, block: &Block| has_first(&self.groups, block);
+        let both = self.both_gradients(&stages, first, again, |_| c)?;
         let now = self.steps + self.skipped_steps;
         let Self { blocks, groups, cuda, .. } = self;
         let given: Vec<_> = blocks

@@ -122,12 +122,14 @@ pub enum Curvature {
     /// The curvature along the step just taken, in the metric of its direction:
     ///
     /// ```text
-    /// H = (||G|| / ||D||) * (||d||^2 / <d, m>)
+    /// H = sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2
     /// ```
     ///
-    /// with `D` the change of the parameters, as they took it, `G` that of the gradient, `d` the direction and
-    /// `m` the gradient or momentum that it was made of: without Adam the second factor is 1. The norms are over
-    /// all parameters that share an `H` ([`Scope`]) and have both gradients.
+    /// with `D` the change of the parameters, as they took it, `G` that of the gradient (as the rule uses it, unscaled
+    /// and clipped), `d` the direction and `m` the gradient or momentum that it was made of. The sums are over the
+    /// parameter tensors `b` that share an `H` ([`Scope`]) and have both gradients, and over their strips `s` of 32
+    /// neighbouring elements. Where `d = P^-1 m` the second sum is `<D, P D>`, so that `H` is never below the
+    /// curvature along the step in the metric `P`.
     ///
     /// The brake uses `sqrt(average^2 + 2 * variance)`: bias-corrected exponential averages of
     /// `x = min(H, 8 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
@@ -285,16 +287,16 @@ impl ParamsSrkl {
 
     /// Adam braked by the curvature along its steps: the one to recommend. `lr = 10`,
     /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 20th,
-    /// decay 0.99, over all parameters, `beta = lr / 2`.
+    /// decay 0.99, over all parameters, `beta = lr`.
     ///
-    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + H / 2)`, and the curvature of a
-    /// network is far above 0.2. Results hardly change from 0.3 to 1000.
+    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + H)`, and the curvature of a
+    /// network is far above 0.1. Results hardly change from 0.3 to 1000.
     pub fn braked_adam() -> Self {
         Self {
             lr: 10.,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
             curvature: Curvature::Step { every: 20, first: 10, decay: 0.99 },
-            beta: Beta::Tied(0.5),
+            beta: Beta::Tied(1.),
             scope: Scope::Global,
             ..Self::reference()
         }

@@ -336,9 +336,15 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
     }
 }
 
-/// `(||G|| / ||D||) (||d||^2 / <d, m>)`
-fn along_step(change: &[f64], step: &[f64], d: &[f64], m: &[f64]) -> f64 {
-    norm(change) / norm(step) * (dot(d, d) / dot(d, m))
+/// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip.
+fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 4]) -> f64 {
+    let of = |place: &std::ops::Range<usize>| {
+        assert!(place.len() <= 32);
+        let [change, step, d, m] = [change, step, d, m].map(|x| &x[place.clone()]);
+        (norm(change) * norm(step), dot(step, step) * dot(d, m) / dot(d, d))
+    };
+    let (bounds, metrics): (Vec<f64>, Vec<f64>) = blocks.iter().map(of).unzip();
+    bounds.iter().sum::<f64>() / metrics.iter().sum::<f64>()
 }
 
 /// The estimate is that of the mean Hessian along the step, here by Simpson's rule over the exact one.
@@ -368,13 +374,12 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
                     change.iter_mut().zip(product).for_each(|(g, hd)| *g += weight / 12. * hd);
                 }
                 let (d, m) = self::direction(direction, &gradients);
-                let of = |place: std::ops::Range<usize>| {
-                    let [change, step, d, m] = [&change, &step, &d, &m].map(|x| &x[place.clone()]);
-                    along_step(change, step, d, m)
+                let of = |blocks: &[std::ops::Range<usize>]| {
+                    along_step(blocks, [&change, &step, &d, &m])
                 };
                 estimates = match scope {
-                    Scope::Global => vec![of(0..26); 4],
-                    _ => network.blocks().map(of).to_vec(),
+                    Scope::Global => vec![of(&network.blocks()); 4],
+                    _ => network.blocks().map(|block| of(&[block])).to_vec(),
                 };
             }
             assert!(longest > 0.02, "steps of {longest} of the weights prove little");
@@ -430,8 +435,8 @@ fn the_average_in_numbers() -> Result<()> {
     Ok(())
 }
 
-/// The brake uses the bias-corrected average of the estimates and their variance; a loss scale, clipping and weight
-/// decay change the step but not what curvature is.
+/// The brake uses the bias-corrected average of the estimates and their variance. A loss scale and weight decay change
+/// the step but not what curvature is; clipping scales the gradients that it is made of.
 #[test]
 fn average_of_step_curvature() -> Result<()> {
     for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM] {
@@ -464,8 +469,9 @@ fn average_of_step_curvature() -> Result<()> {
                     }
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
+                let change: Vec<f64> = change.iter().map(|x| clip * x).collect();
                 let (d, m) = self::direction(direction, &gradients);
-                measured.push(along_step(&change, &step, &d, &m));
+                measured.push(along_step(&network.blocks(), [&change, &step, &d, &m]));
             }
         }
     }
@@ -497,7 +503,12 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
             let step = norm(&minus(&quadratic.w()?, &before.0));
             let of_masters = norm(&minus(&masters(&opt, 2)?, &before.2));
             differs |= (step / of_masters - 1.).abs() > 1e-3;
-            exact = Some(norm(&minus(&g()?, &before.1)) / step);
+            let (change, moved) = (minus(&g()?, &before.1), minus(&quadratic.w()?, &before.0));
+            let bounds = quadratic
+                .places()
+                .into_iter()
+                .map(|place| norm(&change[place.clone()]) * norm(&moved[place]));
+            exact = Some(bounds.sum::<f64>() / (step * step));
         }
         assert!(differs, "{dtype:?}: rounding changed no step");
     }

@@ -157,18 +157,19 @@ fn best_of_adamw(
     Ok(best)
 }
 
-/// 11% and 10% before there was a dropout that draws the same masks in both calls.
+/// 11% and 10% before there was a dropout that draws the same masks in both calls. Means over three seeds.
 #[test]
 fn dropout_trains_as_with_adamw() -> Result<()> {
     let digits = digits();
     for p in [0.1, 0.5] {
+        let (mut ours, mut adamw) = (0., 0.);
         for seed in 0..3 {
             let candles = candle_nn::Dropout::new(p);
             let with_candles = |network: &Network, part: &Part| {
                 let logits = network.logits(&part.images, |x| candles.forward(&x, true))?;
                 candle_nn::loss::cross_entropy(&logits, &part.classes)
             };
-            let adamw = best_of_adamw(|| Network::new(seed), &digits, seed, with_candles)?;
+            adamw += best_of_adamw(|| Network::new(seed), &digits, seed, with_candles)? / 3.;
 
             let network = Network::new(seed)?;
             let dropout = Dropout::new(p);
@@ -177,9 +178,7 @@ fn dropout_trains_as_with_adamw() -> Result<()> {
                 let logits = network.logits(&part.images, |x| dropout.forward(&x, true))?;
                 candle_nn::loss::cross_entropy(&logits, &part.classes)
             })?;
-            let (accuracy, _) = network.judge(&digits)?;
-            println!("p {p}, seed {seed}: {accuracy:.4} beside {adamw:.4}");
-            assert!(accuracy >= adamw - 0.015, "p {p}, seed {seed}: {accuracy} beside {adamw}");
+            ours += network.judge(&digits)?.0 / 3.;
 
             // candle's own is refused before anything has moved.
             let network = Network::new(seed)?;
@@ -189,6 +188,8 @@ fn dropout_trains_as_with_adamw() -> Result<()> {
             assert_error(refused, &["not repeatable", "candle_srkl::Dropout"]);
             assert_eq!(bits(&network.var("0.weight"))?, bits(&weights(0, seed)?)?);
         }
+        println!("p {p}: {ours:.4} beside {adamw:.4}");
+        assert!(ours >= adamw - 0.015, "p {p}: {ours} beside {adamw}");
     }
     Ok(())
 }

@@ -17,8 +17,8 @@ use super::simd::{Kernel, Simd};
 use crate::block::{Block, Buffer, Powers, State};
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{
-    CHUNK, LANES, MIN_LANES, Pair, Real, Sums, bf16_to_f32, eighths, f16_to_f32, f32_to_bf16,
-    f32_to_f16, fold, pow2, random_bits, scale_exponent, tree,
+    CHUNK, LANES, MIN_LANES, Pair, Real, STRIP, Sums, bf16_to_f32, eighths, f16_to_f32,
+    f32_to_bf16, f32_to_f16, fold, pow2, random_bits, scale_exponent, strip_sum, tree,
 };
 use crate::optimizer::measures_steps;
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
@@ -532,15 +532,16 @@ pub(crate) fn update(
     scratch: &mut Scratch,
 ) -> Result<()> {
     block.step_sums = StepSums::default();
+    block.strips.clear();
     if block.n == 0 {
         return Ok(()); // candle refuses to write to an empty tensor.
     }
     let (storage, layout) = gradient.storage_and_layout();
     let g = Gradient::new(&storage, layout)?;
     let numbers = &(params, decision, block.powers, block.estimate, measures);
-    let Block { var, state, step_sums, .. } = block;
+    let Block { var, state, step_sums, strips, .. } = block;
     with_storage_mut(var, |storage| {
-        *step_sums = match storage {
+        (*step_sums, *strips) = match storage {
             CpuStorage::F32(w) => block_update(w, state, &g, numbers, simd, scratch),
             CpuStorage::F64(w) => block_update(w, state, &g, numbers, simd, scratch),
             CpuStorage::BF16(w) => block_update(w, state, &g, numbers, simd, scratch),
@@ -564,7 +565,7 @@ fn block_update<P: Parameter>(
     ),
     simd: Simd,
     scratch: &mut Scratch,
-) -> StepSums {
+) -> (StepSums, Vec<f64>) {
     let n = w.len();
     let coefficients = Coefficients::new(params, decision, powers, estimate);
     let mut block = Part::new(w, state);
@@ -577,16 +578,27 @@ fn block_update<P: Parameter>(
     let update = |scratch: &mut Scratch, start, part| {
         simd.run(Update { start, part, g, coefficients, measures: *measures, scratch })
     };
-    let chunks: Vec<[f64; 3]> = if !splits(n) {
-        update(scratch, 0, block)
+    let parts: Vec<Stepped> = if !splits(n) {
+        vec![update(scratch, 0, block)]
     } else {
         let pieces = block.pieces(PIECE).into_par_iter().enumerate();
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
-        pieces.map_init(Scratch::new, update).flatten_iter().collect()
+        pieces.map_init(Scratch::new, update).collect()
     };
+    let chunks: Vec<[f64; 3]> = parts.iter().flat_map(|part| part.chunks.iter().copied()).collect();
+    let strips = parts.into_iter().flat_map(|part| part.strips).collect();
     let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
     let scale = coefficients.scale * coefficients.scale;
-    StepSums { step, direction: direction * scale, along: along * scale }
+    (StepSums { step, direction: direction * scale, along: along * scale }, strips)
+}
+
+/// What the update of a part leaves, if it measures.
+#[derive(Default)]
+struct Stepped {
+    /// Of every chunk the sums of [`StepSums`], with the direction as it is before its `scale`.
+    chunks: Vec<[f64; 3]>,
+    /// Of every strip the sum of `D^2`.
+    strips: Vec<f64>,
 }
 
 /// Neighbouring elements of a block: the parameter and its state.
@@ -643,17 +655,17 @@ struct Update<'a, P: Parameter> {
 }
 
 impl<P: Parameter> Kernel for Update<'_, P> {
-    /// Of every chunk the sums of [`StepSums`], with the direction as it is before its `scale`, if it measures.
-    type Output = Vec<[f64; 3]>;
+    type Output = Stepped;
 
     #[inline(always)]
-    fn run(self) -> Vec<[f64; 3]> {
+    fn run(self) -> Stepped {
         let Self { start, mut part, g, coefficients, measures, scratch } = self;
-        let Scratch { rows: Rows { tensors: [row, before, ..], d, .. }, lanes } = scratch;
+        let Scratch { rows: Rows { tensors: [row, before, ..], d, terms: [squares, _] }, lanes } =
+            scratch;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (phi_d, keep) = coefficients.of_phi(phi);
         let n = part.w.len();
-        let mut sums = vec![];
+        let mut stepped = Stepped::default();
         for at in (0..n).step_by(LANES) {
             let Part { w, mut master, mut m, mut v, average: a, q } = part.take(LANES.min(n - at));
             let before = &mut P::Compute::buffer(before)[..w.len()];
@@ -730,7 +742,10 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                 if at % CHUNK == 0 {
                     [&mut *step, direction, along].into_iter().for_each(|lanes| lanes.fill(0.));
                 }
-                add_step(step, before, w);
+                let squares = &mut f64::buffer(squares)[..w.len()];
+                step_squares(squares, before, w);
+                step.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
+                stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
                 let is_adam = match (m.as_deref(), v.as_deref()) {
                     (Some(m), Some(v)) => {
                         add_adam_direction(direction, along, m, v, &moments);
@@ -743,20 +758,21 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                 };
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
                     let (step, direction) = (tree(step), tree(direction));
-                    sums.push([step, direction, if is_adam { tree(along) } else { direction }]);
+                    let along = if is_adam { tree(along) } else { direction };
+                    stepped.chunks.push([step, direction, along]);
                 }
             }
         }
-        sums
+        stepped
     }
 }
 
-/// Adds the terms of `D^2` of a row: `D` is the step as the parameter took it, rounded to its dtype.
+/// The terms of `D^2` of a row: `D` is the step as the parameter took it, rounded to its dtype.
 #[inline(always)]
-fn add_step<P: Parameter>(lanes: &mut [f64], before: &[P::Compute], w: &[P]) {
-    for ((lane, before), w) in lanes.iter_mut().zip(before).zip(w) {
+fn step_squares<P: Parameter>(squares: &mut [f64], before: &[P::Compute], w: &[P]) {
+    for ((square, before), w) in squares.iter_mut().zip(before).zip(w) {
         let step = w.widen().to_f64() - before.to_f64();
-        *lane += step * step;
+        *square = step * step;
     }
 }
 
@@ -995,50 +1011,91 @@ pub(crate) struct Measured<'a> {
     pub c: f64,
 }
 
-/// [`Curvature::Step`]: a block's sum of `G^2`, with `G = c * (again - first)`.
+/// [`Curvature::Step`]: with `G = c * (again - first)` a block's sum of `G^2`, and that of `||G|| ||D||` over its
+/// strips, of which the update has left the sums of `D^2`.
 pub(crate) fn change_of_gradient(
     block: &Block,
     measured: &Measured,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<f64> {
+) -> Result<Pair> {
+    fn sums<C: FromGradient>(
+        [first, again]: [&Gradient; 2],
+        (strips, c): (&[f64], f64),
+        simd: Simd,
+        scratch: &mut Scratch,
+    ) -> Pair {
+        let n = first.len();
+        Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+            let start = chunk * CHUNK;
+            let len = CHUNK.min(n - start);
+            let strips = strips.get(start / STRIP..).unwrap_or_default();
+            simd.run(ChunkChange::<C> {
+                first,
+                again,
+                strips,
+                c,
+                start,
+                len,
+                scratch,
+                compute: PhantomData,
+            })
+        }))
+    }
     let (first, first_layout) = measured.first.storage_and_layout();
     let (again, again_layout) = measured.again.storage_and_layout();
-    let first = &Gradient::new(&first, first_layout)?;
-    let again = &Gradient::new(&again, again_layout)?;
-    let (c, n) = (measured.c, block.n);
-    let sums = match block.dtype {
-        DType::F64 => pair_sums(n, &ChangeTerms::<f64>::new(first, again, c), simd, scratch),
-        _ => pair_sums(n, &ChangeTerms::<f32>::new(first, again, c), simd, scratch),
-    };
-    Ok(sums.a)
+    let gradients = [&Gradient::new(&first, first_layout)?, &Gradient::new(&again, again_layout)?];
+    let numbers = (&block.strips[..], measured.c);
+    Ok(match block.dtype {
+        DType::F64 => sums::<f64>(gradients, numbers, simd, scratch),
+        _ => sums::<f32>(gradients, numbers, simd, scratch),
+    })
 }
 
-struct ChangeTerms<'a, C> {
+/// The sums over elements `start..start + len`, one chunk.
+struct ChunkChange<'a, C> {
     first: &'a Gradient<'a>,
     again: &'a Gradient<'a>,
+    /// Of the chunk's strips and those behind.
+    strips: &'a [f64],
     c: f64,
-    compute: PhantomData<fn() -> C>,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+    compute: PhantomData<C>,
 }
 
-impl<'a, C: FromGradient> ChangeTerms<'a, C> {
-    fn new(first: &'a Gradient<'a>, again: &'a Gradient<'a>, c: f64) -> Self {
-        Self { first, again, c, compute: PhantomData }
-    }
-}
-
-impl<C: FromGradient> Terms for ChangeTerms<'_, C> {
-    const BOTH: bool = false;
+impl<C: FromGradient> Kernel for ChunkChange<'_, C> {
+    type Output = Pair;
 
     #[inline(always)]
-    fn row(&self, start: usize, tensors: &mut [RowBuffer; 4], a: &mut [f64], _: &mut [f64]) {
-        let [first, again, ..] = tensors;
-        let first = self.first.row::<C>(start, a.len(), first);
-        let again = self.again.row::<C>(start, a.len(), again);
-        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
-            let change = self.c * (again.to_f64() - first.to_f64());
-            *a = change * change;
+    fn run(self) -> Pair {
+        let Self { first, again, strips, c, start, len, scratch, .. } = self;
+        let Scratch { rows: Rows { tensors: [one, two, ..], terms: [squares, _], .. }, lanes } =
+            scratch;
+        let [change, bound, _] = lanes;
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+        let change = &mut change[..width];
+        let bound = &mut bound[..CHUNK / STRIP];
+        change.fill(0.);
+        bound.fill(0.);
+        for at in (0..len).step_by(LANES) {
+            let len = LANES.min(len - at);
+            let squares = &mut f64::buffer(squares)[..len];
+            let (one, two) =
+                (first.row::<C>(start + at, len, one), again.row::<C>(start + at, len, two));
+            for ((square, first), again) in squares.iter_mut().zip(one).zip(two) {
+                let difference = c * (again.to_f64() - first.to_f64());
+                *square = difference * difference;
+            }
+            change.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
+            let strip = at / STRIP;
+            let sums = squares.chunks(STRIP).zip(&strips[strip..]);
+            for (lane, (squares, step)) in bound[strip..].iter_mut().zip(sums) {
+                *lane = strip_sum(squares).sqrt() * step.sqrt();
+            }
         }
+        Pair { a: tree(change), b: tree(bound) }
     }
 }
 

@@ -27,7 +27,7 @@ use super::{Counters, Inputs, StepOptions};
 use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
 use crate::cuda::abi;
 use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
-use crate::numerics::{CHUNK, LANES, Pair, Sums};
+use crate::numerics::{CHUNK, LANES, Pair, STRIP, Sums};
 use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
@@ -44,6 +44,7 @@ const BLOCKS_PER_SM_IN_L2: u32 = 2;
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
 const _: () = assert!(abi::SRKL_LANES as usize == LANES);
+const _: () = assert!(abi::SRKL_STRIP as usize == STRIP);
 const _: () = assert!(abi::SRKL_PROBES as usize == PROBES);
 
 macro_rules! device_repr {
@@ -127,6 +128,8 @@ struct Memory {
     chunk_pairs: CudaSlice<abi::SrklPair>,
     pairs: CudaSlice<abi::SrklPair>,
     step_sums: CudaSlice<abi::SrklStepSums>,
+    /// Made for the first step that measures.
+    strips: Option<CudaSlice<f64>>,
     told: CudaSlice<u32>,
     /// Room for all parameters as they were, where settings ask for it.
     _old: Option<CudaSlice<u8>>,
@@ -252,6 +255,7 @@ impl Cuda {
             chunk_pairs: device.alloc_zeros(chunks.len())?,
             pairs: device.alloc_zeros(count)?,
             step_sums: device.alloc_zeros(count)?,
+            strips: None,
             told: device.alloc_zeros(count)?,
             _old: old,
             skipped: device.alloc_zeros(count)?,
@@ -315,6 +319,7 @@ impl Cuda {
             }
             self.send_captured(&gradients)?
         } else {
+            self.make_strips(measures)?;
             self.send(settings)?;
             self.send_gradients(gradients)?;
             self.table.gradients
@@ -553,6 +558,7 @@ impl Cuda {
     ///
     /// If it measures or records, [`Cuda::step_sums`] tells how blocks have moved.
     pub fn update(&mut self, options: StepOptions) -> Result<()> {
+        self.make_strips(options.measures)?;
         let sums_up = options.measures || options.records;
         self.launch(&self.for_stages(abi::SRKL_UPDATE), sums_up)
     }
@@ -796,6 +802,17 @@ impl Cuda {
         self.stream.memcpy_htod(values, to(&mut self.memory)).w()
     }
 
+    /// Room for the sums of strips, if a step measures.
+    fn make_strips(&mut self, measures: bool) -> Result<()> {
+        if measures && self.memory.strips.is_none() {
+            let count = self.table.chunk_count as usize * (CHUNK / STRIP);
+            let strips = self.device.alloc_zeros(count.max(1))?;
+            self.table.strips = strips.device_ptr(&self.stream).0;
+            self.memory.strips = Some(strips);
+        }
+        Ok(())
+    }
+
     fn for_stages(&self, stages: u32) -> abi::SrklTable {
         abi::SrklTable { stages: stages as u64, ..self.table }
     }
@@ -905,6 +922,7 @@ impl Memory {
             chunk_pairs: self.chunk_pairs.device_ptr(stream).0,
             pairs: self.pairs.device_ptr(stream).0,
             step_sums: self.step_sums.device_ptr(stream).0,
+            strips: 0,
             told: self.told.device_ptr(stream).0,
             skipped: self.skipped.device_ptr(stream).0,
             state: self.state.device_ptr(stream).0,

@@ -142,6 +142,7 @@ impl Stages {
             }
             for ((block, found), decision) in blocks.iter_mut().zip(gradients).zip(decisions) {
                 block.small = decision.is_none_or(|d| d.small);
+                block.grad_factor = decision.map_or(1., |d| d.c);
                 block.last =
                     decision.map(|d| Last { curvature: d.curvature, phi: d.phi, norms: None });
                 match (found, decision) {

@@ -2,6 +2,7 @@
 
 pub const SRKL_CHUNK: u32 = 8192;
 pub const SRKL_LANES: u32 = 1024;
+pub const SRKL_STRIP: u32 = 32;
 pub const SRKL_PROBES: u32 = 32;
 pub const SRKL_THREADS: u32 = 128;
 pub const SRKL_BLOCKS_PER_SM: u32 = 8;
@@ -409,6 +410,7 @@ pub struct SrklTable {
     pub chunk_pairs: ::std::os::raw::c_ulonglong,
     pub pairs: ::std::os::raw::c_ulonglong,
     pub step_sums: ::std::os::raw::c_ulonglong,
+    pub strips: ::std::os::raw::c_ulonglong,
     pub told: ::std::os::raw::c_ulonglong,
     pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
@@ -419,7 +421,7 @@ pub struct SrklTable {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 184usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 192usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
@@ -445,14 +447,15 @@ const _: () = {
     ["Offset of field: SrklTable::pairs"][::std::mem::offset_of!(SrklTable, pairs) - 112usize];
     ["Offset of field: SrklTable::step_sums"]
         [::std::mem::offset_of!(SrklTable, step_sums) - 120usize];
-    ["Offset of field: SrklTable::told"][::std::mem::offset_of!(SrklTable, told) - 128usize];
-    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 136usize];
-    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 144usize];
+    ["Offset of field: SrklTable::strips"][::std::mem::offset_of!(SrklTable, strips) - 128usize];
+    ["Offset of field: SrklTable::told"][::std::mem::offset_of!(SrklTable, told) - 136usize];
+    ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 144usize];
+    ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 152usize];
     ["Offset of field: SrklTable::block_count"]
-        [::std::mem::offset_of!(SrklTable, block_count) - 152usize];
+        [::std::mem::offset_of!(SrklTable, block_count) - 160usize];
     ["Offset of field: SrklTable::live_count"]
-        [::std::mem::offset_of!(SrklTable, live_count) - 160usize];
+        [::std::mem::offset_of!(SrklTable, live_count) - 168usize];
     ["Offset of field: SrklTable::chunk_count"]
-        [::std::mem::offset_of!(SrklTable, chunk_count) - 168usize];
-    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 176usize];
+        [::std::mem::offset_of!(SrklTable, chunk_count) - 176usize];
+    ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 184usize];
 };
