@@ -168,14 +168,14 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 static const double BOUND = 8.;
 
 // How much of the variance between measurements the brake adds to the square of their average.
-static const double NOISE = 2.;
+static const double NOISE = 4.;
 
 // The average of H along steps, corrected for having started at 0.
 __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
 }
 
-// `sqrt(average^2 + 2 variance)`
+// `sqrt(average^2 + 4 variance)`
 __device__ inline double noisy_average_of(const SrklEstimate &estimate) {
     const double average = average_of(estimate);
     const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));

@@ -9,7 +9,7 @@ use crate::params::Curvature;
 const BOUND: f64 = 8.;
 
 /// How much of the variance between measurements the brake adds to the square of their average.
-const NOISE: f64 = 2.;
+const NOISE: f64 = 4.;
 
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -196,7 +196,7 @@ impl Estimate {
         self.mean / (1. - self.power)
     }
 
-    /// `sqrt(average^2 + 2 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
+    /// `sqrt(average^2 + 4 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
     /// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well. Variance is taken
     /// between neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
     fn noisy_average(&self) -> f64 {

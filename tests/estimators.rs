@@ -397,7 +397,7 @@ fn braking(measured: &[f64], decay: f64) -> f64 {
     let average = dot(measured, &weights) / all;
     let differences = measured.windows(2).zip(&weights[1..]);
     let variance: f64 = differences.map(|(x, w)| w * (x[1] - x[0]).powi(2) / 2.).sum();
-    (average.powi(2) + 2. * decay * variance / all).sqrt()
+    (average.powi(2) + 4. * decay * variance / all).sqrt()
 }
 
 /// The worked number of `braking`, and of a spike.
@@ -424,10 +424,10 @@ fn the_average_in_numbers() -> Result<()> {
     let variance = 0.5 * differences.iter().sum::<f64>() / all;
     let exact = [
         2.,
-        ((5f64 / 1.5).powi(2) + 2. * 0.5 * 2. / 1.5).sqrt(),
-        (third.powi(2) + 2. * 0.5 * (2. / 2. + 2.) / 1.75).sqrt(),
+        ((5f64 / 1.5).powi(2) + 4. * 0.5 * 2. / 1.5).sqrt(),
+        (third.powi(2) + 4. * 0.5 * (2. / 2. + 2.) / 1.75).sqrt(),
         100.,
-        (average.powi(2) + 2. * variance).sqrt(),
+        (average.powi(2) + 4. * variance).sqrt(),
     ];
     for (got, exact) in told.iter().zip(exact) {
         assert_close(*got, exact, 1e-9);

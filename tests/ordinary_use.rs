@@ -210,25 +210,31 @@ fn a_batch_drawn_inside_the_closure_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// 81%, and a training loss of 0.1, by the old estimator.
+/// 81%, and a training loss of 0.1, by the old estimator. Accuracies are means over three seeds: a single one is that of
+/// 360 images.
 #[test]
 fn lora_at_any_learning_rate() -> Result<()> {
     let digits = digits();
-    for (size, seeds) in [(0., 0..3), (0.01, 0..1)] {
-        for seed in seeds {
-            let adamw = best_of_adamw(|| Network::lora(seed, size), &digits, seed, Network::loss)?;
-            for lr in [0.03, 0.3, 1., 10., 100., 1000.] {
+    let rates = [0.03, 0.3, 1., 10., 100., 1000.];
+    for size in [0., 0.01] {
+        let (mut ours, mut adamw) = ([0.; 6], 0.);
+        for seed in 0..3 {
+            adamw +=
+                best_of_adamw(|| Network::lora(seed, size), &digits, seed, Network::loss)? / 3.;
+            for (lr, mean) in rates.into_iter().zip(&mut ours) {
                 let network = Network::lora(seed, size)?;
                 let params = ParamsSrkl { lr, ..ParamsSrkl::braked_adam() };
                 let mut opt = Srkl::from_varmap(&network.varmap, params)?;
                 train(&mut opt, &digits, seed, |part| network.loss(part))?;
                 let (accuracy, loss) = network.judge(&digits)?;
-                println!(
-                    "{size}, seed {seed}, lr {lr}: {accuracy:.4} beside {adamw:.4}, {loss:.4}"
-                );
-                assert!(accuracy >= adamw - 0.015, "seed {seed}, lr {lr}: {accuracy}, {adamw}");
-                assert!(loss <= 0.04, "seed {seed}, lr {lr}: {loss}");
+                println!("B of {size}, seed {seed}, lr {lr}: {accuracy:.4}, {loss:.4}");
+                assert!(loss <= 0.04, "B of {size}, seed {seed}, lr {lr}: {loss}");
+                *mean += accuracy / 3.;
             }
+        }
+        println!("B of {size}: {ours:.4?} beside {adamw:.4}");
+        for (lr, accuracy) in rates.into_iter().zip(ours) {
+            assert!(accuracy >= adamw - 0.015, "B of {size}, lr {lr}: {accuracy} beside {adamw}");
         }
     }
     Ok(())
