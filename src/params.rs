@@ -287,16 +287,16 @@ impl ParamsSrkl {
 
     /// Adam braked by the curvature along its steps: the one to recommend. `lr = 10`,
     /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 20th,
-    /// decay 0.99, over all parameters, `beta = lr / 2`.
+    /// decay 0.99, over all parameters, `beta = 0.6 lr`.
     ///
-    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + H / 2)`, and the curvature of a
+    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + 0.6 H)`, and the curvature of a
     /// network is far above 0.2. Results hardly change from 0.3 to 1000.
     pub fn braked_adam() -> Self {
         Self {
             lr: 10.,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
             curvature: Curvature::Step { every: 20, first: 10, decay: 0.99 },
-            beta: Beta::Tied(0.5),
+            beta: Beta::Tied(0.6),
             scope: Scope::Global,
             ..Self::reference()
         }
@@ -314,10 +314,15 @@ impl ParamsSrkl {
         }
     }
 
-    /// Momentum braked by the curvature along its steps. `Momentum { 0.9 }`, `lr`, [`Curvature::Step`] and
-    /// `beta` as [`braked_adam`](Self::braked_adam), trust clip 0.1.
+    /// Momentum braked by the curvature along its steps. `Momentum { 0.9 }`, `beta = lr / 2`, trust clip 0.1; `lr`
+    /// and [`Curvature::Step`] as [`braked_adam`](Self::braked_adam).
     pub fn kinetic() -> Self {
-        Self { direction: Direction::Momentum { mu: 0.9 }, trust: Some(0.1), ..Self::braked_adam() }
+        Self {
+            direction: Direction::Momentum { mu: 0.9 },
+            beta: Beta::Tied(0.5),
+            trust: Some(0.1),
+            ..Self::braked_adam()
+        }
     }
 
     /// Momentum braked by the row norms of the Hessian. `lr = 1`, `Momentum { 0.9 }`,
@@ -454,7 +459,7 @@ mod tests {
     #[test]
     fn settings_survive_json() {
         let params = ParamsSrkl {
-            beta: Beta::Tied(0.5),
+            beta: Beta::Tied(0.6),
             scope: Scope::Global,
             max_grad_norm: Some(1.),
             master_weights: MasterWeights::F32,
