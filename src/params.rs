@@ -459,7 +459,7 @@ mod tests {
     #[test]
     fn settings_survive_json() {
         let params = ParamsSrkl {
-            beta: Beta::Tied(0.6),
+            beta: Beta::Tied(0.5),
             scope: Scope::Global,
             max_grad_norm: Some(1.),
             master_weights: MasterWeights::F32,
