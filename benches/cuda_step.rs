@@ -65,7 +65,7 @@ fn main() -> Result<()> {
         for list in lists {
             let (vars, grads) = list.tensors(&device)?;
             let mut srkl = Srkl::new(vars, settings(&options.preset, &options.policy))?;
-            (0..steps).try_for_each(|_| step(&mut srkl, &grads))?;
+            (0..steps).try_for_each(|_| step(&mut srkl, &vars, &grads))?;
             let taken = srkl.steps()?;
             ensure!(taken == steps as u64, "{}: {taken} of {steps} steps taken", list.name);
             println!("{}: {steps} steps of {} parameters", list.name, list.parameters());
@@ -96,8 +96,8 @@ fn main() -> Result<()> {
             ("braked Adam, Propagate", 28., "braked-adam", "propagate"),
         ] {
             let mut srkl = Srkl::new(vars.clone(), settings(preset, policy))?;
-            step(&mut srkl, &grads)?;
-            let time = time(&stream, options.samples, || Ok(step(&mut srkl, &grads)?))?;
+            step(&mut srkl, &vars, &grads)?;
+            let time = time(&stream, options.samples, || Ok(step(&mut srkl, &vars, &grads)?))?;
             seconds.push((contender, bytes, time));
         }
         let mut sgd = SGD::new(vars.clone(), 1e-3)?;
@@ -153,11 +153,18 @@ fn settings(preset: &str, policy: &str) -> ParamsSrkl {
     ParamsSrkl { nonfinite, ..preset }
 }
 
-/// A step, with its measurement where one is due. (By the same gradients: the work is the same.)
-fn step(srkl: &mut Srkl, grads: &GradStore) -> candle_core::Result<()> {
+/// A step, with its measurement where one is due: by the values of the parameters in place of second gradients.
+fn step(srkl: &mut Srkl, vars: &[Var], grads: &GradStore) -> candle_core::Result<()> {
     let measures = srkl.measuring();
     srkl.step(grads)?;
-    if measures { srkl.observe(grads) } else { Ok(()) }
+    if !measures {
+        return Ok(());
+    }
+    let mut others = GradStore::default();
+    for var in vars {
+        others.insert(var, var.detach());
+    }
+    srkl.observe(&others)
 }
 
 /// The median of the seconds that `step` takes on the device, after three to warm up.

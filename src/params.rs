@@ -304,11 +304,12 @@ impl ParamsSrkl {
 
     /// [`braked_adam`](Self::braked_adam) for those who evaluate averaged weights
     /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): `average` 0.98, and since averages take out
-    /// what a late estimate lets through, curvature is measured on the first 10 and every 50th step,
-    /// decay 0.95.
+    /// the noise of steps that are a little too long, `beta = lr / 2`, and curvature is measured on the first 10
+    /// and every 50th step, decay 0.95.
     pub fn braked_adam_averaged() -> Self {
         Self {
             curvature: Curvature::Step { every: 50, first: 10, decay: 0.95 },
+            beta: Beta::Tied(0.5),
             average: Some(0.98),
             ..Self::braked_adam()
         }
