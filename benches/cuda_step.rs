@@ -64,7 +64,7 @@ fn main() -> Result<()> {
     if let Some(steps) = options.steps {
         for list in lists {
             let (vars, grads) = list.tensors(&device)?;
-            let mut srkl = Srkl::new(vars, settings(&options.preset, &options.policy))?;
+            let mut srkl = Srkl::new(vars.clone(), settings(&options.preset, &options.policy))?;
             (0..steps).try_for_each(|_| step(&mut srkl, &vars, &grads))?;
             let taken = srkl.steps()?;
             ensure!(taken == steps as u64, "{}: {taken} of {steps} steps taken", list.name);
@@ -162,7 +162,7 @@ fn step(srkl: &mut Srkl, vars: &[Var], grads: &GradStore) -> candle_core::Result
     }
     let mut others = GradStore::default();
     for var in vars {
-        others.insert(var, var.detach());
+        others.insert(var, var.as_tensor().copy()?);
     }
     srkl.observe(&others)
 }
