@@ -395,6 +395,7 @@ impl Srkl {
     ///
     /// ```
     /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
     /// use candle_srkl::{ParamsSrkl, Srkl};
     ///
     /// let w = Var::new(&[3f32, -4.], &Device::Cpu)?;
