@@ -299,8 +299,9 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
     step<true, false>(table, lanes, work);
 }
 
-// The same, of a step that measures the curvature along it, or records norms: with any brakes.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+// The same, of a step that measures the curvature along it, or records norms: with any brakes. A block less
+// at a time leaves it registers enough not to spill.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM - 1)
     srkl_step_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
