@@ -114,6 +114,7 @@ typedef struct {
     double decay2;        // of the second moment; 1 for none
     double eps;
     double decay; // of the curvature's average
+    double every; // steps between two measurements
     unsigned int scope;
     unsigned int shared; // SRKL_MIXED: 8 p
     unsigned int direction;

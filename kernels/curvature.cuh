@@ -168,14 +168,14 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 static const double BOUND = 8.;
 
 // How much of the variance between measurements the brake adds to the square of their average.
-static const double NOISE = 4.;
+static const double NOISE = 2.;
 
 // The average of H along steps, corrected for having started at 0.
 __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
 }
 
-// `sqrt(average^2 + 4 variance)`
+// `sqrt(average^2 + 2 variance)`
 __device__ inline double noisy_average_of(const SrklEstimate &estimate) {
     const double average = average_of(estimate);
     const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
@@ -211,6 +211,18 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     estimate.curvature = too_large ? curvature : noisy_average_of(estimate);
 }
 
+// How many steps a measurement after `now` steps stands for.
+__device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
+    if (estimate.in_average == 0 || now <= estimate.measured_at) return 1.;
+    return (double)(now - estimate.measured_at);
+}
+
+// The decay of the average at a measurement that stands for so many steps: `Memory` in src/estimate.rs.
+__device__ inline double decay_after(const SrklGroup &group, double steps) {
+    if (steps >= group.every) return group.decay;
+    return __dsub_rn(1., __dmul_rn(__dsub_rn(1., group.decay), __ddiv_rn(steps, group.every)));
+}
+
 // What a measurement along a step comes to: `Measured` in src/estimate.rs.
 struct Measured {
     double change, step, direction, bound, metric;
@@ -223,8 +235,8 @@ __device__ inline double metric_of(const SrklStepSums &sums) {
 
 // Takes a measurement along a step: `Estimate::observe_step`. Returns what it has left of the estimate:
 // SRKL_LOST, SRKL_AS_IT_WAS or 0.
-__device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, double decay, bool small,
-                                   u64 now) {
+__device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, const SrklGroup &group,
+                                   bool small, u64 now) {
     const double change = sums.change, curvature = __ddiv_rn(sums.bound, sums.metric);
     const bool finite = is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) &&
                         is_finite(sums.bound) && is_finite(sums.metric);
@@ -246,7 +258,7 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
         return SRKL_LOST;
     }
     if (finite && is_finite(curvature)) {
-        take_step(estimate, curvature, decay);
+        take_step(estimate, curvature, decay_after(group, steps_since(estimate, now)));
         record(estimate, curvature, now);
     } else {
         estimate.infinite = 1;
@@ -309,7 +321,7 @@ __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile 
     }
     const SrklDecision &decision = ((const SrklDecision *)table.decisions)[b];
     const bool small = !decision.step || decision.small;
-    return observe_step(estimate, sums, group.decay, small, totals.now);
+    return observe_step(estimate, sums, group, small, totals.now);
 }
 
 // The same after one by random vectors.

@@ -9,7 +9,7 @@ use crate::params::Curvature;
 const BOUND: f64 = 8.;
 
 /// How much of the variance between measurements the brake adds to the square of their average.
-const NOISE: f64 = 4.;
+const NOISE: f64 = 2.;
 
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -128,6 +128,26 @@ impl Measured {
     }
 }
 
+/// How an average of measurements along steps forgets.
+#[derive(Clone, Copy)]
+pub(crate) struct Memory {
+    /// The steps between two measurements, as a rule.
+    pub every: u64,
+    /// Of the average, over so many steps.
+    pub decay: f64,
+}
+
+impl Memory {
+    /// The decay at a measurement that stands for so many `steps`. Each step has the same weight but for its age:
+    /// else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
+    fn decay_after(self, steps: u64) -> f64 {
+        if steps >= self.every {
+            return self.decay;
+        }
+        1. - (1. - self.decay) * (steps as f64 / self.every as f64)
+    }
+}
+
 /// What a measurement has left of an estimate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
@@ -196,9 +216,10 @@ impl Estimate {
         self.mean / (1. - self.power)
     }
 
-    /// `sqrt(average^2 + 4 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
-    /// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well. Variance is taken
-    /// between neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
+    /// `sqrt(average^2 + 2 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
+    /// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well: while it is small,
+    /// `E[h^2] / E[h] = average + variance / average` is this root. Variance is taken between neighbours
+    /// (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
     fn noisy_average(&self) -> f64 {
         let (average, variance) = (self.average(), self.variance / (1. - self.power));
         (average * average + NOISE * variance).sqrt()
@@ -218,7 +239,13 @@ impl Estimate {
     ///
     /// A step that moved nothing leaves no estimate. Nor does the first one if the gradient is the same to the last
     /// bit and the step was a `small` one: it was too small to meet any curvature.
-    pub fn observe_step(&mut self, measured: &Measured, decay: f64, small: bool, now: u64) -> Left {
+    pub fn observe_step(
+        &mut self,
+        measured: &Measured,
+        memory: Memory,
+        small: bool,
+        now: u64,
+    ) -> Left {
         let Measured { change, step, direction, bound, metric } = *measured;
         let curvature = bound / metric;
         let finite = [change, step, direction, bound, metric].iter().all(|sum| sum.is_finite());
@@ -234,7 +261,7 @@ impl Estimate {
             return Left::Lost;
         }
         if finite && curvature.is_finite() {
-            self.take_step(curvature, decay);
+            self.take_step(curvature, memory.decay_after(self.steps_since(now)));
             self.record(curvature, now);
         } else {
             self.infinite = true;
@@ -257,11 +284,16 @@ impl Estimate {
         }
         let difference = if self.in_average > 0 { entering - self.entered } else { 0. };
         self.mean = decay * self.mean + (1. - decay) * entering;
-        // Without memory (decay 0) there is none.
+        // Of a decay of 0 there is none.
         self.variance = decay * (self.variance + (1. - decay) * (0.5 * difference * difference));
         self.power *= decay;
         self.entered = entering;
         self.curvature = if too_large { curvature } else { self.noisy_average() };
+    }
+
+    /// How many steps a measurement after `now` steps stands for: those since the last one in the average.
+    fn steps_since(&self, now: u64) -> u64 {
+        if self.in_average == 0 { 1 } else { now.saturating_sub(self.measured_at).max(1) }
     }
 
     /// Takes a measurement by random vectors: `squared` is H squared.

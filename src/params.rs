@@ -131,9 +131,10 @@ pub enum Curvature {
     /// neighbouring elements. Where `d = P^-1 m` the second sum is `<D, P D>`, so that `H` is never below the
     /// curvature along the step in the metric `P`.
     ///
-    /// The brake uses `sqrt(average^2 + 4 * variance)`: bias-corrected exponential averages of
+    /// The brake uses `sqrt(average^2 + 2 * variance)`: bias-corrected exponential averages of
     /// `x = min(H, 8 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
-    /// without memory it is the last `x` alone). While the last measurement is above 8 times the average, it uses
+    /// without memory it is the last `x` alone). The average forgets by steps: a measurement `k` steps after the one
+    /// before, `k` below `every`, enters it with `(1 - decay) * k / every` in place of `1 - decay`. While the last measurement is above 8 times the average, it uses
     /// that one.
     ///
     /// A step that measures without any estimate is a small one:
@@ -287,16 +288,16 @@ impl ParamsSrkl {
 
     /// Adam braked by the curvature along its steps: the one to recommend. `lr = 10`,
     /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 20th,
-    /// decay 0.99, over all parameters, `beta = 0.6 lr`.
+    /// decay 0.99, over all parameters, `beta = 0.8 lr`.
     ///
-    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + 0.6 H)`, and the curvature of a
+    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + 0.8 H)`, and the curvature of a
     /// network is far above 0.2. Results hardly change from 0.3 to 1000.
     pub fn braked_adam() -> Self {
         Self {
             lr: 10.,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
             curvature: Curvature::Step { every: 20, first: 10, decay: 0.99 },
-            beta: Beta::Tied(0.6),
+            beta: Beta::Tied(0.8),
             scope: Scope::Global,
             ..Self::reference()
         }

@@ -397,7 +397,7 @@ fn braking(measured: &[f64], decay: f64) -> f64 {
     let average = dot(measured, &weights) / all;
     let differences = measured.windows(2).zip(&weights[1..]);
     let variance: f64 = differences.map(|(x, w)| w * (x[1] - x[0]).powi(2) / 2.).sum();
-    (average.powi(2) + 4. * decay * variance / all).sqrt()
+    (average.powi(2) + 2. * decay * variance / all).sqrt()
 }
 
 /// The worked number of `braking`, and of a spike.
@@ -424,14 +424,53 @@ fn the_average_in_numbers() -> Result<()> {
     let variance = 0.5 * differences.iter().sum::<f64>() / all;
     let exact = [
         2.,
-        ((5f64 / 1.5).powi(2) + 4. * 0.5 * 2. / 1.5).sqrt(),
-        (third.powi(2) + 4. * 0.5 * (2. / 2. + 2.) / 1.75).sqrt(),
+        ((5f64 / 1.5).powi(2) + 2. * 0.5 * 2. / 1.5).sqrt(),
+        (third.powi(2) + 2. * 0.5 * (2. / 2. + 2.) / 1.75).sqrt(),
         100.,
-        (average.powi(2) + 4. * variance).sqrt(),
+        (average.powi(2) + 2. * variance).sqrt(),
     ];
     for (got, exact) in told.iter().zip(exact) {
         assert_close(*got, exact, 1e-9);
     }
+    Ok(())
+}
+
+/// Each step has the same weight in the average but for its age, however many of them measure.
+#[test]
+fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
+    let (every, first, decay) = (4, 3, 0.25);
+    let w = var(&[3.], DType::F64)?;
+    let curvature = Curvature::Step { every, first, decay };
+    let params = ParamsSrkl { curvature, ..along(decay, Scope::Global, Direction::Gradient) };
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    // The measurements, and what each leaves of those before.
+    let (mut measured, mut left, mut before) = (vec![], vec![], 0);
+    for t in 1..=17u64 {
+        let h = 1. + (0.7 * t as f64).sin() / 2.;
+        if t == 14 {
+            opt.request_measurement();
+        }
+        let (w_before, measuring) = (values(&w)?[0], opt.measuring());
+        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
+        if !measuring {
+            continue;
+        }
+        let again = 1. + h * (values(&w)?[0] - w_before);
+        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+        left.push(1. - (1. - decay) * f64::min(1., (t - before) as f64 / every as f64));
+        measured.push(h);
+        before = t;
+        let weights: Vec<f64> = (0..left.len())
+            .map(|k| (1. - left[k]) * left[k + 1..].iter().product::<f64>())
+            .collect();
+        let all: f64 = weights.iter().sum();
+        let average = dot(&measured, &weights) / all;
+        let squares = measured.windows(2).zip(&weights[1..]).zip(&left[1..]);
+        let variance: f64 = squares.map(|((x, w), d)| d * w * (x[1] - x[0]).powi(2) / 2.).sum();
+        let exact = (average.powi(2) + 2. * variance / all).sqrt();
+        assert_close(opt.measurements()?.curvature.unwrap(), exact, 1e-9);
+    }
+    assert!(left.contains(&decay) && left.iter().any(|left| *left > 0.8), "{left:?}");
     Ok(())
 }
 

@@ -971,10 +971,10 @@ fn group(group: &Group) -> abi::SrklGroup {
         Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
         Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
     };
-    let (curvature, decay) = match group.params.curvature {
-        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 0.),
-        Curvature::Step { decay, .. } => (abi::SRKL_STEP, decay),
-        Curvature::Hutchinson { decay, .. } => (abi::SRKL_HUTCHINSON, decay),
+    let (curvature, every, decay) = match group.params.curvature {
+        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 1, 0.),
+        Curvature::Step { every, decay, .. } => (abi::SRKL_STEP, every, decay),
+        Curvature::Hutchinson { every, decay, .. } => (abi::SRKL_HUTCHINSON, every, decay),
     };
     abi::SrklGroup {
         lr,
@@ -987,6 +987,7 @@ fn group(group: &Group) -> abi::SrklGroup {
         decay2,
         eps,
         decay,
+        every: every as f64,
         scope,
         shared,
         direction,
