@@ -669,19 +669,23 @@ impl Srkl {
         }
     }
 
-    /// Notes what a measurement has left of each estimate, of those that it was about: where one has been lost, or
-    /// there is none at all, the next step measures.
-    fn note_estimates(&mut self, left: Vec<Option<Left>>) -> Result<()> {
-        let known: Vec<bool> = match self.decides_on_device() {
-            true => self.cuda[0].known()?,
-            false => self.blocks.iter().map(|block| block.estimate.is_known()).collect(),
-        };
-        self.progress.blind = !known.contains(&true) || left.contains(&Some(Left::Lost));
-        for ((block, known), left) in self.blocks.iter_mut().zip(known).zip(left) {
+    /// Notes what a measurement has left of each estimate, of those that it was about, and whether there is one: where
+    /// one has been lost, or there is none at all, the next step measures.
+    fn note_estimates(&mut self, left: impl IntoIterator<Item = (Option<Left>, bool)>) {
+        let (mut any, mut lost) = (false, false);
+        for (block, (left, known)) in self.blocks.iter_mut().zip(left) {
+            any |= known;
+            lost |= left == Some(Left::Lost);
             // A block without a direction has nothing to be measured by, and waits for the next time.
             block.known = known || left == Some(Left::AsItWas);
         }
-        Ok(())
+        self.progress.blind = !any || lost;
+    }
+
+    /// The same, of estimates on the host.
+    fn note_own_estimates(&mut self, left: Vec<Option<Left>>) {
+        let known: Vec<bool> = self.blocks.iter().map(|block| block.estimate.is_known()).collect();
+        self.note_estimates(left.into_iter().zip(known))
     }
 
     /// The same after estimates have been set, or their settings.
@@ -850,7 +854,8 @@ impl Srkl {
             cuda[0].observe(&inputs)?;
             cuda[0].forget();
             let left = self.cuda[0].left()?;
-            return self.note_estimates(left);
+            self.note_estimates(left);
+            return Ok(());
         }
         let stages = self.stages();
         let given = self.both_gradients(
@@ -892,7 +897,8 @@ impl Srkl {
         let left = blocks.iter_mut().enumerate().map(observe).collect();
         blocks.iter_mut().for_each(|block| block.strips = vec![]);
         self.forget_kept();
-        self.note_estimates(left)
+        self.note_own_estimates(left);
+        Ok(())
     }
 
     /// Both gradients of every block that has them, and what they are multiplied by.
@@ -974,7 +980,8 @@ impl Srkl {
         if self.decides_on_device() {
             self.cuda[0].average_probe()?;
             let left = self.cuda[0].left()?;
-            return self.note_estimates(left);
+            self.note_estimates(left);
+            return Ok(());
         }
         let decay = |groups: &[Group], block: &Block| match groups[block.group].params.curvature {
             Curvature::Hutchinson { decay, .. } if !stages.frozen[block.group] => Some(decay),
@@ -1030,7 +1037,8 @@ impl Srkl {
         let left = blocks.iter_mut().zip(&given).map(observe).collect();
         self.forget_kept();
         self.send_known()?;
-        self.note_estimates(left)
+        self.note_own_estimates(left);
+        Ok(())
     }
 
     /// Puts the averages in the place of the parameters.

@@ -28,6 +28,14 @@ fn digits() -> Digits {
     Digits::load(0, DType::F32, &Device::Cpu).unwrap()
 }
 
+/// Of trainings that are averaged: 0 to 2, or `SEEDS=FROM..TO`.
+fn seeds() -> std::ops::Range<u64> {
+    let Ok(given) = std::env::var("SEEDS") else { return 0..3 };
+    let bounds = given.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    let (from, to) = bounds.unwrap_or_else(|| panic!("SEEDS: expected FROM..TO, got {given}"));
+    from..to
+}
+
 /// The `step`-th batch of a training.
 fn batch(digits: &Digits, seed: u64, step: u64) -> Part {
     let mut rng = StdRng::seed_from_u64(seed << 32 | step);
@@ -157,19 +165,20 @@ fn best_of_adamw(
     Ok(best)
 }
 
-/// 11% and 10% before there was a dropout that draws the same masks in both calls. Means over three seeds.
+/// 11% and 10% before there was a dropout that draws the same masks in both calls. Means over seeds.
 #[test]
 fn dropout_trains_as_with_adamw() -> Result<()> {
     let digits = digits();
+    let share = 1. / seeds().count() as f64;
     for p in [0.1, 0.5] {
         let (mut ours, mut adamw) = (0., 0.);
-        for seed in 0..3 {
+        for seed in seeds() {
             let candles = candle_nn::Dropout::new(p);
             let with_candles = |network: &Network, part: &Part| {
                 let logits = network.logits(&part.images, |x| candles.forward(&x, true))?;
                 candle_nn::loss::cross_entropy(&logits, &part.classes)
             };
-            adamw += best_of_adamw(|| Network::new(seed), &digits, seed, with_candles)? / 3.;
+            adamw += best_of_adamw(|| Network::new(seed), &digits, seed, with_candles)? * share;
 
             let network = Network::new(seed)?;
             let dropout = Dropout::new(p);
@@ -178,7 +187,7 @@ fn dropout_trains_as_with_adamw() -> Result<()> {
                 let logits = network.logits(&part.images, |x| dropout.forward(&x, true))?;
                 candle_nn::loss::cross_entropy(&logits, &part.classes)
             })?;
-            ours += network.judge(&digits)?.0 / 3.;
+            ours += network.judge(&digits)?.0 * share;
 
             // candle's own is refused before anything has moved.
             let network = Network::new(seed)?;
@@ -210,17 +219,18 @@ fn a_batch_drawn_inside_the_closure_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// 81%, and a training loss of 0.1, by the old estimator. Accuracies are means over three seeds: a single one is that of
-/// 360 images.
+/// 81%, and a training loss of 0.1, by the old estimator. Accuracies are means over seeds: a single one is that of 360
+/// images.
 #[test]
 fn lora_at_any_learning_rate() -> Result<()> {
     let digits = digits();
     let rates = [0.03, 0.3, 1., 10., 100., 1000.];
+    let share = 1. / seeds().count() as f64;
     for size in [0., 0.01] {
         let (mut ours, mut adamw) = ([0.; 6], 0.);
-        for seed in 0..3 {
+        for seed in seeds() {
             adamw +=
-                best_of_adamw(|| Network::lora(seed, size), &digits, seed, Network::loss)? / 3.;
+                best_of_adamw(|| Network::lora(seed, size), &digits, seed, Network::loss)? * share;
             for (lr, mean) in rates.into_iter().zip(&mut ours) {
                 let network = Network::lora(seed, size)?;
                 let params = ParamsSrkl { lr, ..ParamsSrkl::braked_adam() };
@@ -228,9 +238,8 @@ fn lora_at_any_learning_rate() -> Result<()> {
                 train(&mut opt, &digits, seed, |part| network.loss(part))?;
                 let (accuracy, loss) = network.judge(&digits)?;
                 println!("B of {size}, seed {seed}, lr {lr}: {accuracy:.4}, {loss:.4}");
-                // Single trainings from another B have been thrown back: see docs/curvature.md.
-                assert!(loss <= 0.04 || size > 0., "seed {seed}, lr {lr}: {loss}");
-                *mean += accuracy / 3.;
+                assert!(loss <= 0.04, "B of {size}, seed {seed}, lr {lr}: {loss}");
+                *mean += accuracy * share;
             }
         }
         println!("B of {size}: {ours:.4?} beside {adamw:.4}");

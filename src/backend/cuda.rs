@@ -364,20 +364,16 @@ impl Cuda {
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0.)
     }
 
-    /// Of each block whether there is an estimate, as the last measurement has left it. Waits for the device.
-    pub fn known(&self) -> Result<Vec<bool>> {
-        let told = self.device.clone_dtoh(&self.memory.told)?;
-        Ok(told.into_iter().map(|told: u32| told & abi::SRKL_KNOWN != 0).collect())
-    }
-
-    /// Of each block what the last measurement has left of its estimate. Waits for the device.
-    pub fn left(&self) -> Result<Vec<Option<Left>>> {
+    /// Of each block what the last measurement has left of its estimate, and whether there is one. Waits for the
+    /// device.
+    pub fn left(&self) -> Result<Vec<(Option<Left>, bool)>> {
         let told = self.device.clone_dtoh(&self.memory.told)?;
         let left = |told: u32| {
             let is = |bit| (told & bit != 0).then_some(());
             let lost = is(abi::SRKL_LOST).map(|()| Left::Lost);
             let as_it_was = is(abi::SRKL_AS_IT_WAS).map(|()| Left::AsItWas);
-            lost.or(as_it_was).or(is(abi::SRKL_KNOWN).map(|()| Left::Known))
+            let known = is(abi::SRKL_KNOWN).map(|()| Left::Known);
+            (lost.or(as_it_was).or(known), known.is_some())
         };
         Ok(told.into_iter().map(left).collect())
     }

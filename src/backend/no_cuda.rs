@@ -37,11 +37,7 @@ impl Cuda {
         match *self {}
     }
 
-    pub fn known(&self) -> Result<Vec<bool>> {
-        match *self {}
-    }
-
-    pub fn left(&self) -> Result<Vec<Option<Left>>> {
+    pub fn left(&self) -> Result<Vec<(Option<Left>, bool)>> {
         match *self {}
     }
 
