@@ -165,7 +165,7 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 }
 
 // A measurement along a step enters the average as at most so many times the average.
-static const double BOUND = 8.;
+static const double BOUND = 6.;
 
 // How much of the variance between measurements the brake adds to the square of their average.
 static const double NOISE = 2.;

@@ -6,7 +6,7 @@ use crate::numerics::{Pair, fold};
 use crate::params::Curvature;
 
 /// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
-const BOUND: f64 = 8.;
+const BOUND: f64 = 6.;
 
 /// How much of the variance between measurements the brake adds to the square of their average.
 const NOISE: f64 = 2.;
@@ -270,7 +270,7 @@ impl Estimate {
         Left::Known
     }
 
-    /// `H` enters the average as at most 8 times the average; beyond that it is a spike, which the brake goes by
+    /// `H` enters the average as at most 6 times the average; beyond that it is a spike, which the brake goes by
     /// in full up to the next measurement. So curvature that shoots up counts at once, one bad measurement is
     /// forgotten at the next, and a lasting rise enters the average. The first measurement has no average to be
     /// held against, so the second one bounds it.

@@ -132,10 +132,10 @@ pub enum Curvature {
     /// curvature along the step in the metric `P`.
     ///
     /// The brake uses `sqrt(average^2 + 2 * variance)`: bias-corrected exponential averages of
-    /// `x = min(H, 8 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
+    /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
     /// without memory it is the last `x` alone). The average forgets by steps: a measurement `k` steps after the one
-    /// before, `k` below `every`, enters it with `(1 - decay) * k / every` in place of `1 - decay`. While the last measurement is above 8 times the average, it uses
-    /// that one.
+    /// before, `k` below `every`, enters it with `(1 - decay) * k / every` in place of `1 - decay`. While the last
+    /// measurement is above 6 times the average, it uses that one.
     ///
     /// A step that measures without any estimate is a small one:
     /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move. If it

@@ -415,9 +415,9 @@ fn the_average_in_numbers() -> Result<()> {
         told.push(opt.measurements()?.curvature.unwrap());
     }
     // Weights 1, 1/2, 1/4, ... into the past: 2; (4 + 1) / 1.5 and a variance of 1/2 (2^2 / 2) / 1.5; and so on. 100
-    // is above 8 times the average (2.57), and counts in full; then as 8 times that.
+    // is above 6 times the average (2.57), and counts in full; then as 6 times that.
     let third: f64 = (2. + 2. + 0.5) / 1.75;
-    let spike = 8. * third;
+    let spike = 6. * third;
     let jump = (spike - 2.).powi(2) / 2.;
     let (all, differences) = (1.9375, [2. / 8., 2. / 4., jump / 2., jump]);
     let average = (2. + spike / 2. + 2. / 4. + 4. / 8. + 2. / 16.) / all;
