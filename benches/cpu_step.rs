@@ -124,7 +124,7 @@ const PLAIN_2: &str = "plain loop, 2 threads";
 
 /// Measures once, at the first step, or at every step.
 fn measured(params: ParamsSrkl, every: u64) -> ParamsSrkl {
-    let curvature = Curvature::Step { every, first: 1, decay: 0.95 };
+    let curvature = Curvature::Step { every, first: 1, decay: 0.95, noise: 2. };
     ParamsSrkl { curvature, ..params }
 }
 

@@ -70,7 +70,7 @@ fn main() -> Result<()> {
 /// Braked Adam over as many parameters on the device, which has measured the curvature of `sum w^2 / 2` and measures
 /// no more, and these. It was measured on the CPU, so that there is an estimate also where kernels don't run.
 fn measured(tensors: usize, options: &Options, device: &Device) -> Result<(Srkl, Vec<Var>)> {
-    let curvature = Curvature::Step { every: u64::MAX, first: 1, decay: 0.95 };
+    let curvature = Curvature::Step { every: u64::MAX, first: 1, decay: 0.95, noise: 2. };
     let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
     let mut on_cpu = vec![];
     for _ in 0..tensors {

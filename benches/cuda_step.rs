@@ -141,7 +141,7 @@ fn settings(preset: &str, policy: &str) -> ParamsSrkl {
         "reference" => ParamsSrkl::reference(),
         // Measures at its first step alone.
         _ => ParamsSrkl {
-            curvature: Curvature::Step { every: u64::MAX, first: 1, decay: 0.95 },
+            curvature: Curvature::Step { every: u64::MAX, first: 1, decay: 0.95, noise: 2. },
             ..ParamsSrkl::braked_adam()
         },
     };

@@ -115,6 +115,7 @@ typedef struct {
     double eps;
     double decay; // of the curvature's average
     double every; // steps between two measurements
+    double noise; // how much of their variance brakes
     unsigned int scope;
     unsigned int shared; // SRKL_MIXED: 8 p
     unsigned int direction;
@@ -258,7 +259,7 @@ typedef struct {
 #include <cstddef>
 static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 112 && offsetof(SrklGroup, pad) == 108, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 120 && offsetof(SrklGroup, pad) == 116, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");

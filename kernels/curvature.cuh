@@ -167,19 +167,16 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 // A measurement along a step enters the average as at most so many times the average.
 static const double BOUND = 6.;
 
-// How much of the variance between measurements the brake adds to the square of their average.
-static const double NOISE = 2.;
-
 // The average of H along steps, corrected for having started at 0.
 __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
 }
 
-// `sqrt(average^2 + 2 variance)`
-__device__ inline double noisy_average_of(const SrklEstimate &estimate) {
+// `sqrt(average^2 + noise * variance)`
+__device__ inline double noisy_average_of(const SrklEstimate &estimate, double noise) {
     const double average = average_of(estimate);
     const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
-    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(NOISE, variance)));
+    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(noise, variance)));
 }
 
 __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
@@ -193,7 +190,7 @@ __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now)
     estimate.taken++;
 }
 
-__device__ inline void take_step(SrklEstimate &estimate, double curvature, double decay) {
+__device__ inline void take_step(SrklEstimate &estimate, double curvature, double decay, double noise) {
     const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
     const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
     const double entering = too_large ? __dmul_rn(BOUND, average) : curvature;
@@ -208,7 +205,7 @@ __device__ inline void take_step(SrklEstimate &estimate, double curvature, doubl
     estimate.variance = __dmul_rn(decay, __dadd_rn(estimate.variance, __dmul_rn(gain, half_square)));
     estimate.power = __dmul_rn(estimate.power, decay);
     estimate.entered = entering;
-    estimate.curvature = too_large ? curvature : noisy_average_of(estimate);
+    estimate.curvature = too_large ? curvature : noisy_average_of(estimate, noise);
 }
 
 // How many steps a measurement after `now` steps stands for.
@@ -217,7 +214,7 @@ __device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
     return (double)(now - estimate.measured_at);
 }
 
-// The decay of the average at a measurement that stands for so many steps: `Memory` in src/estimate.rs.
+// The decay of the average at a measurement that stands for so many steps: `Averaging` in src/estimate.rs.
 __device__ inline double decay_after(const SrklGroup &group, double steps) {
     if (steps >= group.every) return group.decay;
     return __dsub_rn(1., __dmul_rn(__dsub_rn(1., group.decay), __ddiv_rn(steps, group.every)));
@@ -258,7 +255,7 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
         return SRKL_LOST;
     }
     if (finite && is_finite(curvature)) {
-        take_step(estimate, curvature, decay_after(group, steps_since(estimate, now)));
+        take_step(estimate, curvature, decay_after(group, steps_since(estimate, now)), group.noise);
         record(estimate, curvature, now);
     } else {
         estimate.infinite = 1;

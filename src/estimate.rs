@@ -8,9 +8,6 @@ use crate::params::Curvature;
 /// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
 const BOUND: f64 = 6.;
 
-/// How much of the variance between measurements the brake adds to the square of their average.
-const NOISE: f64 = 2.;
-
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
@@ -128,16 +125,15 @@ impl Measured {
     }
 }
 
-/// How an average of measurements along steps forgets.
+/// What is made of measurements along steps: the fields of [`Curvature::Step`].
 #[derive(Clone, Copy)]
-pub(crate) struct Memory {
-    /// The steps between two measurements, as a rule.
+pub(crate) struct Averaging {
     pub every: u64,
-    /// Of the average, over so many steps.
     pub decay: f64,
+    pub noise: f64,
 }
 
-impl Memory {
+impl Averaging {
     /// The decay at a measurement that stands for so many `steps`. Each step has the same weight but for its age:
     /// else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
     fn decay_after(self, steps: u64) -> f64 {
@@ -216,13 +212,13 @@ impl Estimate {
         self.mean / (1. - self.power)
     }
 
-    /// `sqrt(average^2 + 2 variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
-    /// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well: while it is small,
-    /// `E[h^2] / E[h] = average + variance / average` is this root. Variance is taken between neighbours
-    /// (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
-    fn noisy_average(&self) -> f64 {
+    /// `sqrt(average^2 + noise * variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in
+    /// the mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well: while it is
+    /// small, `E[h^2] / E[h] = average + variance / average` is this root with a `noise` of 2. Variance is taken between
+    /// neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
+    fn noisy_average(&self, noise: f64) -> f64 {
         let (average, variance) = (self.average(), self.variance / (1. - self.power));
-        (average * average + NOISE * variance).sqrt()
+        (average * average + noise * variance).sqrt()
     }
 
     /// Takes a measurement along a step, which had its place after `now` steps:
@@ -242,7 +238,7 @@ impl Estimate {
     pub fn observe_step(
         &mut self,
         measured: &Measured,
-        memory: Memory,
+        averaging: Averaging,
         small: bool,
         now: u64,
     ) -> Left {
@@ -261,7 +257,8 @@ impl Estimate {
             return Left::Lost;
         }
         if finite && curvature.is_finite() {
-            self.take_step(curvature, memory.decay_after(self.steps_since(now)));
+            let decay = averaging.decay_after(self.steps_since(now));
+            self.take_step(curvature, decay, averaging.noise);
             self.record(curvature, now);
         } else {
             self.infinite = true;
@@ -274,7 +271,7 @@ impl Estimate {
     /// in full up to the next measurement. So curvature that shoots up counts at once, one bad measurement is
     /// forgotten at the next, and a lasting rise enters the average. The first measurement has no average to be
     /// held against, so the second one bounds it.
-    fn take_step(&mut self, curvature: f64, decay: f64) {
+    fn take_step(&mut self, curvature: f64, decay: f64, noise: f64) {
         let average = if self.in_average > 0 { self.average() } else { 0. };
         let too_large = average > 0. && curvature > BOUND * average;
         let entering = if too_large { BOUND * average } else { curvature };
@@ -288,7 +285,7 @@ impl Estimate {
         self.variance = decay * (self.variance + (1. - decay) * (0.5 * difference * difference));
         self.power *= decay;
         self.entered = entering;
-        self.curvature = if too_large { curvature } else { self.noisy_average() };
+        self.curvature = if too_large { curvature } else { self.noisy_average(noise) };
     }
 
     /// How many steps a measurement after `now` steps stands for: those since the last one in the average.

@@ -17,7 +17,7 @@ use crate::backend::stages::{Found, Stages};
 use crate::backend::{Inputs, StepOptions};
 use crate::block::{Block, Last, Powers, STATE, has_state};
 use crate::curvature::{Pending, Plan, Progress};
-use crate::estimate::{Estimate, Left, Measured, Memory, Probe};
+use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
 
@@ -887,12 +887,17 @@ impl Srkl {
         let total = Measured::fold(&measured);
         let observe = |(i, block): (usize, &mut Block)| {
             let params = &groups[block.group].params;
-            let Curvature::Step { every, decay, .. } = params.curvature else { return None };
+            let Curvature::Step { every, decay, noise, .. } = params.curvature else { return None };
             let is_missing = pending[i].is_some() && given[i].is_none();
             block.estimate.counts.missing += is_missing as u64;
             let own = if is_missing { None } else { Some(&measured[i]) };
             let measured = if params.scope == Scope::Global { Some(&total) } else { own };
-            Some(block.estimate.observe_step(measured?, Memory { every, decay }, block.small, now))
+            Some(block.estimate.observe_step(
+                measured?,
+                Averaging { every, decay, noise },
+                block.small,
+                now,
+            ))
         };
         let left = blocks.iter_mut().enumerate().map(observe).collect();
         blocks.iter_mut().for_each(|block| block.strips = vec![]);

@@ -131,7 +131,7 @@ pub enum Curvature {
     /// neighbouring elements. Where `d = P^-1 m` the second sum is `<D, P D>`, so that `H` is never below the
     /// curvature along the step in the metric `P`.
     ///
-    /// The brake uses `sqrt(average^2 + 2 * variance)`: bias-corrected exponential averages of
+    /// The brake uses `sqrt(average^2 + noise * variance)`: bias-corrected exponential averages of
     /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
     /// without memory it is the last `x` alone). The average forgets by steps: a measurement `k` steps after the one
     /// before, `k` below `every`, enters it with `(1 - decay) * k / every` in place of `1 - decay`. While the last
@@ -155,6 +155,10 @@ pub enum Curvature {
         first: u64,
         /// Of the average. 0 or above and below 1.
         decay: f64,
+        /// How much of the variance between measurements brakes. Finite, 0 or above. 2 is what a brake needs that has to
+        /// shrink the noise of batches itself (see docs/curvature.md); 0 leaves that to averaged weights, or to a
+        /// schedule.
+        noise: f64,
     },
     /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
     /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
@@ -288,7 +292,7 @@ impl ParamsSrkl {
 
     /// Adam braked by the curvature along its steps: the one to recommend. `lr = 10`,
     /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 20th,
-    /// decay 0.99, over all parameters, `beta = 0.8 lr`.
+    /// decay 0.99, noise 2, over all parameters, `beta = 0.8 lr`.
     ///
     /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + 0.8 H)`, and the curvature of a
     /// network is far above 0.2. Results hardly change from 0.3 to 1000.
@@ -296,7 +300,7 @@ impl ParamsSrkl {
         Self {
             lr: 10.,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
-            curvature: Curvature::Step { every: 20, first: 10, decay: 0.99 },
+            curvature: Curvature::Step { every: 20, first: 10, decay: 0.99, noise: 2. },
             beta: Beta::Tied(0.8),
             scope: Scope::Global,
             ..Self::reference()
@@ -309,7 +313,7 @@ impl ParamsSrkl {
     /// and every 50th step, decay 0.95.
     pub fn braked_adam_averaged() -> Self {
         Self {
-            curvature: Curvature::Step { every: 50, first: 10, decay: 0.95 },
+            curvature: Curvature::Step { every: 50, first: 10, decay: 0.95, noise: 0. },
             beta: Beta::Tied(0.5),
             average: Some(0.98),
             ..Self::braked_adam()
@@ -380,7 +384,10 @@ impl ParamsSrkl {
         }
         match self.curvature {
             Curvature::GradSquare => {}
-            Curvature::Step { every, first, decay } => check_measured(every, first, decay)?,
+            Curvature::Step { every, first, decay, noise } => {
+                check_measured(every, first, decay)?;
+                check("noise", noise, Above::OrZero)?;
+            }
             Curvature::Hutchinson { every, first, decay, delta, .. } => {
                 check_measured(every, first, decay)?;
                 check("delta", delta, Above::Zero)?;

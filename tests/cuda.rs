@@ -287,7 +287,7 @@ fn train_measuring(
 /// Every direction, curvature and scope, each with every policy, with and without trust clip, clipping and
 /// average.
 fn measuring_settings() -> Vec<ParamsSrkl> {
-    let step = Curvature::Step { every: 3, first: 2, decay: 0.9 };
+    let step = Curvature::Step { every: 3, first: 2, decay: 0.9, noise: 1.5 };
     let rows = Curvature::Hutchinson { every: 3, first: 2, decay: 0.9, delta: 1e-2, seed: 5 };
     let momentum = Direction::Momentum { mu: 0.9 };
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
@@ -618,7 +618,7 @@ fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
 fn measuring_steps_between_replays() -> Result<()> {
     let device = capturable()?;
     let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
-    let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9 };
+    let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9, noise: 1.5 };
     let params = ParamsSrkl { curvature, average: Some(0.9), ..ParamsSrkl::braked_adam() };
     for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
         let records = params.trust.is_none();

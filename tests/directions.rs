@@ -575,7 +575,7 @@ fn state(varmap: &VarMap, opt: &mut Srkl) -> Result<String> {
 #[test]
 fn resumed_runs_have_the_bits_of_uninterrupted_ones() -> Result<()> {
     let average = Some(0.9);
-    let tensors = Curvature::Step { every: 3, first: 2, decay: 0.8 };
+    let tensors = Curvature::Step { every: 3, first: 2, decay: 0.8, noise: 2. };
     let settings = [
         ParamsSrkl { average, ..steep(MOMENTUM) },
         ParamsSrkl { scope: Scope::Element, ..steep(ADAM) },

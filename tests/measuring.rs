@@ -19,7 +19,7 @@ fn along(every: u64, first: u64) -> ParamsSrkl {
     ParamsSrkl {
         lr: 10.,
         beta: Beta::Tied(0.5),
-        curvature: Curvature::Step { every, first, decay: 0. },
+        curvature: Curvature::Step { every, first, decay: 0., noise: 2. },
         scope: Scope::Global,
         // Tests of the check say so.
         repeatable: Repeatable::Assume,
@@ -836,7 +836,7 @@ fn what_says_nothing() -> Result<()> {
     assert_eq!(counts(&opt)?, [2, 0, 0, 1]);
     assert!(opt.telemetry()?[0].phi.is_some_and(|phi| phi > 0.));
 
-    let curvature = Curvature::Step { every: 1, first: 1, decay: 0. };
+    let curvature = Curvature::Step { every: 1, first: 1, decay: 0., noise: 2. };
     let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     for _ in 0..3 {

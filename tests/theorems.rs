@@ -474,7 +474,7 @@ proptest! {
 // -- P6: the curvature along the steps --
 
 /// As in the presets.
-const ALONG: Curvature = Curvature::Step { every: 20, first: 10, decay: 0.99 };
+const ALONG: Curvature = Curvature::Step { every: 20, first: 10, decay: 0.99, noise: 2. };
 
 /// The loss after 500 steps, and the largest distance from the minimum on the way, both relative to the
 /// start.
@@ -524,7 +524,7 @@ proptest! {
         let params = ParamsSrkl {
             lr,
             beta: Beta::Tied(1.),
-            curvature: Curvature::Step { every: 1, first: 1, decay: 0. },
+            curvature: Curvature::Step { every: 1, first: 1, decay: 0., noise: 2. },
             scope: Scope::Global,
             ..ParamsSrkl::reference()
         };

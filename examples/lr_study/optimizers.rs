@@ -26,7 +26,7 @@ pub enum Rule {
 /// What kinetic and braked Adam have instead of their presets' settings.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Variant {
-    /// For kinetic and braked Adam: beta over lr, instead of the preset's. This and the next three need an
+    /// For kinetic and braked Adam: beta over lr, instead of the preset's. This and the next four need an
     /// --out of their own
     #[arg(long)]
     gamma: Option<f64>,
@@ -39,19 +39,23 @@ pub struct Variant {
     /// For them: of the average of what is measured
     #[arg(long)]
     decay: Option<f64>,
+    /// For them: how much of its variance brakes
+    #[arg(long)]
+    noise: Option<f64>,
 }
 
 impl Variant {
     pub fn is_any(&self) -> bool {
-        let Self { gamma, every, first, decay } = self;
-        gamma.is_some() || every.is_some() || first.is_some() || decay.is_some()
+        let Self { gamma, every, first, decay, noise } = self;
+        gamma.or(*decay).or(*noise).is_some() || every.or(*first).is_some()
     }
 
     fn apply(&self, params: &mut ParamsSrkl) {
-        if let Curvature::Step { every, first, decay } = &mut params.curvature {
+        if let Curvature::Step { every, first, decay, noise } = &mut params.curvature {
             *every = self.every.unwrap_or(*every);
             *first = self.first.unwrap_or(*first);
             *decay = self.decay.unwrap_or(*decay);
+            *noise = self.noise.unwrap_or(*noise);
             params.beta = self.gamma.map_or(params.beta, Beta::Tied);
         }
     }

@@ -967,10 +967,10 @@ fn group(group: &Group) -> abi::SrklGroup {
         Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
         Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
     };
-    let (curvature, every, decay) = match group.params.curvature {
-        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 1, 0.),
-        Curvature::Step { every, decay, .. } => (abi::SRKL_STEP, every, decay),
-        Curvature::Hutchinson { every, decay, .. } => (abi::SRKL_HUTCHINSON, every, decay),
+    let (curvature, every, decay, noise) = match group.params.curvature {
+        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 1, 0., 0.),
+        Curvature::Step { every, decay, noise, .. } => (abi::SRKL_STEP, every, decay, noise),
+        Curvature::Hutchinson { every, decay, .. } => (abi::SRKL_HUTCHINSON, every, decay, 0.),
     };
     abi::SrklGroup {
         lr,
@@ -984,6 +984,7 @@ fn group(group: &Group) -> abi::SrklGroup {
         eps,
         decay,
         every: every as f64,
+        noise,
         scope,
         shared,
         direction,

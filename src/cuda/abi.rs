@@ -113,6 +113,7 @@ pub struct SrklGroup {
     pub eps: f64,
     pub decay: f64,
     pub every: f64,
+    pub noise: f64,
     pub scope: ::std::os::raw::c_uint,
     pub shared: ::std::os::raw::c_uint,
     pub direction: ::std::os::raw::c_uint,
@@ -122,7 +123,7 @@ pub struct SrklGroup {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 112usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 120usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -137,15 +138,16 @@ const _: () = {
     ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 64usize];
     ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 72usize];
     ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 80usize];
-    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 88usize];
-    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 92usize];
+    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 88usize];
+    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 96usize];
+    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 100usize];
     ["Offset of field: SrklGroup::direction"]
-        [::std::mem::offset_of!(SrklGroup, direction) - 96usize];
+        [::std::mem::offset_of!(SrklGroup, direction) - 104usize];
     ["Offset of field: SrklGroup::curvature"]
-        [::std::mem::offset_of!(SrklGroup, curvature) - 100usize];
+        [::std::mem::offset_of!(SrklGroup, curvature) - 108usize];
     ["Offset of field: SrklGroup::nonfinite"]
-        [::std::mem::offset_of!(SrklGroup, nonfinite) - 104usize];
-    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 108usize];
+        [::std::mem::offset_of!(SrklGroup, nonfinite) - 112usize];
+    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
