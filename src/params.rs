@@ -156,8 +156,8 @@ pub enum Curvature {
         /// Of the average. 0 or above and below 1.
         decay: f64,
         /// How much of the variance between measurements brakes. Finite, 0 or above. 2 is what a brake needs that has to
-        /// shrink the noise of batches itself (see docs/curvature.md); 0 leaves that to averaged weights, or to a
-        /// schedule.
+        /// shrink the noise of batches itself (see docs/curvature.md); less leaves some of that to averaged weights, or
+        /// to a schedule.
         noise: f64,
     },
     /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
@@ -310,10 +310,10 @@ impl ParamsSrkl {
     /// [`braked_adam`](Self::braked_adam) for those who evaluate averaged weights
     /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): `average` 0.98, and since averages take out
     /// the noise of steps that are a little too long, `beta = lr / 2`, and curvature is measured on the first 10
-    /// and every 50th step, decay 0.95.
+    /// and every 50th step, decay 0.95, noise 1.
     pub fn braked_adam_averaged() -> Self {
         Self {
-            curvature: Curvature::Step { every: 50, first: 10, decay: 0.95, noise: 0. },
+            curvature: Curvature::Step { every: 50, first: 10, decay: 0.95, noise: 1. },
             beta: Beta::Tied(0.5),
             average: Some(0.98),
             ..Self::braked_adam()
