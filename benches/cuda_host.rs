@@ -76,7 +76,7 @@ fn measured(tensors: usize, options: &Options, device: &Device) -> Result<(Srkl,
     for _ in 0..tensors {
         on_cpu.push(Var::ones(options.elements, DType::F32, &Device::Cpu)?);
     }
-    let mut opt = Srkl::new(on_cpu.clone(), params)?;
+    let mut opt = Srkl::new(on_cpu.clone(), params.clone())?;
     for measuring in [false, true] {
         let mut grads = GradStore::default();
         for var in &on_cpu {
