@@ -167,6 +167,9 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
 // A measurement along a step enters the average as at most so many times the average.
 static const double BOUND = 6.;
 
+// The least part of its weight that a measurement enters the average with.
+static const double LEAST_SHARE = 1. / 1024.;
+
 // The average of H along steps, corrected for having started at 0.
 __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
@@ -217,7 +220,8 @@ __device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
 // The decay of the average at a measurement that stands for so many steps: `Averaging` in src/estimate.rs.
 __device__ inline double decay_after(const SrklGroup &group, double steps) {
     if (steps >= group.every) return group.decay;
-    return __dsub_rn(1., __dmul_rn(__dsub_rn(1., group.decay), __ddiv_rn(steps, group.every)));
+    const double share = __ddiv_rn(steps, group.every);
+    return __dsub_rn(1., __dmul_rn(__dsub_rn(1., group.decay), share < LEAST_SHARE ? LEAST_SHARE : share));
 }
 
 // What a measurement along a step comes to: `Measured` in src/estimate.rs.

@@ -8,6 +8,10 @@ use crate::params::Curvature;
 /// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
 const BOUND: f64 = 6.;
 
+/// The least part of its weight that a measurement enters the average with, soon after the one before: less would be lost
+/// in rounding, where `every` is large.
+const LEAST_SHARE: f64 = 1. / 1024.;
+
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
@@ -140,7 +144,8 @@ impl Averaging {
         if steps >= self.every {
             return self.decay;
         }
-        1. - (1. - self.decay) * (steps as f64 / self.every as f64)
+        let share = steps as f64 / self.every as f64;
+        1. - (1. - self.decay) * if share < LEAST_SHARE { LEAST_SHARE } else { share }
     }
 }
 

@@ -134,7 +134,8 @@ pub enum Curvature {
     /// The brake uses `sqrt(average^2 + noise * variance)`: bias-corrected exponential averages of
     /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
     /// without memory it is the last `x` alone). The average forgets by steps: a measurement `k` steps after the one
-    /// before, `k` below `every`, enters it with `(1 - decay) * k / every` in place of `1 - decay`. While the last
+    /// before, `k` below `every`, enters it with `(1 - decay) * max(k / every, 1/1024)` in place of
+    /// `1 - decay`. While the last
     /// measurement is above 6 times the average, it uses that one.
     ///
     /// A step that measures without any estimate is a small one:

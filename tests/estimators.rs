@@ -474,6 +474,26 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
     Ok(())
 }
 
+/// However far apart measurements are meant to be: the first ones have equal weights.
+#[test]
+fn measurements_that_are_never_due_again() -> Result<()> {
+    for every in [1000, 1025, 1 << 30, 1 << 53, u64::MAX] {
+        let w = var(&[3.], DType::F64)?;
+        let curvature = Curvature::Step { every, first: 3, decay: 0.99, noise: 0. };
+        let params = ParamsSrkl { curvature, ..along(0., Scope::Global, Direction::Gradient) };
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        for h in [1., 2., 3.] {
+            let before = values(&w)?[0];
+            opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
+            let again = 1. + h * (values(&w)?[0] - before);
+            opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+        }
+        assert_close(opt.measurements()?.curvature.unwrap(), 2., 1e-4);
+        assert!(!opt.measuring(), "every {every}");
+    }
+    Ok(())
+}
+
 /// The brake uses the bias-corrected average of the estimates and their variance. A loss scale and weight decay change
 /// the step but not what curvature is; clipping scales the gradients that it is made of.
 #[test]
