@@ -20,89 +20,42 @@ use candle_srkl::{
     Beta, Curvature, Direction, Dropout, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
     Srkl,
 };
+use common::training::{assert_same, train};
 use common::*;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::RngExt;
 
 /// Sizes with every kind of tail, and few enough elements for a software device. (candle makes no
 /// empty tensors on a device.)
 const SIZES: [usize; 11] = [1, 3, 9, 127, 1025, 4095, 4097, 8191, 8193, 16384, 20_001];
 
-/// A gradient as a user may insert it: here and there misaligned, strided, of another dtype or
-/// missing.
-fn gradient(n: usize, dtype: DType, salt: u64, device: &Device) -> Result<Option<Tensor>> {
-    let mut rng = StdRng::seed_from_u64(salt);
-    let dtype = if rng.random_bool(0.3) { FLOATS[rng.random_range(0..4)] } else { dtype };
-    let offset = rng.random_range(0..9usize);
-    let make = |n: usize| tensor(&noise(n, 0.3, salt), dtype)?.to_device(device);
-    Ok(match rng.random_range(0..8) {
-        0 => None,
-        1 | 2 => Some(make(n + offset)?.narrow(0, offset, n)?),
-        3 => Some(make(2 * n)?.reshape((n, 2))?.narrow(1, 1, 1)?.squeeze(1)?),
-        _ => Some(make(n)?),
-    })
+/// So many parameters that there are names of two digits, which are in the second group.
+fn sizes() -> Vec<usize> {
+    [&SIZES[..], &SIZES[4..]].concat()
 }
 
-/// What a training leaves behind, of parameters spread over `devices`.
-fn train(params: &ParamsSrkl, seed: u64, devices: &[&Device]) -> Result<String> {
-    let on = |i: usize| devices[(i / 2) % devices.len()];
-    let mut lines = vec![];
-    let mut vars = vec![];
-    for (i, &n) in SIZES.iter().chain(&SIZES[4..]).enumerate() {
-        let salt = seed + i as u64;
-        let dtype = FLOATS[(i + seed as usize) % 4];
-        let value = tensor(&noise(n, 0.5, salt), dtype)?;
-        vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
-    }
-    let mut opt = Srkl::builder()
-        .default_group(params.clone())
-        .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
-            name.len() > 1
-        })
-        .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))?;
-    for step in 0..4 {
-        let mut store = grads([]);
-        for (i, var) in vars.iter().enumerate() {
-            let salt = seed + 1000 * step + 10 * i as u64;
-            if let Some(mut g) = gradient(var.elem_count(), var.dtype(), salt, on(i))? {
-                if step == 2 && i == 5 {
-                    g = (g / 0.)?;
-                }
-                store.insert(var, g);
-            }
-        }
-        if step == 1 {
-            opt.set_grad_scale(3.)?;
-            opt.set_learning_rate(params.lr / 7.);
-        }
-        if step == 3 {
-            // Somebody overwrites a parameter.
-            let other = noise(vars[8].elem_count(), 2., seed);
-            vars[8].set(&tensor(&other, vars[8].dtype())?.to_device(on(8))?)?;
-        }
-        opt.step(&store)?;
-        let telemetry = opt.telemetry()?.into_iter().map(|t| {
-            let bits = |x: Option<f64>| x.map(|x| if x.is_nan() { 1 } else { x.to_bits() });
-            (t.name, bits(t.phi), bits(t.curvature), t.skipped)
-        });
-        let told = telemetry.collect::<Vec<_>>();
-        let norm = opt.grad_norm()?.map(|x| if x.is_nan() { 1 } else { x.to_bits() });
-        lines.push(format!("{} {} {norm:?} {told:?}", opt.steps()?, opt.skipped_steps()?));
-        for (i, var) in vars.iter().enumerate() {
-            let master = opt.master(&i.to_string())?.unwrap_or_default();
-            let master: Vec<u32> = master.into_iter().map(f32::to_bits).collect();
-            let bits = bits(&var.to_device(&Device::Cpu)?)?;
-            lines.push(format!("step {step} block {i} {:?} {bits:x?} {master:x?}", var.dtype()));
-        }
-    }
-    Ok(lines.join("\n"))
+/// Random, or `SEED=N`; it is printed where the test fails.
+fn seed() -> u64 {
+    let seed = match std::env::var("SEED") {
+        Ok(seed) => seed.parse().expect("SEED: a number"),
+        Err(_) => rand::rng().random_range(0..1 << 40),
+    };
+    println!("SEED={seed}");
+    seed
 }
 
-fn assert_same(cpu: &str, cuda: &str, seed: u64, params: &ParamsSrkl) {
-    assert_eq!(cpu.lines().count(), cuda.lines().count(), "seed {seed}, {params:?}");
-    for (cpu, cuda) in cpu.lines().zip(cuda.lines()) {
-        let cut = |s: &str| s.chars().take(300).collect::<String>();
-        assert!(cpu == cuda, "seed {seed}, {params:?}\n{}\n{}", cut(cpu), cut(cuda));
+/// That a training leaves on each of these lists of devices what it leaves on the CPU.
+fn assert_as_on_cpu(
+    params: &ParamsSrkl,
+    sizes: &[usize],
+    seed: u64,
+    places: &[&[&Device]],
+) -> Result<()> {
+    let cpu = train(params, sizes, seed, &[&Device::Cpu])?;
+    for devices in places {
+        let left = train(params, sizes, seed, devices)?;
+        assert_same(&cpu, &left, &format!("{seed}, {devices:?}, {params:?}"));
     }
+    Ok(())
 }
 
 fn settings(scope: Scope, max_grad_norm: Option<f64>, nonfinite: NonFinite) -> ParamsSrkl {
@@ -121,8 +74,7 @@ fn settings(scope: Scope, max_grad_norm: Option<f64>, nonfinite: NonFinite) -> P
 #[test]
 fn the_same_bits_as_the_cpu() -> Result<()> {
     let device = Device::new_cuda(0)?;
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
-    println!("seed {seed}");
+    let seed = seed();
     let mut case = 0;
     for scope in [Scope::Tensor, Scope::Global, Scope::Element] {
         for max_grad_norm in [None, Some(5.)] {
@@ -131,9 +83,7 @@ fn the_same_bits_as_the_cpu() -> Result<()> {
                     let params =
                         ParamsSrkl { master_weights, ..settings(scope, max_grad_norm, nonfinite) };
                     case += 1;
-                    let seed = seed + case;
-                    let cpu = train(&params, seed, &[&Device::Cpu])?;
-                    assert_same(&cpu, &train(&params, seed, &[&device])?, seed, &params);
+                    assert_as_on_cpu(&params, &sizes(), seed + case, &[&[&device]])?;
                 }
             }
         }
@@ -145,7 +95,7 @@ fn the_same_bits_as_the_cpu() -> Result<()> {
 #[test]
 fn the_same_bits_on_several_devices() -> Result<()> {
     let (a, b) = (Device::new_cuda(0)?, Device::new_cuda(0)?);
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
+    let seed = seed();
     for (case, scope) in [Scope::Tensor, Scope::Global, Scope::Element].into_iter().enumerate() {
         for (max_grad_norm, nonfinite) in [
             (None, NonFinite::SkipStep),
@@ -153,135 +103,11 @@ fn the_same_bits_on_several_devices() -> Result<()> {
             (None, NonFinite::Propagate),
         ] {
             let params = settings(scope, max_grad_norm, nonfinite);
-            let seed = seed + case as u64;
-            let cpu = train(&params, seed, &[&Device::Cpu])?;
-            assert_same(&cpu, &train(&params, seed, &[&Device::Cpu, &a])?, seed, &params);
-            assert_same(&cpu, &train(&params, seed, &[&a, &Device::Cpu, &b])?, seed, &params);
-            assert_same(&cpu, &train(&params, seed, &[&a, &b])?, seed, &params);
+            let places: [&[&Device]; 3] = [&[&Device::Cpu, &a], &[&a, &Device::Cpu, &b], &[&a, &b]];
+            assert_as_on_cpu(&params, &sizes(), seed + case as u64, &places)?;
         }
     }
     Ok(())
-}
-
-/// All that a checkpoint holds, in order.
-fn saved(opt: &mut Srkl) -> Result<Vec<String>> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("state");
-    opt.save(&path)?;
-    let bytes = std::fs::read(path)?;
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let metadata: BTreeMap<_, _> =
-        header.metadata().clone().unwrap_or_default().into_iter().collect();
-    let mut lines: Vec<String> = metadata.into_iter().map(|(k, v)| format!("{k}: {v}")).collect();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
-    let tensors: BTreeMap<_, _> = tensors.tensors().into_iter().collect();
-    lines.extend(tensors.into_iter().map(|(k, v)| format!("{k}: {:x?}", v.data())));
-    Ok(lines)
-}
-
-/// What is left of a training that measures, by gradients that are noise, of parameters spread over `devices`.
-fn train_measuring(
-    params: &ParamsSrkl,
-    sizes: &[usize],
-    seed: u64,
-    devices: &[&Device],
-) -> Result<Vec<String>> {
-    let on = |i: usize| devices[(i / 2) % devices.len()];
-    let mut vars = vec![];
-    for (i, &n) in sizes.iter().enumerate() {
-        let value = tensor(&noise(n, 0.5, seed + i as u64), FLOATS[(i + seed as usize) % 4])?;
-        vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
-    }
-    let build = || {
-        Srkl::builder()
-            .default_group(params.clone())
-            .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
-                name.len() > 1
-            })
-            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "3")
-            .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
-    };
-    let mut opt = build()?;
-    let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
-    let mut lines = vec![];
-    for step in 0..6 {
-        let (mut store, mut again) = (grads([]), grads([]));
-        for (i, var) in vars.iter().enumerate() {
-            let salt = seed + 1000 * step + 10 * i as u64;
-            if let Some(g) = gradient(var.elem_count(), var.dtype(), salt, on(i))? {
-                let other = noise(var.elem_count(), 0.1, salt + 1);
-                let other = tensor(&other, g.dtype())?.to_device(on(i))?;
-                let mut second = (&g + other)?;
-                // Not finite, or 0.
-                let first = if matches!(step, 1 | 2) && i == 5 { (&g / 0.)? } else { g };
-                let first = if i == 6 { (&first * 0.)? } else { first };
-                if step == 3 && i == 7 {
-                    second = (second / 0.)?;
-                }
-                store.insert(var, first);
-                // Here and there none.
-                if (step + i as u64) % 5 != 2 {
-                    again.insert(var, second);
-                }
-            }
-        }
-        opt.record_norms(step % 2 == seed % 2);
-        if step == 1 {
-            opt.set_grad_scale(3.)?;
-            opt.set_learning_rate(params.lr / 7.);
-        }
-        if step == 4 {
-            // Does not move, nor measure along the step.
-            opt.set_learning_rate(0.);
-        } else if step == 5 {
-            opt.set_learning_rate(params.lr);
-        }
-        if step == 2 {
-            // Goes on from a checkpoint.
-            let folder = tempfile::tempdir()?;
-            opt.save(folder.path().join("state"))?;
-            opt = build()?;
-            opt.load(folder.path().join("state"))?;
-        }
-        let measures = opt.measuring();
-        if measures && probes {
-            let perturbed = opt.perturb(&store)?;
-            for (i, var) in vars.iter().enumerate() {
-                lines.push(format!(
-                    "{step} perturbed {i} {:x?}",
-                    bits(&var.to_device(&Device::Cpu)?)?
-                ));
-            }
-            perturbed.observe(&again)?;
-        }
-        opt.step(&store)?;
-        if measures && !probes {
-            opt.observe(&again)?;
-        }
-        if step == 3 {
-            // What is told of the last step does not depend on it.
-            opt.set_grad_scale(5.)?;
-        }
-        lines.push(format!("{step} {:?}", opt.measurements()?));
-        lines.extend(opt.telemetry()?.into_iter().map(|t| format!("{step} {t:?}")));
-        lines.extend(saved(&mut opt)?.into_iter().map(|line| format!("{step} {line}")));
-        for (i, var) in vars.iter().enumerate() {
-            lines.push(format!("{step} block {i} {:x?}", bits(&var.to_device(&Device::Cpu)?)?));
-        }
-        if params.average.is_some() {
-            let _averaged = opt.swap_averaged()?;
-            for (i, var) in vars.iter().enumerate() {
-                lines.push(format!(
-                    "{step} average {i} {:x?}",
-                    bits(&var.to_device(&Device::Cpu)?)?
-                ));
-            }
-        }
-        for (i, var) in vars.iter().enumerate() {
-            lines.push(format!("{step} again {i} {:x?}", bits(&var.to_device(&Device::Cpu)?)?));
-        }
-    }
-    Ok(lines)
 }
 
 /// Every direction, curvature and scope, each with every policy, with and without trust clip, clipping and
@@ -330,14 +156,9 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
 #[test]
 fn the_same_bits_of_measured_curvature() -> Result<()> {
     let device = Device::new_cuda(0)?;
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
-    println!("seed {seed}");
-    let sizes: Vec<usize> = SIZES.into_iter().chain(SIZES[4..].iter().copied()).collect();
+    let seed = seed();
     for (case, params) in measuring_settings().iter().enumerate() {
-        let seed = seed + 10 * case as u64;
-        let cpu = train_measuring(params, &sizes, seed, &[&Device::Cpu])?;
-        let cuda = train_measuring(params, &sizes, seed, &[&device])?;
-        assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, params);
+        assert_as_on_cpu(params, &sizes(), seed + 10 * case as u64, &[&[&device]])?;
     }
     Ok(())
 }
@@ -345,15 +166,12 @@ fn the_same_bits_of_measured_curvature() -> Result<()> {
 #[test]
 fn the_same_bits_of_measured_curvature_on_several_devices() -> Result<()> {
     let (a, b) = (Device::new_cuda(0)?, Device::new_cuda(0)?);
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
-    println!("seed {seed}");
+    let seed = seed();
     let sizes = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 16_385, 5, 65_537];
     for (case, params) in measuring_settings().iter().enumerate() {
-        let seed = seed + 10 * case as u64;
-        let cpu = train_measuring(params, &sizes, seed, &[&Device::Cpu])?;
         let places: [&[&Device]; 3] = [&[&Device::Cpu, &a], &[&a, &Device::Cpu, &b], &[&a, &b]];
-        let mixed = train_measuring(params, &sizes, seed, places[(case / 3 + case) % 3])?;
-        assert_same(&cpu.join("\n"), &mixed.join("\n"), seed, params);
+        let place = &places[(case / 3 + case) % 3..][..1];
+        assert_as_on_cpu(params, &sizes, seed + 10 * case as u64, place)?;
     }
     Ok(())
 }
@@ -362,16 +180,11 @@ fn the_same_bits_of_measured_curvature_on_several_devices() -> Result<()> {
 #[test]
 fn the_same_bits_of_small_presets() -> Result<()> {
     let device = Device::new_cuda(0)?;
-    let seed: u64 = rand::rng().random_range(0..1 << 40);
-    println!("seed {seed}");
+    let seed = seed();
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
         let params = ParamsSrkl { average: Some(0.9), ..params };
         let sizes = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 5];
-        let cpu = train_measuring(&params, &sizes, seed, &[&Device::Cpu])?;
-        for devices in [&[&device][..], &[&Device::Cpu, &device]] {
-            let cuda = train_measuring(&params, &sizes, seed, devices)?;
-            assert_same(&cpu.join("\n"), &cuda.join("\n"), seed, &params);
-        }
+        assert_as_on_cpu(&params, &sizes, seed, &[&[&device], &[&Device::Cpu, &device]])?;
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! What the tests share: tensors of any dtype, and the rule written in f64 from its formula.
 #![allow(dead_code)] // Each test file uses its part.
 
+pub mod training;
+
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;

@@ -1,0 +1,249 @@
+//! A training that meets whatever a step can meet, on any devices, and all that it leaves behind.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use safetensors::SafeTensors;
+
+use super::{FLOATS, bits, grads, tensor};
+
+/// Steps of a training.
+pub const STEPS: u64 = 6;
+
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Parameters, perturbed and averaged ones too.
+    Parameters,
+    /// The tensors of a checkpoint: moments, masters, averages.
+    State,
+    /// Counters, telemetry, measurements.
+    Telemetry,
+    /// What else is in a checkpoint, as text: of one version of its format.
+    Metadata,
+}
+
+/// Numbers that a training left, and where.
+#[derive(Debug, PartialEq)]
+pub struct Left {
+    pub kind: Kind,
+    pub place: String,
+    pub bits: Vec<u64>,
+}
+
+/// A random number of this name and place, from 0 to 2^64 - 1: the same on every machine, whatever the version of any
+/// package (splitmix64).
+fn random(salt: u64, i: u64) -> u64 {
+    let mut x = salt.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ i.wrapping_mul(0xd1b5_4a32_d192_ed03);
+    for multiplier in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
+        x = (x ^ (x >> 30)).wrapping_mul(multiplier);
+    }
+    x ^ (x >> 31)
+}
+
+/// Multiples of 2^-20 between -1 and 1, times `scale`.
+fn uniform(n: usize, scale: f64, salt: u64) -> Vec<f64> {
+    let number = |i| (random(salt, i) >> 43) as f64 / (1u64 << 20) as f64 - 1.;
+    (0..n as u64).map(|i| number(i) * scale).collect()
+}
+
+/// `values` as a user may insert them: here and there misaligned or strided.
+fn laid_out(values: &[f64], dtype: DType, layout: u64, device: &Device) -> Result<Tensor> {
+    let n = values.len();
+    match layout % 4 {
+        0 => {
+            let offset = 1 + (layout / 4 % 8) as usize;
+            let padded = [&vec![0.5; offset][..], values].concat();
+            tensor(&padded, dtype)?.to_device(device)?.narrow(0, offset, n)
+        }
+        1 => {
+            let pairs: Vec<f64> = values.iter().flat_map(|x| [0.5, *x]).collect();
+            let pairs = tensor(&pairs, dtype)?.to_device(device)?.reshape((n, 2))?;
+            pairs.narrow(1, 1, 1)?.squeeze(1)
+        }
+        _ => tensor(values, dtype)?.to_device(device),
+    }
+}
+
+/// The two gradients of a step for a parameter of `n` elements; either may be missing.
+fn gradients(
+    n: usize,
+    dtype: DType,
+    (step, i): (u64, usize),
+    salt: u64,
+    device: &Device,
+) -> Result<[Option<Tensor>; 2]> {
+    let salt = salt + 1000 * step + 10 * i as u64;
+    let choice = random(salt, 1 << 40);
+    let dtype = if choice % 10 < 3 { FLOATS[(choice / 16 % 4) as usize] } else { dtype };
+    if choice / 64 % 8 == 0 {
+        return Ok([None, None]);
+    }
+    let mut first = uniform(n, 1., salt);
+    let change = uniform(n, 0.2, salt + 1);
+    let mut second: Vec<f64> = first.iter().zip(change).map(|(g, change)| g + change).collect();
+    // Not finite at the first, a middle or the last element; 0 altogether.
+    let places = [0, n / 2, n - 1];
+    match (step, i) {
+        (1, 5) => first[places[(choice % 3) as usize]] = f64::NAN,
+        (2, 5) => first[places[(choice % 3) as usize]] = f64::INFINITY,
+        (3, 7) => second[places[(choice % 3) as usize]] = f64::NEG_INFINITY,
+        (_, 6) => first.fill(0.),
+        _ => {}
+    }
+    let first = laid_out(&first, dtype, choice / 512, device)?;
+    let again = (step + i as u64) % 5 != 2;
+    let second = again.then(|| laid_out(&second, dtype, choice / 8192, device)).transpose()?;
+    Ok([Some(first), second])
+}
+
+/// Trains parameters of these sizes and of all dtypes, spread over `devices`, for [`STEPS`] steps: with three groups, of
+/// which one is frozen; gradients missing, not finite, misaligned, strided, of other dtypes; a schedule that changes and
+/// is 0 for a step; a gradient scale; a parameter that somebody overwrites; and a checkpoint from which it goes on.
+pub fn train(
+    params: &ParamsSrkl,
+    sizes: &[usize],
+    seed: u64,
+    devices: &[&Device],
+) -> Result<Vec<Left>> {
+    let on = |i: usize| devices[(i / 2) % devices.len()];
+    let mut vars = vec![];
+    for (i, &n) in sizes.iter().enumerate() {
+        let value = uniform(n, 1., seed + i as u64);
+        let value = tensor(&value, FLOATS[(i + seed as usize) % 4])?;
+        vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
+    }
+    let build = || {
+        Srkl::builder()
+            .default_group(params.clone())
+            .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
+                name.len() > 1
+            })
+            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "3")
+            .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
+    };
+    let mut opt = build()?;
+    let perturbs = matches!(params.curvature, Curvature::Hutchinson { .. });
+    let mut left = vec![];
+    for step in 0..STEPS {
+        let (mut first, mut again) = (grads([]), grads([]));
+        for (i, var) in vars.iter().enumerate() {
+            let [g, g2] = gradients(var.elem_count(), var.dtype(), (step, i), seed, on(i))?;
+            g.map(|g| first.insert(var, g));
+            g2.map(|g2| again.insert(var, g2));
+        }
+        opt.record_norms(step % 2 == seed % 2);
+        match step {
+            1 => {
+                opt.set_grad_scale(3.)?;
+                opt.set_learning_rate(params.lr / 7.);
+            }
+            2 => {
+                let folder = tempfile::tempdir()?;
+                opt.save(folder.path().join("state"))?;
+                opt = build()?;
+                opt.load(folder.path().join("state"))?;
+            }
+            3 => {
+                let other = uniform(vars[8].elem_count(), 2., seed);
+                vars[8].set(&tensor(&other, vars[8].dtype())?.to_device(on(8))?)?;
+            }
+            // Neither moves nor measures along the step.
+            4 => opt.set_learning_rate(0.),
+            5 => opt.set_learning_rate(params.lr),
+            _ => {}
+        }
+        let mut parameters = |when: &str| -> Result<()> {
+            for (i, var) in vars.iter().enumerate() {
+                let bits = bits(&var.to_device(&Device::Cpu)?)?;
+                let place = format!("step {step}, {when}, parameter {i}");
+                left.push(Left { kind: Kind::Parameters, place, bits });
+            }
+            Ok(())
+        };
+        let measures = opt.measuring();
+        if measures && perturbs {
+            let perturbed = opt.perturb(&first)?;
+            parameters("perturbed")?;
+            perturbed.observe(&again)?;
+        }
+        opt.step(&first)?;
+        if measures && !perturbs {
+            opt.observe(&again)?;
+        }
+        if step == 3 {
+            // What is told of the last step does not depend on it.
+            opt.set_grad_scale(5.)?;
+        }
+        parameters("after it")?;
+        if params.average.is_some() {
+            {
+                let _averaged = opt.swap_averaged()?;
+                parameters("averaged")?;
+            }
+            parameters("swapped back")?;
+        }
+        telemetry(&opt, step, &mut left)?;
+        state(&mut opt, step, &mut left)?;
+    }
+    Ok(left)
+}
+
+/// A NaN is a NaN, whatever its bits.
+fn told(x: Option<f64>) -> [u64; 2] {
+    x.map_or([0, 0], |x| [1, if x.is_nan() { 1 } else { x.to_bits() }])
+}
+
+fn telemetry(opt: &Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
+    let kind = Kind::Telemetry;
+    let counters = vec![opt.steps()?, opt.skipped_steps()?];
+    let counters = [counters, told(opt.grad_norm()?).to_vec()].concat();
+    left.push(Left { kind, place: format!("step {step}, counters"), bits: counters });
+    let m = opt.measurements()?;
+    let counts = [m.taken, m.nonfinite, m.unmoved, m.uninformative, m.missing];
+    let age = m.age.map(|age| age as f64);
+    let numbers = [age, m.curvature, m.last, m.lowest, m.highest].map(told).concat();
+    let bits = [&counts[..], &numbers].concat();
+    left.push(Left { kind, place: format!("step {step}, measurements"), bits });
+    for t in opt.telemetry()? {
+        let age = t.estimate_age.map(|age| age as f64);
+        let numbers = [t.phi, t.curvature, age, t.grad_norm, t.step_norm, t.param_norm];
+        let bits = [numbers.map(told).concat(), vec![t.skipped]].concat();
+        left.push(Left { kind, place: format!("step {step}, telemetry of {}", t.name), bits });
+    }
+    Ok(())
+}
+
+fn state(opt: &mut Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    opt.save(&path)?;
+    let bytes = std::fs::read(path)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a checkpoint");
+    let metadata: BTreeMap<_, _> = header.metadata().clone().into_iter().flatten().collect();
+    for (key, value) in metadata {
+        let bits = value.bytes().map(u64::from).collect();
+        left.push(Left { kind: Kind::Metadata, place: format!("step {step}, {key}"), bits });
+    }
+    let tensors = SafeTensors::deserialize(&bytes).expect("a checkpoint");
+    let tensors: BTreeMap<_, _> = tensors.tensors().into_iter().collect();
+    for (name, tensor) in tensors {
+        let bits = tensor.data().iter().map(|byte| u64::from(*byte)).collect();
+        left.push(Left { kind: Kind::State, place: format!("step {step}, {name}"), bits });
+    }
+    Ok(())
+}
+
+/// That two trainings left the same, or the first place where they did not.
+#[track_caller]
+pub fn assert_same(a: &[Left], b: &[Left], context: &str) {
+    for (a, b) in a.iter().zip(b) {
+        assert_eq!((a.kind, &a.place), (b.kind, &b.place), "{context}");
+        let differs = a.bits.iter().zip(&b.bits).position(|(a, b)| a != b);
+        assert!(a == b, "{context}: {}, from element {differs:?}", a.place);
+    }
+    assert_eq!(a.len(), b.len(), "{context}");
+    assert!(!a.is_empty(), "{context}: nothing to compare");
+}
