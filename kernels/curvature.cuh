@@ -170,6 +170,9 @@ static const double BOUND = 6.;
 // The least part of its weight that a measurement enters the average with.
 static const double LEAST_SHARE = 1. / 1024.;
 
+// 2^-53: 1 less this is still below 1.
+static const double LEAST_GAIN = 0x1p-53;
+
 // The average of H along steps, corrected for having started at 0.
 __device__ inline double average_of(const SrklEstimate &estimate) {
     return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
@@ -179,7 +182,8 @@ __device__ inline double average_of(const SrklEstimate &estimate) {
 __device__ inline double noisy_average_of(const SrklEstimate &estimate, double noise) {
     const double average = average_of(estimate);
     const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
-    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), __dmul_rn(noise, variance)));
+    const double spread = noise == 0. ? 0. : __dmul_rn(noise, variance);
+    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), spread));
 }
 
 __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
@@ -219,9 +223,11 @@ __device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
 
 // The decay of the average at a measurement that stands for so many steps: `Averaging` in src/estimate.rs.
 __device__ inline double decay_after(const SrklGroup &group, double steps) {
-    if (steps >= group.every) return group.decay;
-    const double share = __ddiv_rn(steps, group.every);
-    return __dsub_rn(1., __dmul_rn(__dsub_rn(1., group.decay), share < LEAST_SHARE ? LEAST_SHARE : share));
+    if (steps >= group.every || group.decay == 0.) return group.decay;
+    const double ratio = __ddiv_rn(steps, group.every);
+    const double share = ratio < LEAST_SHARE ? LEAST_SHARE : ratio;
+    const double gain = __dmul_rn(__dsub_rn(1., group.decay), share);
+    return __dsub_rn(1., gain < LEAST_GAIN ? LEAST_GAIN : gain);
 }
 
 // What a measurement along a step comes to: `Measured` in src/estimate.rs.

@@ -12,6 +12,9 @@ const BOUND: f64 = 6.;
 /// in rounding, where `every` is large.
 const LEAST_SHARE: f64 = 1. / 1024.;
 
+/// 1 less this is still below 1.
+const LEAST_GAIN: f64 = f64::EPSILON / 2.;
+
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
@@ -141,11 +144,13 @@ impl Averaging {
     /// The decay at a measurement that stands for so many `steps`. Each step has the same weight but for its age:
     /// else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
     fn decay_after(self, steps: u64) -> f64 {
-        if steps >= self.every {
+        let (steps, every) = (steps as f64, self.every as f64);
+        if steps >= every || self.decay == 0. {
             return self.decay;
         }
-        let share = steps as f64 / self.every as f64;
-        1. - (1. - self.decay) * if share < LEAST_SHARE { LEAST_SHARE } else { share }
+        let share = if steps / every < LEAST_SHARE { LEAST_SHARE } else { steps / every };
+        let gain = (1. - self.decay) * share;
+        1. - if gain < LEAST_GAIN { LEAST_GAIN } else { gain }
     }
 }
 
@@ -223,7 +228,9 @@ impl Estimate {
     /// neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
     fn noisy_average(&self, noise: f64) -> f64 {
         let (average, variance) = (self.average(), self.variance / (1. - self.power));
-        (average * average + noise * variance).sqrt()
+        // The variance may be beyond f64.
+        let spread = if noise == 0. { 0. } else { noise * variance };
+        (average * average + spread).sqrt()
     }
 
     /// Takes a measurement along a step, which had its place after `now` steps:

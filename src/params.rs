@@ -110,7 +110,7 @@ pub enum Direction {
 /// [`Step`](Self::Step) and [`Hutchinson`](Self::Hutchinson) measure it by a second gradient of the
 /// same batch, on each of the `first` steps and on every `every`-th after them:
 /// [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups of one optimizer
-/// may differ in `decay`, but those that measure must agree in the kind, `every`, `first`, `delta` and
+/// may differ in `decay` and `noise`, but those that measure must agree in the kind, `every`, `first`, `delta` and
 /// `seed` (which can't be changed later where there are several). Steps are counted from 0, skipped ones too,
 /// and `every` divides the numbers of those that measure. A step that finds a parameter without an estimate makes
 /// the next one measure.
@@ -132,11 +132,10 @@ pub enum Curvature {
     /// curvature along the step in the metric `P`.
     ///
     /// The brake uses `sqrt(average^2 + noise * variance)`: bias-corrected exponential averages of
-    /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times `decay`, so that
-    /// without memory it is the last `x` alone). The average forgets by steps: a measurement `k` steps after the one
-    /// before, `k` below `every`, enters it with `(1 - decay) * max(k / every, 1/1024)` in place of
-    /// `1 - decay`. While the last
-    /// measurement is above 6 times the average, it uses that one.
+    /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times the decay, so that
+    /// a `decay` of 0 leaves the last `x` alone). The averages forget by steps: a measurement `k` steps after the one
+    /// before, `k` below `every`, enters with `(1 - decay) * max(k / every, 1/1024)` in place of `1 - decay`. While
+    /// the last measurement is above 6 times the average, the brake uses that one.
     ///
     /// A step that measures without any estimate is a small one:
     /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move. If it

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
-use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 
 fn steep() -> ParamsSrkl {
@@ -128,6 +128,7 @@ fn a_gradient_shared_by_two_parameters() -> Result<()> {
 #[test]
 fn settings_out_of_range_are_named() -> Result<()> {
     let reference = ParamsSrkl::reference;
+    let noise = |noise| Curvature::Step { every: 1, first: 1, decay: 0., noise };
     let cases = [
         ("`lr`", ParamsSrkl { lr: -1., ..reference() }),
         ("`lr`", ParamsSrkl { lr: -1e-300, ..reference() }),
@@ -139,6 +140,9 @@ fn settings_out_of_range_are_named() -> Result<()> {
         ("`beta", ParamsSrkl { beta: Beta::Tied(1e300), lr: 1e300, ..reference() }),
         ("`weight_decay`", ParamsSrkl { weight_decay: -1e-9, ..reference() }),
         ("`weight_decay`", ParamsSrkl { weight_decay: f64::NAN, ..reference() }),
+        ("`noise`", ParamsSrkl { curvature: noise(-1.), ..reference() }),
+        ("`noise`", ParamsSrkl { curvature: noise(f64::NAN), ..reference() }),
+        ("`noise`", ParamsSrkl { curvature: noise(f64::INFINITY), ..reference() }),
         ("`max_grad_norm`", ParamsSrkl { max_grad_norm: Some(0.), ..reference() }),
         ("`max_grad_norm`", ParamsSrkl { max_grad_norm: Some(f64::INFINITY), ..reference() }),
     ];

@@ -75,6 +75,13 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
         ("hessian()", ParamsSrkl::hessian()),
     ];
     suite.extend(presets.map(|(name, params)| (name.to_string(), params)));
+    for (every, decay, noise) in
+        [(u64::MAX, 0.99, 0.), (5, 1. - f64::EPSILON / 2., 3.), (7, 0., 2.)]
+    {
+        let curvature = Curvature::Step { every, first: 4, decay, noise };
+        let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+        suite.push((format!("step, every {every}, decay {decay:?}, noise {noise}"), params));
+    }
     suite
 }
 

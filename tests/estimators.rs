@@ -477,9 +477,20 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
 /// However far apart measurements are meant to be: the first ones have equal weights.
 #[test]
 fn measurements_that_are_never_due_again() -> Result<()> {
-    for every in [1000, 1025, 1 << 30, 1 << 53, u64::MAX] {
+    let nearest_1 = 1. - f64::EPSILON / 2.;
+    for (every, decay) in [
+        (1000, 0.99),
+        (1025, 0.99),
+        (1 << 30, 0.99),
+        (1 << 53, 0.99),
+        (u64::MAX, 0.99),
+        (u64::MAX, 0.999_999),
+        (20, 1. - 1e-15),
+        (20, nearest_1),
+        (u64::MAX, nearest_1),
+    ] {
         let w = var(&[3.], DType::F64)?;
-        let curvature = Curvature::Step { every, first: 3, decay: 0.99, noise: 0. };
+        let curvature = Curvature::Step { every, first: 3, decay, noise: 0. };
         let params = ParamsSrkl { curvature, ..along(0., Scope::Global, Direction::Gradient) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for h in [1., 2., 3.] {
@@ -492,6 +503,44 @@ fn measurements_that_are_never_due_again() -> Result<()> {
         assert!(!opt.measuring(), "every {every}");
     }
     Ok(())
+}
+
+/// A decay of 0 remembers nothing, however far apart measurements are.
+#[test]
+fn no_memory() -> Result<()> {
+    let curvature = Curvature::Step { every: 20, first: 5, decay: 0., noise: 2. };
+    let hs = [1., 5., 3., 4., 2.];
+    for (told, h) in without_brake(curvature, 0.1, &hs)?.into_iter().zip(hs) {
+        assert_close(told, h, 1e-9);
+    }
+    Ok(())
+}
+
+/// A variance that is beyond f64 does not brake where none should.
+#[test]
+fn no_noise() -> Result<()> {
+    let curvature = Curvature::Step { every: 1, first: 1, decay: 0.999_999, noise: 0. };
+    let hs = [[4e153; 20].as_slice(), &[2.39e154]].concat();
+    let told = without_brake(curvature, 1e-30, &hs)?;
+    assert_close(told[20] / 1e153, (20. * 4. + 23.9) / 21., 1e-3);
+    Ok(())
+}
+
+/// What is told of these curvatures, measured on steps of `lr`.
+fn without_brake(curvature: Curvature, lr: f64, hs: &[f64]) -> Result<Vec<f64>> {
+    let w = var(&[100. * lr], DType::F64)?;
+    let params = along(0., Scope::Global, Direction::Gradient);
+    let params = ParamsSrkl { curvature, lr, beta: Beta::Fixed(0.), ..params };
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    let mut told = vec![];
+    for h in hs {
+        let before = values(&w)?[0];
+        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
+        let again = 1. + h * (values(&w)?[0] - before);
+        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+        told.push(opt.measurements()?.curvature.unwrap());
+    }
+    Ok(told)
 }
 
 /// The brake uses the bias-corrected average of the estimates and their variance. A loss scale and weight decay change

@@ -32,8 +32,10 @@ fn digits() -> Digits {
 fn seeds() -> std::ops::Range<u64> {
     let Ok(given) = std::env::var("SEEDS") else { return 0..3 };
     let bounds = given.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    let (from, to) = bounds.unwrap_or_else(|| panic!("SEEDS: expected FROM..TO, got {given}"));
-    from..to
+    match bounds {
+        Some((from, to)) if from < to => from..to,
+        _ => panic!("SEEDS: expected FROM..TO, got {given}"),
+    }
 }
 
 /// The `step`-th batch of a training.
@@ -225,6 +227,7 @@ fn a_batch_drawn_inside_the_closure_is_refused() -> Result<()> {
 fn lora_at_any_learning_rate() -> Result<()> {
     let digits = digits();
     let rates = [0.03, 0.3, 1., 10., 100., 1000.];
+    let mut too_high = vec![];
     let share = 1. / seeds().count() as f64;
     for size in [0., 0.01] {
         let (mut ours, mut adamw) = ([0.; 6], 0.);
@@ -238,7 +241,9 @@ fn lora_at_any_learning_rate() -> Result<()> {
                 train(&mut opt, &digits, seed, |part| network.loss(part))?;
                 let (accuracy, loss) = network.judge(&digits)?;
                 println!("B of {size}, seed {seed}, lr {lr}: {accuracy:.4}, {loss:.4}");
-                assert!(loss <= 0.04, "B of {size}, seed {seed}, lr {lr}: {loss}");
+                if loss > 0.04 {
+                    too_high.push(format!("B of {size}, seed {seed}, lr {lr}: {loss:.4}"));
+                }
                 *mean += accuracy * share;
             }
         }
@@ -247,6 +252,7 @@ fn lora_at_any_learning_rate() -> Result<()> {
             assert!(accuracy >= adamw - 0.015, "B of {size}, lr {lr}: {accuracy} beside {adamw}");
         }
     }
+    assert!(too_high.is_empty(), "losses that are too high: {too_high:#?}");
     Ok(())
 }
 
@@ -450,8 +456,7 @@ fn steps_with_a_wrong_measurement(
 }
 
 /// It stood still for ever, all steps counted as taken, by the old estimator. Here within 150 steps, or, where that
-/// takes more without any wrong measurement, within 30 of it; after the first ten a measurement is the last word for
-/// 20 steps, or 50.
+/// takes more without any wrong measurement, within 30 of it; and 50 later where only every 50th step measures.
 #[test]
 fn one_wrong_measurement_is_forgotten() -> Result<()> {
     for lr in [0.03, 10., 1000.] {
