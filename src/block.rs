@@ -10,6 +10,7 @@ use crate::backend::cpu;
 use crate::backend::gradient::{Gradient, is_supported};
 use crate::estimate::{Estimate, StepSums};
 use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
+use crate::rule::Powers;
 
 /// A parameter tensor and its state.
 ///
@@ -94,35 +95,6 @@ pub(crate) enum Buffer {
     CudaF32(CudaSlice<f32>),
     #[cfg(feature = "cuda")]
     CudaF64(CudaSlice<f64>),
-}
-
-/// The products of the decays over the steps that have moved a block: `mu^t`, and so on. 1 before the first.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Powers {
-    /// Of `mu`, or `beta1`.
-    pub first: f64,
-    /// Of `beta2`.
-    pub second: f64,
-    /// Of the average's decay.
-    pub average: f64,
-}
-
-impl Powers {
-    pub const NONE: Self = Self { first: 1., second: 1., average: 1. };
-
-    /// After one more step.
-    pub fn next(&self, params: &ParamsSrkl) -> Self {
-        let (first, second) = match params.direction {
-            Direction::Gradient => (1., 1.),
-            Direction::Momentum { mu } => (mu, 1.),
-            Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
-        };
-        Self {
-            first: self.first * first,
-            second: self.second * second,
-            average: self.average * params.average.unwrap_or(1.),
-        }
-    }
 }
 
 impl Block {

@@ -15,6 +15,7 @@ pub mod numerics;
 mod optimizer;
 mod params;
 pub mod random;
+mod rule;
 mod state;
 
 pub use curvature::{Averaged, Perturbed};

@@ -9,17 +9,20 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId, Var, bail};
 use candle_nn::{Optimizer, VarMap};
 
-use crate::backend::cpu::{self, Asked, Decision, Directions, StepScalars, UNKNOWN};
+use crate::backend::cpu::{self, Asked};
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::backend::{Inputs, StepOptions};
-use crate::block::{Block, Last, Powers, STATE, has_state};
+use crate::block::{Block, Last, STATE, has_state};
 use crate::curvature::{Pending, Plan, Progress};
 use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
-use crate::params::{Above, Curvature, NonFinite, ParamsSrkl, Scope, check, check_grad_scale};
+use crate::params::{
+    Above, Curvature, Group, NonFinite, ParamsSrkl, Scope, check, check_grad_scale,
+};
+use crate::rule::{self, Decision, Directions, Powers, StepScalars, UNKNOWN};
 
 /// The name of the group of every parameter that no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -86,11 +89,6 @@ pub struct Srkl {
     pool: Option<Arc<Pool>>,
     /// The CUDA devices that parameters are on.
     pub(crate) cuda: Vec<Cuda>,
-}
-
-pub(crate) struct Group {
-    pub name: String,
-    pub params: ParamsSrkl,
 }
 
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
@@ -368,7 +366,7 @@ impl Srkl {
         for (block, (((last, skipped), param_norm), estimate)) in self.blocks.iter().zip(numbers) {
             let group = &self.groups[block.group];
             let norms = last.and_then(|last| last.norms);
-            let shared = last.filter(|_| !cpu::has_element_brakes(&group.params));
+            let shared = last.filter(|_| !group.params.has_element_brakes());
             let telemetry = BlockTelemetry {
                 name: block.name.clone(),
                 tied: block.tied.clone(),
@@ -587,15 +585,16 @@ impl Srkl {
             // Whatever can be wrong with a later run is found before the first one is updated.
             stages.check(&self.blocks, grads)?;
         }
-        let asked = match (self.uses(uses_norm) || records, self.uses(uses_sum4)) {
-            (true, _) => Asked::Both,
-            (false, true) => Asked::Sum4,
-            (false, false) => Asked::Finite,
-        };
+        let asked =
+            match (self.uses(ParamsSrkl::uses_norm) || records, self.uses(ParamsSrkl::uses_sum4)) {
+                (true, _) => Asked::Both,
+                (false, true) => Asked::Sum4,
+                (false, false) => Asked::Finite,
+            };
         let mut pending = measures.then(|| vec![None; self.blocks.len()]);
         let mut skipped = false;
         for run in runs {
-            let mut gradients = match self.uses(uses_sums) || records {
+            let mut gradients = match self.uses(ParamsSrkl::uses_sums) || records {
                 true => stages.statistics(&self.blocks[run.clone()], grads, asked)?,
                 false => stages.check(&self.blocks[run.clone()], grads)?,
             };
@@ -623,7 +622,7 @@ impl Srkl {
             if let Some(pending) = &mut pending {
                 for (i, block) in blocks.iter().enumerate() {
                     let params = &self.groups[block.group].params;
-                    let by_step = measures_steps(params);
+                    let by_step = params.measures_steps();
                     if let (true, Some(found), Some(_)) = (by_step, gradients[i], decisions[i]) {
                         pending[i] = Some(found.gradient.detach());
                     }
@@ -736,7 +735,7 @@ impl Srkl {
     /// The parts of the list that are stepped one after the other: everything at once where a
     /// decision needs the statistics of all blocks.
     fn runs(&self, measures: bool) -> Vec<Range<usize>> {
-        let whole = self.uses(steps_whole) || measures || !self.cuda.is_empty();
+        let whole = self.uses(ParamsSrkl::waits_for_all) || measures || !self.cuda.is_empty();
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in self.blocks.iter().enumerate() {
             elements += block.n;
@@ -757,7 +756,7 @@ impl Srkl {
         scalars: StepScalars,
     ) -> Option<Vec<Option<Decision>>> {
         let blocks = &self.blocks[run];
-        let total = if self.uses(uses_total) {
+        let total = if self.uses(ParamsSrkl::uses_total) {
             let counts = |block, found: &Found| {
                 let skips_block = self.params_of(block).nonfinite == NonFinite::SkipBlock;
                 found.sums.curvature(1. / scalars.grad_scale).is_finite() || !skips_block
@@ -770,16 +769,17 @@ impl Srkl {
         } else {
             Sums::ZERO
         };
-        self.grad_norm = self.uses(uses_norm).then(|| total.norm(1. / scalars.grad_scale));
+        self.grad_norm =
+            self.uses(ParamsSrkl::uses_norm).then(|| total.norm(1. / scalars.grad_scale));
 
         let mut decisions = Vec::with_capacity(blocks.len());
         for (block, found) in blocks.iter().zip(gradients) {
             let params = self.params_of(block);
             let decision = found.map(|Found { sums, .. }| {
-                cpu::decide(params, scalars, &sums, &total, &block.estimate)
+                rule::decide(params, scalars, &sums, &total, &block.estimate)
             });
             match decision {
-                Some(decision) if !cpu::may_step(&decision, params.nonfinite) => {
+                Some(decision) if !rule::may_step(&decision, params.nonfinite) => {
                     if params.nonfinite == NonFinite::SkipStep {
                         return None;
                     }
@@ -807,7 +807,7 @@ impl Srkl {
             cuda.directions(measures)?;
         }
         let blocks = &mut blocks[run];
-        let by_step = |block: &Block| measures_steps(&groups[block.group].params);
+        let by_step = |block: &Block| groups[block.group].params.measures_steps();
         let small =
             |block: &Block, decision: &Decision| measures && by_step(block) && !decision.is_known();
         // A small step goes by the directions of all.
@@ -837,7 +837,7 @@ impl Srkl {
                 let directions = Directions { own, n: block.n as f64, total, total_n };
                 let params = &groups[block.group].params;
                 let still = block.estimate.still;
-                cpu::adjust(decision, params, scalars, &directions, still, measures);
+                rule::adjust(decision, params, scalars, &directions, still, measures);
             }
         }
         Ok(())
@@ -1115,43 +1115,6 @@ fn add_pairs(
         }
     }
     Ok(())
-}
-
-/// Whether curvature is measured along the step.
-pub(crate) fn measures_steps(params: &ParamsSrkl) -> bool {
-    matches!(params.curvature, Curvature::Step { .. })
-}
-
-/// Whether parameters are kept while something else is in their place.
-#[cfg(feature = "cuda")]
-pub(crate) fn keeps_parameters(params: &ParamsSrkl) -> bool {
-    params.average.is_some() || matches!(params.curvature, Curvature::Hutchinson { .. })
-}
-
-/// Whether a step needs sums over its gradients.
-pub(crate) fn uses_sums(params: &ParamsSrkl) -> bool {
-    let policy = params.nonfinite != NonFinite::Propagate;
-    policy || uses_norm(params) || uses_sum4(params)
-}
-
-/// Whether the curvature is made of sums over the gradient.
-fn uses_sum4(params: &ParamsSrkl) -> bool {
-    params.curvature == Curvature::GradSquare
-}
-
-/// Whether no parameter may move before the statistics of all gradients are known.
-pub(crate) fn steps_whole(params: &ParamsSrkl) -> bool {
-    params.nonfinite == NonFinite::SkipStep || uses_total(params)
-}
-
-pub(crate) fn uses_norm(params: &ParamsSrkl) -> bool {
-    params.max_grad_norm.is_some()
-}
-
-/// Whether a step needs sums over all blocks.
-pub(crate) fn uses_total(params: &ParamsSrkl) -> bool {
-    let global = params.curvature == Curvature::GradSquare && params.scope == Scope::Global;
-    uses_norm(params) || global
 }
 
 /// Whether a name and a variable belong to a group.

@@ -415,6 +415,56 @@ impl ParamsSrkl {
     }
 }
 
+/// What settings need of a step.
+impl ParamsSrkl {
+    /// Whether curvature is measured along the step.
+    pub(crate) fn measures_steps(&self) -> bool {
+        matches!(self.curvature, Curvature::Step { .. })
+    }
+
+    /// Whether every element has its own brake.
+    pub(crate) fn has_element_brakes(&self) -> bool {
+        matches!(self.scope, Scope::Element | Scope::Mixed(_))
+    }
+
+    /// Whether parameters are kept while something else is in their place.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn keeps_parameters(&self) -> bool {
+        self.average.is_some() || matches!(self.curvature, Curvature::Hutchinson { .. })
+    }
+
+    /// Whether a step needs sums over its gradients.
+    pub(crate) fn uses_sums(&self) -> bool {
+        self.nonfinite != NonFinite::Propagate || self.uses_norm() || self.uses_sum4()
+    }
+
+    /// Whether the curvature is made of sums over the gradient.
+    pub(crate) fn uses_sum4(&self) -> bool {
+        self.curvature == Curvature::GradSquare
+    }
+
+    /// Whether a step needs the norm over all gradients.
+    pub(crate) fn uses_norm(&self) -> bool {
+        self.max_grad_norm.is_some()
+    }
+
+    /// Whether a step needs sums over all blocks.
+    pub(crate) fn uses_total(&self) -> bool {
+        self.uses_norm() || self.uses_sum4() && self.scope == Scope::Global
+    }
+
+    /// Whether no parameter may move before the statistics of all gradients are known.
+    pub(crate) fn waits_for_all(&self) -> bool {
+        self.nonfinite == NonFinite::SkipStep || self.uses_total()
+    }
+}
+
+/// A parameter group.
+pub(crate) struct Group {
+    pub name: String,
+    pub params: ParamsSrkl,
+}
+
 /// [`ParamsSrkl::reference`].
 impl Default for ParamsSrkl {
     fn default() -> Self {

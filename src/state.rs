@@ -31,12 +31,13 @@ use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
 
 use crate::backend::cpu;
-use crate::block::{Block, Buffer, Powers, STATE};
+use crate::block::{Block, Buffer, STATE};
 use crate::curvature::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
+use crate::rule::Powers;
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 2;

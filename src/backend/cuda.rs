@@ -22,14 +22,14 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
-use super::cpu::{Corrections, Decision, PROBES, StepScalars};
+use super::cpu::PROBES;
 use super::{Counters, Inputs, StepOptions};
-use crate::block::{Block, Buffer, Last, Powers, State, storage_address};
+use crate::block::{Block, Buffer, Last, State, storage_address};
 use crate::cuda::abi;
 use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
 use crate::numerics::{CHUNK, LANES, Pair, STRIP, Sums};
-use crate::optimizer::{Group, keeps_parameters, steps_whole, uses_norm, uses_sums, uses_total};
-use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
+use crate::params::{Curvature, Direction, Group, NonFinite, ParamsSrkl, Scope};
+use crate::rule::{Corrections, Decision, Powers, StepScalars};
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
 pub(super) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
@@ -188,7 +188,7 @@ impl Cuda {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let l2 = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize;
 
-        let keeps = groups.iter().any(|group| keeps_parameters(&group.params));
+        let keeps = groups.iter().any(|group| group.params.keeps_parameters());
         let (mut places, mut entries, mut chunks) = (vec![], vec![], vec![]);
         let mut old_size = 0;
         for (place, block) in blocks.iter().enumerate() {
@@ -336,7 +336,7 @@ impl Cuda {
             let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
             self.launch_sums(address, what, 0.)?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
-        } else if any(uses_sums) || self.has_masters || records {
+        } else if any(ParamsSrkl::uses_sums) || self.has_masters || records {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             launch(stages | abi::SRKL_COUNT)?;
         } else {
@@ -941,7 +941,11 @@ impl Pinned {
 impl Settings {
     fn new(groups: &[Group], scalars: StepScalars) -> Self {
         let any = |holds: fn(&ParamsSrkl) -> bool| groups.iter().any(|group| holds(&group.params));
-        let (norm, total, whole) = (any(uses_norm), any(uses_total), any(steps_whole));
+        let (norm, total, whole) = (
+            any(ParamsSrkl::uses_norm),
+            any(ParamsSrkl::uses_total),
+            any(ParamsSrkl::waits_for_all),
+        );
         let scalars = abi::SrklScalars {
             schedule: scalars.schedule,
             grad_scale: scalars.grad_scale,

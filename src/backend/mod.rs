@@ -5,7 +5,7 @@
 //! | stage | reads | gives |
 //! |---|---|---|
 //! | `statistics` | gradients | [`Sums`](crate::numerics::Sums) of each block |
-//! | `decide` | sums, settings | a [`Decision`](cpu::Decision) for each block: phi, or why it is skipped |
+//! | `decide` | sums, settings | a [`Decision`](crate::rule::Decision) for each block: phi, or why it is skipped |
 //! | `directions`, `adjust` | gradients, state, parameters | decisions again, where the trust clip or a small first step needs the directions |
 //! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`](crate::estimate::StepSums) |
 //! | `change_of_gradient` | both gradients, step sums | an [`Estimate`](crate::estimate::Estimate) |
@@ -18,8 +18,8 @@
 use candle_core::backprop::GradStore;
 
 use crate::block::Block;
-use crate::optimizer::Group;
-use cpu::StepScalars;
+use crate::params::Group;
+use crate::rule::StepScalars;
 
 pub(crate) mod cpu;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]

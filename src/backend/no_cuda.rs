@@ -2,12 +2,12 @@
 
 use candle_core::Result;
 
-use super::cpu::{Decision, StepScalars};
 use super::{Counters, Inputs, StepOptions};
-use crate::block::{Block, Last, Powers};
+use crate::block::{Block, Last};
 use crate::estimate::{Estimate, Left, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
-use crate::optimizer::Group;
+use crate::params::Group;
+use crate::rule::{Decision, Powers, StepScalars};
 
 /// There is none.
 pub(crate) enum Cuda {}

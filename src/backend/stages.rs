@@ -13,13 +13,14 @@ use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::StepOptions;
-use super::cpu::{self, Asked, Decision, PIECE, Scratch};
+use super::cpu::{self, Asked, PIECE, Scratch};
 use super::gradient::Gradient;
 use super::pool::Pool;
 use super::simd::{Simd, prefetch};
 use crate::block::{Block, Buffer, Last, storage_address};
 use crate::numerics::{LANES, Sums};
-use crate::optimizer::{Group, measures_steps};
+use crate::params::Group;
+use crate::rule::Decision;
 
 /// Small blocks are handed to threads in batches of about this many elements, ...
 const BATCH_ELEMENTS: usize = 1 << 15;
@@ -149,7 +150,7 @@ impl Stages {
                     (Some(Found { gradient, sums, .. }), Some(decision)) => {
                         let params = &groups[block.group].params;
                         if block.on_cpu {
-                            let measures = measures && measures_steps(params) || records;
+                            let measures = measures && params.measures_steps() || records;
                             let numbers = (params, decision);
                             cpu::update(block, gradient, numbers, measures, self.simd, scratch)?;
                         }

@@ -78,7 +78,7 @@ fn gradients(
     let salt = salt + 1000 * step + 10 * i as u64;
     let choice = random(salt, 1 << 40);
     let dtype = if choice % 10 < 3 { FLOATS[(choice / 16 % 4) as usize] } else { dtype };
-    if choice / 64 % 8 == 0 {
+    if (choice / 64).is_multiple_of(8) {
         return Ok([None, None]);
     }
     let mut first = uniform(n, 1., salt);
