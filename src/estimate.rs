@@ -1,19 +1,7 @@
-//! What is known of a block's curvature: how a measurement enters it, and what the brake goes by.
-//!
-//! `kernels/curvature.cuh` has the same functions, of the same names, for devices that decide.
+//! What is known of a block's curvature. How a measurement enters it is in [`rule`](crate::rule).
 
 use crate::numerics::{Pair, fold};
 use crate::params::Curvature;
-
-/// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
-const BOUND: f64 = 6.;
-
-/// The least part of its weight that a measurement enters the average with, soon after the one before: less would be lost
-/// in rounding, where `every` is large.
-const LEAST_SHARE: f64 = 1. / 1024.;
-
-/// 1 less this is still below 1.
-const LEAST_GAIN: f64 = f64::EPSILON / 2.;
 
 /// What is known of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -114,14 +102,6 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
-    /// Of a block: `change` has its sums of `G^2`, and of `||G|| ||D||` over strips.
-    pub fn new(change: Pair, sums: &StepSums) -> Self {
-        let Pair { a: change, b: bound } = change;
-        let StepSums { step, direction, along } = *sums;
-        let metric = if direction == 0. { 0. } else { step * (along / direction) };
-        Self { change, step, direction, bound, metric }
-    }
-
     /// The sums over all `items`, by rule 4 of the contract.
     pub fn fold(items: &[Self]) -> Self {
         let [change, step, direction, bound, metric] = fold(items.len(), |i| {
@@ -138,20 +118,6 @@ pub(crate) struct Averaging {
     pub every: u64,
     pub decay: f64,
     pub noise: f64,
-}
-
-impl Averaging {
-    /// The decay at a measurement that stands for so many `steps`. Each step has the same weight but for its age:
-    /// else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
-    fn decay_after(self, steps: u64) -> f64 {
-        let (steps, every) = (steps as f64, self.every as f64);
-        if steps >= every || self.decay == 0. {
-            return self.decay;
-        }
-        let share = if steps / every < LEAST_SHARE { LEAST_SHARE } else { steps / every };
-        let gain = (1. - self.decay) * share;
-        1. - if gain < LEAST_GAIN { LEAST_GAIN } else { gain }
-    }
 }
 
 /// What a measurement has left of an estimate.
@@ -215,125 +181,6 @@ impl Estimate {
             true => Some(f64::INFINITY),
             false => (self.in_average > 0).then_some(self.curvature),
         }
-    }
-
-    /// The average of H along steps, corrected for having started at 0.
-    fn average(&self) -> f64 {
-        self.mean / (1. - self.power)
-    }
-
-    /// `sqrt(average^2 + noise * variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in
-    /// the mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well: while it is
-    /// small, `E[h^2] / E[h] = average + variance / average` is this root with a `noise` of 2. Variance is taken between
-    /// neighbours (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
-    fn noisy_average(&self, noise: f64) -> f64 {
-        let (average, variance) = (self.average(), self.variance / (1. - self.power));
-        // The variance may be beyond f64.
-        let spread = if noise == 0. { 0. } else { noise * variance };
-        (average * average + spread).sqrt()
-    }
-
-    /// Takes a measurement along a step, which had its place after `now` steps:
-    ///
-    /// ```text
-    /// H = sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2
-    /// ```
-    ///
-    /// over the strips `s`, of 32 neighbours, of all blocks `b` that share it. With `D = -phi d` and `d = P^-1 m`,
-    /// whatever `P`, the second sum is `<D, P D>`, and the first one, by the inequality of Cauchy and Schwarz in each
-    /// strip, is never below `<D, G>`: so `H` is never below the curvature along the step in the metric `P`. (One
-    /// inequality over all elements, `(||G|| / ||D||) (||d||^2 / <d, m>)`, is far above it where elements differ much
-    /// in curvature, ever more so in a long training.)
-    ///
-    /// A step that moved nothing leaves no estimate. Nor does the first one if the gradient is the same to the last
-    /// bit and the step was a `small` one: it was too small to meet any curvature.
-    pub fn observe_step(
-        &mut self,
-        measured: &Measured,
-        averaging: Averaging,
-        small: bool,
-        now: u64,
-    ) -> Left {
-        let Measured { change, step, direction, bound, metric } = *measured;
-        let curvature = bound / metric;
-        let finite = [change, step, direction, bound, metric].iter().all(|sum| sum.is_finite());
-        if direction == 0. {
-            self.counts.uninformative += 1;
-            return Left::AsItWas;
-        }
-        if finite && (step == 0. || change == 0. && self.in_average == 0 && small) {
-            let Self { last, lowest, highest, measured_at, counts, still, .. } = *self;
-            *self = Self { last, lowest, highest, measured_at, counts, ..Self::NONE };
-            self.still = still + small as u64;
-            self.counts.unmoved += 1;
-            return Left::Lost;
-        }
-        if finite && curvature.is_finite() {
-            let decay = averaging.decay_after(self.steps_since(now));
-            self.take_step(curvature, decay, averaging.noise);
-            self.record(curvature, now);
-        } else {
-            self.infinite = true;
-            self.counts.nonfinite += 1;
-        }
-        Left::Known
-    }
-
-    /// `H` enters the average as at most 6 times the average; beyond that it is a spike, which the brake goes by
-    /// in full up to the next measurement. So curvature that shoots up counts at once, one bad measurement is
-    /// forgotten at the next, and a lasting rise enters the average. The first measurement has no average to be
-    /// held against, so the second one bounds it.
-    fn take_step(&mut self, curvature: f64, decay: f64, noise: f64) {
-        let average = if self.in_average > 0 { self.average() } else { 0. };
-        let too_large = average > 0. && curvature > BOUND * average;
-        let entering = if too_large { BOUND * average } else { curvature };
-        if self.in_average == 1 && curvature > 0. && average > BOUND * curvature {
-            self.entered = BOUND * curvature;
-            self.mean = (1. - self.power) * self.entered;
-        }
-        let difference = if self.in_average > 0 { entering - self.entered } else { 0. };
-        self.mean = decay * self.mean + (1. - decay) * entering;
-        // Of a decay of 0 there is none.
-        self.variance = decay * (self.variance + (1. - decay) * (0.5 * difference * difference));
-        self.power *= decay;
-        self.entered = entering;
-        self.curvature = if too_large { curvature } else { self.noisy_average(noise) };
-    }
-
-    /// How many steps a measurement after `now` steps stands for: those since the last one in the average.
-    fn steps_since(&self, now: u64) -> u64 {
-        if self.in_average == 0 { 1 } else { now.saturating_sub(self.measured_at).max(1) }
-    }
-
-    /// Takes a measurement by random vectors: `squared` is H squared.
-    pub fn observe_rows(&mut self, probe: Probe, squared: f64, now: u64) -> Left {
-        match probe {
-            Probe::Nothing => {
-                self.counts.uninformative += 1;
-                return Left::AsItWas;
-            }
-            Probe::Finite if squared.is_finite() => {
-                self.mean = squared;
-                self.curvature = squared.sqrt();
-                self.record(self.curvature, now);
-            }
-            _ => {
-                self.infinite = true;
-                self.counts.nonfinite += 1;
-            }
-        }
-        Left::Known
-    }
-
-    fn record(&mut self, curvature: f64, now: u64) {
-        self.last = curvature;
-        self.lowest = if curvature < self.lowest { curvature } else { self.lowest };
-        self.highest = if curvature > self.highest { curvature } else { self.highest };
-        self.in_average += 1;
-        self.infinite = false;
-        self.still = 0;
-        self.measured_at = now;
-        self.counts.taken += 1;
     }
 
     /// What a user is told of it, after `now` steps.

@@ -880,7 +880,7 @@ impl Srkl {
             }
         }
         let own = |(block, change): (&Block, &Option<Pair>)| match change {
-            Some(change) => Measured::new(*change, &block.step_sums),
+            Some(change) => rule::measured(*change, &block.step_sums),
             None => Measured::default(),
         };
         let measured: Vec<Measured> = blocks.iter().zip(&changes).map(own).collect();
@@ -892,7 +892,8 @@ impl Srkl {
             block.estimate.counts.missing += is_missing as u64;
             let own = if is_missing { None } else { Some(&measured[i]) };
             let measured = if params.scope == Scope::Global { Some(&total) } else { own };
-            Some(block.estimate.observe_step(
+            Some(rule::observe_step(
+                &mut block.estimate,
                 measured?,
                 Averaging { every, decay, noise },
                 block.small,
@@ -1037,7 +1038,7 @@ impl Srkl {
             let global = groups[block.group].params.scope == Scope::Global;
             let takes_part = decay(groups, block).is_some() && (global || given.is_some());
             let squared = if global { total } else { block.estimate.own };
-            takes_part.then(|| block.estimate.observe_rows(probe, squared, now))
+            takes_part.then(|| rule::observe_rows(&mut block.estimate, probe, squared, now))
         };
         let left = blocks.iter_mut().zip(&given).map(observe).collect();
         self.forget_kept();

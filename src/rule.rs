@@ -1,9 +1,28 @@
 //! The mathematics of a step: pure functions, in the order of a step, and nothing else.
 //!
-//! `kernels/rule.cuh` has the same for devices. The order of operations in these files is part of the contract in
-//! [`numerics`](crate::numerics); what runs them, over which elements and on which threads, is in `backend`.
+//! | of a block | |
+//! |---|---|
+//! | `grad_factor` | unscale and clip |
+//! | `brake`, `decide`, `may_step` | phi by the curvature, and whether the block moves |
+//! | `adjust` | the small first step, the trust clip |
+//! | `next_powers`, `bias_correction` | what averages lack that began at 0 |
+//!
+//! | of an element | |
+//! |---|---|
+//! | `first_moment`, `second_moment`, `denom` | the direction |
+//! | `element_phi`, `step_coefficients`, `apply_step` | the step |
+//! | `lerp` | the average of the parameter |
+//!
+//! | of a measurement | |
+//! |---|---|
+//! | `step_metric`, `measured` | what it comes to |
+//! | `steps_since` to `observe_rows` | how it enters the estimate |
+//!
+//! `kernels/rule.cuh` has the same functions in the same order (`tests/contract.rs` compares the lists). The order of
+//! operations in both is part of the contract in [`numerics`](crate::numerics); what runs them, over which elements and on
+//! which threads, is in `backend`.
 
-use crate::estimate::Estimate;
+use crate::estimate::{Averaging, Estimate, Left, Measured, Probe, StepSums};
 use crate::numerics::{Pair, Real, Sums, eighths, pow2};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
@@ -42,6 +61,20 @@ impl Decision {
     }
 }
 
+/// What a gradient is multiplied by, to unscale and clip it. A NaN norm makes it a NaN.
+pub(crate) fn grad_factor(params: &ParamsSrkl, scalars: StepScalars, total: &Sums) -> f64 {
+    let c = 1. / scalars.grad_scale;
+    let Some(max_grad_norm) = params.max_grad_norm else { return c };
+    let norm = total.norm(c);
+    c * if norm <= max_grad_norm { 1. } else { max_grad_norm / norm }
+}
+
+/// `phi = lr / (1 + beta * H)`, with the schedule in `lr`.
+#[inline(always)]
+pub(crate) fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
+    lr / (1. + beta * curvature)
+}
+
 /// `own` are the block's sums, `total` those over all blocks, where `params` use them.
 pub(crate) fn decide(
     params: &ParamsSrkl,
@@ -50,13 +83,7 @@ pub(crate) fn decide(
     total: &Sums,
     estimate: &Estimate,
 ) -> Decision {
-    let mut c = 1. / scalars.grad_scale;
-    if let Some(max_grad_norm) = params.max_grad_norm {
-        let norm = total.norm(c);
-        // A NaN norm makes `c` a NaN.
-        let clip = if norm <= max_grad_norm { 1. } else { max_grad_norm / norm };
-        c *= clip;
-    }
+    let c = grad_factor(params, scalars, total);
     let lr = scalars.schedule * params.lr;
     let mut finite = own.sum4.is_finite() && c > 0.;
     let (curvature, phi) = match params.curvature {
@@ -75,68 +102,6 @@ pub(crate) fn decide(
     };
     let phi = if params.has_element_brakes() && phi != 0. { lr } else { phi };
     Decision { c, curvature, phi, finite, small: false }
-}
-
-/// The products of the decays over the steps that have moved a block: `mu^t`, and so on. 1 before the first.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Powers {
-    /// Of `mu`, or `beta1`.
-    pub first: f64,
-    /// Of `beta2`.
-    pub second: f64,
-    /// Of the average's decay.
-    pub average: f64,
-}
-
-impl Powers {
-    pub const NONE: Self = Self { first: 1., second: 1., average: 1. };
-
-    /// After one more step.
-    pub fn next(&self, params: &ParamsSrkl) -> Self {
-        let (first, second) = match params.direction {
-            Direction::Gradient => (1., 1.),
-            Direction::Momentum { mu } => (mu, 1.),
-            Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
-        };
-        Self {
-            first: self.first * first,
-            second: self.second * second,
-            average: self.average * params.average.unwrap_or(1.),
-        }
-    }
-}
-
-/// What the averages of a block need in a step.
-#[derive(Clone, Copy)]
-pub(crate) struct Corrections {
-    /// `1 / (1 - mu^t)` of the first moment, and of the second.
-    pub first: f64,
-    pub second: f64,
-    /// `(1 - c) / (1 - c^t)` of the parameter's average.
-    pub average: f64,
-}
-
-impl Corrections {
-    /// `powers` are those before the step.
-    pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
-        let powers = powers.next(params);
-        Self {
-            first: correction(powers.first),
-            second: correction(powers.second),
-            average: params.average.map_or(0., |c| (1. - c) * correction(powers.average)),
-        }
-    }
-}
-
-/// `phi = lr / (1 + beta * H)`, with the schedule in `lr`.
-#[inline(always)]
-pub(crate) fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
-    lr / (1. + beta * curvature)
-}
-
-/// What corrects an average for having started at 0; 1 for one that there is not.
-pub(crate) fn correction(power: f64) -> f64 {
-    if power == 1. { 1. } else { 1. / (1. - power) }
 }
 
 /// Whether `policy` lets a block with this decision be stepped.
@@ -198,48 +163,59 @@ pub(crate) fn adjust(
     }
 }
 
-/// The numbers of one block's update.
-#[derive(Clone, Copy)]
-pub(crate) struct Coefficients<C> {
-    pub moments: Moments<C>,
-    /// What `d` of [`Moments`] lacks of the direction.
-    pub scale: f64,
-    pub phi: f64,
-    pub weight_decay: f64,
-    pub average: C,
-    pub element: Option<ElementBrake>,
+/// The products of the decays over the steps that have moved a block: `mu^t`, and so on. 1 before the first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Powers {
+    /// Of `mu`, or `beta1`.
+    pub first: f64,
+    /// Of `beta2`.
+    pub second: f64,
+    /// Of the average's decay.
+    pub average: f64,
 }
 
-impl<C: Real> Coefficients<C> {
-    pub fn new(
-        params: &ParamsSrkl,
-        decision: &Decision,
-        powers: &Powers,
-        estimate: &Estimate,
-    ) -> Self {
-        let beta = params.beta_value();
-        let Decision { c, phi, .. } = *decision;
-        let corrections = Corrections::new(params, powers);
-        let element = match (params.scope, params.curvature) {
-            (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
-            (Scope::Element, _) => Some(ElementCurvature::rows(estimate, 0)),
-            (Scope::Mixed(p), _) => Some(ElementCurvature::rows(estimate, (8. * p) as u32)),
-            _ => None,
-        };
-        Self {
-            moments: Moments::new(params, c, corrections.second),
-            scale: if params.direction == Direction::Gradient { c } else { corrections.first },
-            phi,
-            weight_decay: params.weight_decay,
-            average: C::from_f64(corrections.average),
-            element: element.map(|curvature| ElementBrake { lr: phi, beta, curvature }),
-        }
-    }
+impl Powers {
+    pub const NONE: Self = Self { first: 1., second: 1., average: 1. };
+}
 
-    /// `phi * scale` and `1 - phi * weight_decay`, for the elements.
-    #[inline(always)]
-    pub fn of_phi(&self, phi: f64) -> (C, C) {
-        (C::from_f64(phi * self.scale), C::from_f64(1. - phi * self.weight_decay))
+/// The powers after one more step.
+pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
+    let (first, second) = match params.direction {
+        Direction::Gradient => (1., 1.),
+        Direction::Momentum { mu } => (mu, 1.),
+        Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
+    };
+    Powers {
+        first: powers.first * first,
+        second: powers.second * second,
+        average: powers.average * params.average.unwrap_or(1.),
+    }
+}
+
+/// What corrects an average for having started at 0; 1 for one that there is not.
+pub(crate) fn bias_correction(power: f64) -> f64 {
+    if power == 1. { 1. } else { 1. / (1. - power) }
+}
+
+/// What the averages of a block need in a step.
+#[derive(Clone, Copy)]
+pub(crate) struct Corrections {
+    /// `1 / (1 - mu^t)` of the first moment, and of the second.
+    pub first: f64,
+    pub second: f64,
+    /// `(1 - c) / (1 - c^t)` of the parameter's average.
+    pub average: f64,
+}
+
+impl Corrections {
+    /// `powers` are those before the step.
+    pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
+        let powers = next_powers(powers, params);
+        Self {
+            first: bias_correction(powers.first),
+            second: bias_correction(powers.second),
+            average: params.average.map_or(0., |c| (1. - c) * bias_correction(powers.average)),
+        }
     }
 }
 
@@ -249,9 +225,9 @@ pub(crate) struct Moments<C> {
     pub direction: Direction,
     pub decay1: C,
     /// `(1 - decay1) * c`
-    pub gain1: C,
+    pub one_minus_decay1_c: C,
     pub decay2: C,
-    pub gain2: C,
+    pub one_minus_decay2: C,
     pub c: C,
     pub correction2: C,
     pub eps: C,
@@ -267,9 +243,9 @@ impl<C: Real> Moments<C> {
         Self {
             direction: params.direction,
             decay1: C::from_f64(decay1),
-            gain1: C::from_f64((1. - decay1) * c),
+            one_minus_decay1_c: C::from_f64((1. - decay1) * c),
             decay2: C::from_f64(decay2),
-            gain2: C::from_f64(1. - decay2),
+            one_minus_decay2: C::from_f64(1. - decay2),
             c: C::from_f64(c),
             correction2: C::from_f64(correction2),
             eps: C::from_f64(eps),
@@ -278,20 +254,20 @@ impl<C: Real> Moments<C> {
 
     /// `m <- mu m + (1 - mu) c g`
     #[inline(always)]
-    pub fn first(&self, m: C, g: C) -> C {
-        g.mul_add(self.gain1, self.decay1.mul(m)).canonical()
+    pub fn first_moment(&self, m: C, g: C) -> C {
+        g.mul_add(self.one_minus_decay1_c, self.decay1.mul(m)).canonical()
     }
 
     /// `v <- beta2 v + (1 - beta2) (c g)^2`
     #[inline(always)]
-    pub fn second(&self, v: C, g: C) -> C {
+    pub fn second_moment(&self, v: C, g: C) -> C {
         let g = self.c.mul(g);
-        self.gain2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
+        self.one_minus_decay2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
     }
 
     /// `P = sqrt(v / (1 - beta2^t)) + eps`
     #[inline(always)]
-    pub fn metric(&self, v: C) -> C {
+    pub fn denom(&self, v: C) -> C {
         self.correction2.mul(v).sqrt().add(self.eps)
     }
 }
@@ -312,20 +288,10 @@ pub(crate) enum ElementCurvature {
     Rows { correction: f64, own: u32, shared: f64 },
 }
 
-impl ElementCurvature {
-    /// `r^(1 - p) * R^p` with `p = shared / 8`
-    pub fn rows(estimate: &Estimate, shared: u32) -> Self {
-        Self::Rows {
-            correction: correction(estimate.power),
-            own: 8 - shared,
-            shared: eighths(estimate.own.sqrt(), shared),
-        }
-    }
-}
-
 impl ElementBrake {
+    /// The brake of an element of gradient `g`.
     #[inline(always)]
-    pub fn phi(&self, g: f64, q: f64) -> f64 {
+    pub fn element_phi(&self, g: f64, q: f64) -> f64 {
         if self.lr == 0. {
             return 0.;
         }
@@ -342,14 +308,225 @@ impl ElementBrake {
     }
 }
 
-/// `w <- keep * w - phi_d * d`
-#[inline(always)]
-pub(crate) fn descend<C: Real>(w: C, d: C, phi_d: C, keep: C) -> C {
-    d.mul_add(phi_d.neg(), keep.mul(w)).canonical()
+/// The numbers of one block's update.
+#[derive(Clone, Copy)]
+pub(crate) struct Coefficients<C> {
+    pub moments: Moments<C>,
+    /// The factor from what [`Moments`] give to the direction: clipping and unscaling of a gradient, the bias correction
+    /// of a first moment.
+    pub scale: f64,
+    pub phi: f64,
+    pub weight_decay: f64,
+    pub average: C,
+    pub element: Option<ElementBrake>,
 }
 
-/// `a <- a + by * (w - a)`
+impl<C: Real> Coefficients<C> {
+    pub fn new(
+        params: &ParamsSrkl,
+        decision: &Decision,
+        powers: &Powers,
+        estimate: &Estimate,
+    ) -> Self {
+        let beta = params.beta_value();
+        let Decision { c, phi, .. } = *decision;
+        let corrections = Corrections::new(params, powers);
+        // `r^(1 - p) * R^p` with `p = shared / 8`
+        let rows = |shared| ElementCurvature::Rows {
+            correction: bias_correction(estimate.power),
+            own: 8 - shared,
+            shared: eighths(estimate.own.sqrt(), shared),
+        };
+        let element = match (params.scope, params.curvature) {
+            (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
+            (Scope::Element, _) => Some(rows(0)),
+            (Scope::Mixed(p), _) => Some(rows((8. * p) as u32)),
+            _ => None,
+        };
+        Self {
+            moments: Moments::new(params, c, corrections.second),
+            scale: if params.direction == Direction::Gradient { c } else { corrections.first },
+            phi,
+            weight_decay: params.weight_decay,
+            average: C::from_f64(corrections.average),
+            element: element.map(|curvature| ElementBrake { lr: phi, beta, curvature }),
+        }
+    }
+
+    /// `step_size` and `decay_factor` of [`apply_step`]: `phi * scale` and `1 - phi * weight_decay`.
+    #[inline(always)]
+    pub fn step_coefficients(&self, phi: f64) -> (C, C) {
+        (C::from_f64(phi * self.scale), C::from_f64(1. - phi * self.weight_decay))
+    }
+}
+
+/// `w <- decay_factor * w - step_size * d`
 #[inline(always)]
-pub(crate) fn approach<C: Real>(a: C, w: C, by: C) -> C {
-    w.sub(a).mul_add(by, a).canonical()
+pub(crate) fn apply_step<C: Real>(w: C, d: C, step_size: C, decay_factor: C) -> C {
+    d.mul_add(step_size.neg(), decay_factor.mul(w)).canonical()
+}
+
+/// `a <- a + weight * (w - a)`
+#[inline(always)]
+pub(crate) fn lerp<C: Real>(a: C, w: C, weight: C) -> C {
+    w.sub(a).mul_add(weight, a).canonical()
+}
+
+/// `<D, P D>` of a block, by what its step has left: `||D||^2 <d, m> / ||d||^2`.
+pub(crate) fn step_metric(sums: &StepSums) -> f64 {
+    if sums.direction == 0. { 0. } else { sums.step * (sums.along / sums.direction) }
+}
+
+/// A measurement of a block: `change` has its sums of `G^2`, and of `||G|| ||D||` over strips.
+pub(crate) fn measured(change: Pair, sums: &StepSums) -> Measured {
+    Measured {
+        change: change.a,
+        step: sums.step,
+        direction: sums.direction,
+        bound: change.b,
+        metric: step_metric(sums),
+    }
+}
+
+/// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
+const BOUND: f64 = 6.;
+
+/// The least part of its weight that a measurement enters the average with, soon after the one before: less would be lost
+/// in rounding, where `every` is large.
+const LEAST_SHARE: f64 = 1. / 1024.;
+
+/// 1 less this is still below 1.
+const LEAST_GAIN: f64 = f64::EPSILON / 2.;
+
+/// How many steps a measurement after `now` steps stands for: those since the last one in the average.
+fn steps_since(estimate: &Estimate, now: u64) -> u64 {
+    if estimate.in_average == 0 { 1 } else { now.saturating_sub(estimate.measured_at).max(1) }
+}
+
+/// The decay of the average at a measurement that stands for so many `steps`. Each step has the same weight but for its
+/// age: else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
+fn decay_after(averaging: Averaging, steps: u64) -> f64 {
+    let Averaging { every, decay, .. } = averaging;
+    let (steps, every) = (steps as f64, every as f64);
+    if steps >= every || decay == 0. {
+        return decay;
+    }
+    let share = if steps / every < LEAST_SHARE { LEAST_SHARE } else { steps / every };
+    let gain = (1. - decay) * share;
+    1. - if gain < LEAST_GAIN { LEAST_GAIN } else { gain }
+}
+
+/// The average of H along steps, corrected for having started at 0.
+fn average_of(estimate: &Estimate) -> f64 {
+    estimate.mean / (1. - estimate.power)
+}
+
+/// `sqrt(average^2 + noise * variance)`. Where the curvature of a batch is random, a constant `phi` shrinks `w^2` in the
+/// mean only if `phi < 2 E[h] / E[h^2]`, so the spread of what is measured must brake as well: while it is small,
+/// `E[h^2] / E[h] = average + variance / average` is this root with a `noise` of 2. Variance is taken between neighbours
+/// (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
+fn noisy_average_of(estimate: &Estimate, noise: f64) -> f64 {
+    let (average, variance) = (average_of(estimate), estimate.variance / (1. - estimate.power));
+    // The variance may be beyond f64.
+    let spread = if noise == 0. { 0. } else { noise * variance };
+    (average * average + spread).sqrt()
+}
+
+/// Notes what was measured, and when.
+fn record(estimate: &mut Estimate, curvature: f64, now: u64) {
+    estimate.last = curvature;
+    estimate.lowest = if curvature < estimate.lowest { curvature } else { estimate.lowest };
+    estimate.highest = if curvature > estimate.highest { curvature } else { estimate.highest };
+    estimate.in_average += 1;
+    estimate.infinite = false;
+    estimate.still = 0;
+    estimate.measured_at = now;
+    estimate.counts.taken += 1;
+}
+
+/// `H` enters the average as at most 6 times the average; beyond that it is a spike, which the brake goes by in full up to
+/// the next measurement. So curvature that shoots up counts at once, one bad measurement is forgotten at the next, and a
+/// lasting rise enters the average. The first measurement has no average to be held against, so the second one bounds it.
+fn enter_average(estimate: &mut Estimate, curvature: f64, decay: f64, noise: f64) {
+    let average = if estimate.in_average > 0 { average_of(estimate) } else { 0. };
+    let too_large = average > 0. && curvature > BOUND * average;
+    let entering = if too_large { BOUND * average } else { curvature };
+    if estimate.in_average == 1 && curvature > 0. && average > BOUND * curvature {
+        estimate.entered = BOUND * curvature;
+        estimate.mean = (1. - estimate.power) * estimate.entered;
+    }
+    let difference = if estimate.in_average > 0 { entering - estimate.entered } else { 0. };
+    estimate.mean = decay * estimate.mean + (1. - decay) * entering;
+    // Of a decay of 0 there is none.
+    estimate.variance =
+        decay * (estimate.variance + (1. - decay) * (0.5 * difference * difference));
+    estimate.power *= decay;
+    estimate.entered = entering;
+    estimate.curvature = if too_large { curvature } else { noisy_average_of(estimate, noise) };
+}
+
+/// Takes a measurement along a step, which had its place after `now` steps:
+///
+/// ```text
+/// H = sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2
+/// ```
+///
+/// over the strips `s`, of 32 neighbours, of all blocks `b` that share it. With `D = -phi d` and `d = P^-1 m`, whatever
+/// `P`, the second sum is `<D, P D>`, and the first one, by the inequality of Cauchy and Schwarz in each strip, is never
+/// below `<D, G>`: so `H` is never below the curvature along the step in the metric `P`. (One inequality over all
+/// elements, `(||G|| / ||D||) (||d||^2 / <d, m>)`, is far above it where elements differ much in curvature, ever more so
+/// in a long training.)
+///
+/// A step that moved nothing leaves no estimate. Nor does the first one if the gradient is the same to the last bit and
+/// the step was a `small` one: it was too small to meet any curvature.
+pub(crate) fn observe_step(
+    estimate: &mut Estimate,
+    measured: &Measured,
+    averaging: Averaging,
+    small: bool,
+    now: u64,
+) -> Left {
+    let Measured { change, step, direction, bound, metric } = *measured;
+    let curvature = bound / metric;
+    let finite = [change, step, direction, bound, metric].iter().all(|sum| sum.is_finite());
+    if direction == 0. {
+        estimate.counts.uninformative += 1;
+        return Left::AsItWas;
+    }
+    if finite && (step == 0. || change == 0. && estimate.in_average == 0 && small) {
+        let Estimate { last, lowest, highest, measured_at, counts, still, .. } = *estimate;
+        *estimate = Estimate { last, lowest, highest, measured_at, counts, ..Estimate::NONE };
+        estimate.still = still + small as u64;
+        estimate.counts.unmoved += 1;
+        return Left::Lost;
+    }
+    if finite && curvature.is_finite() {
+        let decay = decay_after(averaging, steps_since(estimate, now));
+        enter_average(estimate, curvature, decay, averaging.noise);
+        record(estimate, curvature, now);
+    } else {
+        estimate.infinite = true;
+        estimate.counts.nonfinite += 1;
+    }
+    Left::Known
+}
+
+/// Takes a measurement by random vectors: `squared` is H squared.
+pub(crate) fn observe_rows(estimate: &mut Estimate, probe: Probe, squared: f64, now: u64) -> Left {
+    match probe {
+        Probe::Nothing => {
+            estimate.counts.uninformative += 1;
+            return Left::AsItWas;
+        }
+        Probe::Finite if squared.is_finite() => {
+            estimate.mean = squared;
+            estimate.curvature = squared.sqrt();
+            record(estimate, estimate.curvature, now);
+        }
+        _ => {
+            estimate.infinite = true;
+            estimate.counts.nonfinite += 1;
+        }
+    }
+    Left::Known
 }

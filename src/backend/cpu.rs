@@ -21,7 +21,7 @@ use crate::numerics::{
     f32_to_f16, fold, pow2, random_bits, scale_exponent, strip_sum, tree,
 };
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, LEAST_RMS, Moments, Powers, approach, descend};
+use crate::rule::{Coefficients, Decision, LEAST_RMS, Moments, Powers, apply_step, lerp};
 
 /// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
 /// of this size: enough to outweigh the handing over, a whole number of chunks.
@@ -354,7 +354,7 @@ impl<P: Parameter> Kernel for Update<'_, P> {
         let Scratch { rows: Rows { tensors: [row, before, ..], d, terms: [squares, _] }, lanes } =
             scratch;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
-        let (phi_d, keep) = coefficients.of_phi(phi);
+        let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
         let mut stepped = Stepped::default();
         for at in (0..n).step_by(LANES) {
@@ -368,9 +368,9 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                 (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
                     // In one loop: it has enough to compute while memory is waited for.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
-                        *m = moments.first(*m, g);
-                        *v = moments.second(*v, g);
-                        descend(w, m.div(moments.metric(*v)), phi_d, keep)
+                        *m = moments.first_moment(*m, g);
+                        *v = moments.second_moment(*v, g);
+                        apply_step(w, m.div(moments.denom(*v)), step_size, decay_factor)
                     };
                     let state = m.iter_mut().zip(v).zip(g);
                     match &mut master {
@@ -389,15 +389,15 @@ impl<P: Parameter> Kernel for Update<'_, P> {
                     &[]
                 }
                 (Direction::Momentum { .. }, Some(m), _) => {
-                    m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first(*m, *g));
+                    m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
                     m
                 }
                 (Direction::Adam { .. }, Some(m), Some(v)) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
                     for (((d, m), v), g) in d.iter_mut().zip(m).zip(v).zip(g) {
-                        *m = moments.first(*m, *g);
-                        *v = moments.second(*v, *g);
-                        *d = m.div(moments.metric(*v));
+                        *m = moments.first_moment(*m, *g);
+                        *v = moments.second_moment(*v, *g);
+                        *d = m.div(moments.denom(*v));
                     }
                     d
                 }
@@ -405,24 +405,27 @@ impl<P: Parameter> Kernel for Update<'_, P> {
             };
             match element {
                 None if d.is_empty() => {}
-                None => for_each(w, master.as_deref_mut(), d, |w, d| descend(w, d, phi_d, keep)),
+                None => for_each(w, master.as_deref_mut(), d, |w, d| {
+                    apply_step(w, d, step_size, decay_factor)
+                }),
                 Some(brake) => {
                     for i in 0..w.len() {
                         let q = q.as_ref().map_or(0., |q| q[i].to_f64());
-                        let (phi_d, keep) = coefficients.of_phi(brake.phi(g[i].to_f64(), q));
+                        let (step_size, decay_factor) =
+                            coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q));
                         let master = master.as_deref_mut().map(|master| &mut master[i..=i]);
                         let (w, d) = (&mut w[i..=i], &d[i..=i]);
-                        for_each(w, master, d, |w, d| descend(w, d, phi_d, keep));
+                        for_each(w, master, d, |w, d| apply_step(w, d, step_size, decay_factor));
                     }
                 }
             }
             match (a, master) {
                 (None, _) => {}
                 (Some(a), Some(x)) => {
-                    a.iter_mut().zip(x).for_each(|(a, x)| *a = approach(*a, *x, average));
+                    a.iter_mut().zip(x).for_each(|(a, x)| *a = lerp(*a, *x, average));
                 }
                 (Some(a), None) => {
-                    a.iter_mut().zip(&*w).for_each(|(a, w)| *a = approach(*a, w.widen(), average));
+                    a.iter_mut().zip(&*w).for_each(|(a, w)| *a = lerp(*a, w.widen(), average));
                 }
             }
             if measures {
@@ -477,7 +480,7 @@ fn add_adam_direction<C: Real>(
     moments: &Moments<C>,
 ) {
     for (((direction, along), m), v) in direction.iter_mut().zip(along).zip(m).zip(v) {
-        let d = m.div(moments.metric(*v)).to_f64();
+        let d = m.div(moments.denom(*v)).to_f64();
         *direction += d * d;
         *along += d * m.to_f64();
     }
@@ -658,21 +661,21 @@ impl<C: FromGradient> Terms for DirectionTerms<'_, C> {
             Direction::Gradient => a.iter_mut().zip(g).for_each(|(a, g)| *a = g.to_f64()),
             Direction::Momentum { .. } => {
                 for ((a, m), g) in a.iter_mut().zip(&self.m[range.clone()]).zip(g) {
-                    *a = moments.first(*m, *g).to_f64();
+                    *a = moments.first_moment(*m, *g).to_f64();
                 }
             }
             Direction::Adam { .. } => {
                 let (m, v) = (&self.m[range.clone()], &self.v[range.clone()]);
                 for (((a, m), v), g) in a.iter_mut().zip(m).zip(v).zip(g) {
-                    let metric = moments.metric(moments.second(*v, *g));
-                    *a = moments.first(*m, *g).div(metric).to_f64();
+                    let denom = moments.denom(moments.second_moment(*v, *g));
+                    *a = moments.first_moment(*m, *g).div(denom).to_f64();
                 }
             }
         }
         if let Some(brake) = self.coefficients.element {
             for (i, (a, g)) in a.iter_mut().zip(g).enumerate() {
                 let q = self.q.get(start + i).map_or(0., |q| q.to_f64());
-                *a *= brake.phi(g.to_f64(), q);
+                *a *= brake.element_phi(g.to_f64(), q);
             }
         }
         for ((a, b), w) in a.iter_mut().zip(b).zip(w) {

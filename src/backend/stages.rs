@@ -20,7 +20,7 @@ use super::simd::{Simd, prefetch};
 use crate::block::{Block, Buffer, Last, storage_address};
 use crate::numerics::{LANES, Sums};
 use crate::params::Group;
-use crate::rule::Decision;
+use crate::rule::{self, Decision};
 
 /// Small blocks are handed to threads in batches of about this many elements, ...
 const BATCH_ELEMENTS: usize = 1 << 15;
@@ -158,7 +158,7 @@ impl Stages {
                             let step = block.step_sums.step.sqrt();
                             last.norms = Some([sums.norm(1. / grad_scale), step]);
                         }
-                        block.powers = block.powers.next(params);
+                        block.powers = rule::next_powers(&block.powers, params);
                     }
                     (Some(_), None) => block.skipped += 1,
                     (None, _) => {}
