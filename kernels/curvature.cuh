@@ -44,8 +44,8 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     from_f64(load_one(first, start + at), g);
     if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
         C d = g;
-        if (direction != SRKL_GRADIENT) d = k.moments.first(part.m()[at], g);
-        if (direction == SRKL_ADAM) d = div(d, k.moments.metric(k.moments.second(part.v()[at], g)));
+        if (direction != SRKL_GRADIENT) d = k.moments.first_moment(part.m()[at], g);
+        if (direction == SRKL_ADAM) d = div(d, k.moments.denom(k.moments.second_moment(part.v()[at], g)));
         double a = (double)d, w = (double)widen(part.w()[at]);
         if (has_element_brakes(numbers.group)) {
             double q = part.q() != 0 ? (double)part.q()[at] : 0.;
@@ -164,133 +164,6 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
     }
 }
 
-// A measurement along a step enters the average as at most so many times the average.
-static const double BOUND = 6.;
-
-// The least part of its weight that a measurement enters the average with.
-static const double LEAST_SHARE = 1. / 1024.;
-
-// 2^-53: 1 less this is still below 1.
-static const double LEAST_GAIN = 0x1p-53;
-
-// The average of H along steps, corrected for having started at 0.
-__device__ inline double average_of(const SrklEstimate &estimate) {
-    return __ddiv_rn(estimate.mean, __dsub_rn(1., estimate.power));
-}
-
-// `sqrt(average^2 + noise * variance)`
-__device__ inline double noisy_average_of(const SrklEstimate &estimate, double noise) {
-    const double average = average_of(estimate);
-    const double variance = __ddiv_rn(estimate.variance, __dsub_rn(1., estimate.power));
-    const double spread = noise == 0. ? 0. : __dmul_rn(noise, variance);
-    return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), spread));
-}
-
-__device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
-    estimate.last = curvature;
-    if (curvature < estimate.lowest) estimate.lowest = curvature;
-    if (curvature > estimate.highest) estimate.highest = curvature;
-    estimate.in_average++;
-    estimate.infinite = 0;
-    estimate.still = 0;
-    estimate.measured_at = now;
-    estimate.taken++;
-}
-
-__device__ inline void take_step(SrklEstimate &estimate, double curvature, double decay, double noise) {
-    const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
-    const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
-    const double entering = too_large ? __dmul_rn(BOUND, average) : curvature;
-    if (estimate.in_average == 1 && curvature > 0. && average > __dmul_rn(BOUND, curvature)) {
-        estimate.entered = __dmul_rn(BOUND, curvature);
-        estimate.mean = __dmul_rn(__dsub_rn(1., estimate.power), estimate.entered);
-    }
-    const double difference = estimate.in_average > 0 ? __dsub_rn(entering, estimate.entered) : 0.;
-    const double half_square = __dmul_rn(__dmul_rn(0.5, difference), difference);
-    const double gain = __dsub_rn(1., decay);
-    estimate.mean = __dadd_rn(__dmul_rn(decay, estimate.mean), __dmul_rn(gain, entering));
-    estimate.variance = __dmul_rn(decay, __dadd_rn(estimate.variance, __dmul_rn(gain, half_square)));
-    estimate.power = __dmul_rn(estimate.power, decay);
-    estimate.entered = entering;
-    estimate.curvature = too_large ? curvature : noisy_average_of(estimate, noise);
-}
-
-// How many steps a measurement after `now` steps stands for.
-__device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
-    if (estimate.in_average == 0 || now <= estimate.measured_at) return 1.;
-    return (double)(now - estimate.measured_at);
-}
-
-// The decay of the average at a measurement that stands for so many steps: `Averaging` in src/estimate.rs.
-__device__ inline double decay_after(const SrklGroup &group, double steps) {
-    if (steps >= group.every || group.decay == 0.) return group.decay;
-    const double ratio = __ddiv_rn(steps, group.every);
-    const double share = ratio < LEAST_SHARE ? LEAST_SHARE : ratio;
-    const double gain = __dmul_rn(__dsub_rn(1., group.decay), share);
-    return __dsub_rn(1., gain < LEAST_GAIN ? LEAST_GAIN : gain);
-}
-
-// What a measurement along a step comes to: `Measured` in src/estimate.rs.
-struct Measured {
-    double change, step, direction, bound, metric;
-};
-
-// `<D, P D>` of a block.
-__device__ inline double metric_of(const SrklStepSums &sums) {
-    return sums.direction == 0. ? 0. : __dmul_rn(sums.step, __ddiv_rn(sums.along, sums.direction));
-}
-
-// Takes a measurement along a step: `Estimate::observe_step`. Returns what it has left of the estimate:
-// SRKL_LOST, SRKL_AS_IT_WAS or 0.
-__device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, const SrklGroup &group,
-                                   bool small, u64 now) {
-    const double change = sums.change, curvature = __ddiv_rn(sums.bound, sums.metric);
-    const bool finite = is_finite(change) && is_finite(sums.step) && is_finite(sums.direction) &&
-                        is_finite(sums.bound) && is_finite(sums.metric);
-    if (sums.direction == 0.) {
-        estimate.uninformative++;
-        return SRKL_AS_IT_WAS;
-    }
-    if (finite && (sums.step == 0. || (change == 0. && estimate.in_average == 0 && small))) {
-        estimate.mean = 0.;
-        estimate.own = 0.;
-        estimate.power = 1.;
-        estimate.variance = 0.;
-        estimate.entered = 0.;
-        estimate.curvature = 0.;
-        estimate.in_average = 0;
-        estimate.infinite = 0;
-        estimate.still += small;
-        estimate.unmoved++;
-        return SRKL_LOST;
-    }
-    if (finite && is_finite(curvature)) {
-        take_step(estimate, curvature, decay_after(group, steps_since(estimate, now)), group.noise);
-        record(estimate, curvature, now);
-    } else {
-        estimate.infinite = 1;
-        estimate.nonfinite++;
-    }
-    return 0;
-}
-
-// Takes a measurement by random vectors: `Estimate::observe_rows`. Returns what it has left of the estimate.
-__device__ inline u32 observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
-    if (probe == SRKL_NOTHING) {
-        estimate.uninformative++;
-        return SRKL_AS_IT_WAS;
-    }
-    if (probe == SRKL_INFINITE || !is_finite(squared)) {
-        estimate.infinite = 1;
-        estimate.nonfinite++;
-    } else {
-        estimate.mean = squared;
-        estimate.curvature = __dsqrt_rn(squared);
-        record(estimate, estimate.curvature, now);
-    }
-    return 0;
-}
-
 // The sums over all blocks that `finish` goes on by. In shared memory, read anew where they are used:
 // registers are few.
 struct Totals {
@@ -317,12 +190,7 @@ __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile 
         sums.metric = totals.step.metric;
     } else if (part) {
         const SrklStepSums &step = ((const SrklStepSums *)table.step_sums)[b];
-        const SrklPair pair = read_pair(&((const SrklPair *)table.pairs)[b]);
-        sums.change = pair.a;
-        sums.step = step.step;
-        sums.direction = step.direction;
-        sums.bound = pair.b;
-        sums.metric = metric_of(step);
+        sums = measured(read_pair(&((const SrklPair *)table.pairs)[b]), step);
     } else if (missing) {
         return 0;
     }
@@ -401,7 +269,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
             SrklPair own = {0., 0.};
             if (!counts(table, what, b)) return own;
             own.a = (double)((const SrklBlock *)table.blocks)[b].n;
-            if (what == SRKL_SUM_STEP) own.b = metric_of(((const SrklStepSums *)table.step_sums)[b]);
+            if (what == SRKL_SUM_STEP) own.b = step_metric(((const SrklStepSums *)table.step_sums)[b]);
             return own;
         },
         lanes);
@@ -479,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             takes = takes_part(table, what, part.block);
             block = ((const SrklBlock *)table.blocks)[part.block];
             numbers.group = ((const SrklGroup *)table.groups)[block.group];
-            numbers.set_rows(((const SrklEstimate *)table.estimates)[part.block]);
+            numbers.row_curvature(((const SrklEstimate *)table.estimates)[part.block]);
             numbers.decision = ((const SrklDecision *)table.decisions)[part.block];
             // A product with the Hessian is unscaled, and not clipped.
             if (what == SRKL_SUM_PROBE || what == SRKL_SUM_AVERAGE)
@@ -510,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             __syncthreads();
             if (threadIdx.x == 0) {
                 if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
-                    const double scale = scale_of(numbers.group, numbers.decision);
+                    const double scale = direction_scale(numbers.group, numbers.decision);
                     sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
                     if (what == SRKL_SUM_MEASURING)
                         ((SrklStepSums *)table.step_sums)[part.block].direction = sums.a;

@@ -25,6 +25,10 @@ struct f16 {
     unsigned short bits;
 };
 
+__device__ inline bool is_finite(double x) {
+    return fabs(x) < __longlong_as_double(0x7ff0000000000000ll);
+}
+
 // -------------------------------------------------------------------------------------------------
 // Conversions
 

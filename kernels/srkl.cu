@@ -106,7 +106,7 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
 // Takes what an update needs beside its chunk.
 template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.numbers.group = ((const SrklGroup *)table.groups)[work.block.group];
-    if (ELEMENTS) work.numbers.set_rows(((const SrklEstimate *)table.estimates)[work.b]);
+    if (ELEMENTS) work.numbers.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
     // Written in this launch: past L1.
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
     work.numbers.decision.c = __ldcg(&decision->c);
@@ -252,7 +252,7 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
         block.chunk_count, [=](u64 i) { return read_pair(&first[i]); }, lanes);
     if (threadIdx.x == 0) {
         SrklStepSums *step = &((SrklStepSums *)table.step_sums)[work.b];
-        const double scale = scale_of(work.numbers.group, work.numbers.decision);
+        const double scale = direction_scale(work.numbers.group, work.numbers.decision);
         step->step = sums.a;
         step->along = __dmul_rn(sums.b, __dmul_rn(scale, scale));
     }

@@ -11,98 +11,8 @@
 #pragma once
 
 #include "access.cuh"
-#include "decide.cuh"
+#include "rule.cuh"
 #include "sums.cuh"
-
-// `w <- keep * w - phi_d * d`
-template <typename C> __device__ inline C descend(C w, C d, C phi_d, C keep) {
-    return canonical(mul_add(d, -phi_d, mul(keep, w)));
-}
-
-// `a <- a + by * (w - a)`
-template <typename C> __device__ inline C approach(C a, C w, C by) {
-    return canonical(mul_add(sub(w, a), by, a));
-}
-
-// The direction of an element, and its state.
-template <typename C> struct Moments {
-    C decay1, gain1, decay2, gain2, c, correction2, eps;
-
-    __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
-        from_f64(p.decay1, decay1);
-        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.c), gain1);
-        from_f64(p.decay2, decay2);
-        from_f64(__dsub_rn(1., p.decay2), gain2);
-        from_f64(decision.c, c);
-        from_f64(decision.correction2, correction2);
-        from_f64(p.eps, eps);
-    }
-
-    // `m <- mu m + (1 - mu) c g`
-    __device__ C first(C m, C g) const { return canonical(mul_add(g, gain1, mul(decay1, m))); }
-
-    // `v <- beta2 v + (1 - beta2) (c g)^2`
-    __device__ C second(C v, C g) const {
-        g = mul(c, g);
-        return canonical(mul_add(mul(gain2, g), g, mul(decay2, v)));
-    }
-
-    // `P = sqrt(v / (1 - beta2^t)) + eps`
-    __device__ C metric(C v) const { return add(root(mul(correction2, v)), eps); }
-};
-
-// What `d` of the moments lacks of the direction.
-__device__ inline double scale_of(const SrklGroup &p, const SrklDecision &decision) {
-    return p.direction == SRKL_GRADIENT ? decision.c : decision.correction1;
-}
-
-// `phi * scale` and `1 - phi * weight_decay`, for the elements.
-template <typename C>
-__device__ inline void of_phi(double phi, const SrklGroup &p, const SrklDecision &decision, C &phi_d,
-                              C &keep) {
-    from_f64(__dmul_rn(phi, scale_of(p, decision)), phi_d);
-    from_f64(__dsub_rn(1., __dmul_rn(phi, p.weight_decay)), keep);
-}
-
-// The numbers of one block's update.
-template <typename C> struct Coefficients {
-    Moments<C> moments;
-    C phi_d, keep, average;
-
-    __device__ Coefficients(const SrklGroup &p, const SrklDecision &decision) : moments(p, decision) {
-        of_phi(decision.phi, p, decision, phi_d, keep);
-        from_f64(decision.average, average);
-    }
-};
-
-// What an update goes by, beside its chunk.
-struct Numbers {
-    SrklDecision decision;
-    SrklGroup group;
-    double row_correction; // `1 / (1 - decay^k)` of q
-    double shared;         // `R^p` of SRKL_MIXED
-
-    __device__ void set_rows(const SrklEstimate &estimate) {
-        if (!has_element_brakes(group)) return;
-        row_correction = correction(estimate.power);
-        shared = eighths(__dsqrt_rn(estimate.own), group.shared);
-    }
-};
-
-// The brake of an element with gradient `g`: of `(c g)^2`, or of `r^(1 - p) * R^p` with
-// `r = sqrt(row_correction * q)`.
-__device__ inline double element_phi(const Numbers &numbers, double g, double q) {
-    double curvature;
-    if (numbers.decision.phi == 0.) return 0.;
-    if (numbers.group.curvature == SRKL_GRAD_SQUARE) {
-        double d = __dmul_rn(numbers.decision.c, g);
-        curvature = __dmul_rn(d, d);
-    } else {
-        double r = __dsqrt_rn(__dmul_rn(numbers.row_correction, q));
-        curvature = __dmul_rn(eighths(r, 8 - numbers.group.shared), numbers.shared);
-    }
-    return brake(numbers.decision.phi, numbers.group.beta, curvature);
-}
 
 // A chunk of a parameter and its state, whose addresses are null where there is none. P is the parameter's
 // type, C its compute type. (The addresses stay in shared memory, where `block` is: registers are few.)
@@ -162,14 +72,14 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
 #pragma unroll
             for (int e = 0; e < N; e++) {
                 C d = (C)widen(gs[j][e]);
-                if (DIRECTION == SRKL_ADAM) states[j][e] = k.moments.second(states[j][e], d);
-                ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first(ds[j][e], d);
+                if (DIRECTION == SRKL_ADAM) states[j][e] = k.moments.second_moment(states[j][e], d);
+                ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first_moment(ds[j][e], d);
             }
             if (DIRECTION != SRKL_GRADIENT) store_elements(part.m(), at + j * STRIDE, wide, ds[j]);
             if (DIRECTION == SRKL_ADAM) {
                 store_elements(part.v(), at + j * STRIDE, wide, states[j]);
 #pragma unroll
-                for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.metric(states[j][e]));
+                for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.denom(states[j][e]));
             }
         }
         if (LATE) load_parameters<STRIDE>(xs, part, at, wide, take);
@@ -178,7 +88,7 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
             Elements<P, N> ws;
 #pragma unroll
             for (int e = 0; e < N; e++) {
-                xs[j][e] = descend(xs[j][e], ds[j][e], k.phi_d, k.keep);
+                xs[j][e] = apply_step(xs[j][e], ds[j][e], k.step_size, k.decay_factor);
                 narrow(xs[j][e], ws[e]);
                 // What the average follows.
                 if (part.master() == 0) xs[j][e] = (C)widen(ws[e]);
@@ -191,7 +101,7 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
 #pragma unroll
-                for (int e = 0; e < N; e++) states[j][e] = approach(states[j][e], xs[j][e], k.average);
+                for (int e = 0; e < N; e++) states[j][e] = lerp(states[j][e], xs[j][e], k.average);
                 store_elements(part.average(), at + j * STRIDE, wide, states[j]);
             }
         }
@@ -227,28 +137,29 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
         const int at = first + threadIdx.x;
         double square = 0.;
         if (at < len) {
-            C gradient, phi_d = k.phi_d, keep = k.keep;
+            C gradient, step_size = k.step_size, decay_factor = k.decay_factor;
             from_f64(load_one(g, start + at), gradient);
             if (ELEMENT) {
                 double q = part.q() != 0 ? (double)part.q()[at] : 0.;
                 double phi = element_phi(numbers, (double)gradient, q);
-                of_phi(phi, group, numbers.decision, phi_d, keep);
+                step_coefficients(phi, group, numbers.decision, step_size, decay_factor);
             }
             C d = gradient;
-            if (group.direction != SRKL_GRADIENT) d = part.m()[at] = k.moments.first(part.m()[at], gradient);
+            if (group.direction != SRKL_GRADIENT)
+                d = part.m()[at] = k.moments.first_moment(part.m()[at], gradient);
             const C m = d;
             if (group.direction == SRKL_ADAM) {
-                C v = part.v()[at] = k.moments.second(part.v()[at], gradient);
-                d = div(d, k.moments.metric(v));
+                C v = part.v()[at] = k.moments.second_moment(part.v()[at], gradient);
+                d = div(d, k.moments.denom(v));
             }
             const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
             C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
-            x = descend(x, d, phi_d, keep);
+            x = apply_step(x, d, step_size, decay_factor);
             narrow(x, part.w()[at]);
             if (part.master() != 0) part.master()[at] = x;
             if (part.average() != 0) {
                 C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
-                part.average()[at] = approach(part.average()[at], stored, k.average);
+                part.average()[at] = lerp(part.average()[at], stored, k.average);
             }
             if (MEASURES) {
                 const int l = at % SRKL_LANES;

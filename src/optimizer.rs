@@ -808,8 +808,9 @@ impl Srkl {
         }
         let blocks = &mut blocks[run];
         let by_step = |block: &Block| groups[block.group].params.measures_steps();
-        let small =
-            |block: &Block, decision: &Decision| measures && by_step(block) && !decision.is_known();
+        let small = |block: &Block, decision: &Decision| {
+            measures && by_step(block) && !rule::is_known(decision)
+        };
         // A small step goes by the directions of all.
         let any = blocks.iter().zip(&*decisions);
         let any_small = any.filter_map(|(b, d)| d.as_ref().map(|d| small(b, d))).any(|small| small);

@@ -3,9 +3,9 @@
 //! | of a block | |
 //! |---|---|
 //! | `grad_factor` | unscale and clip |
+//! | `next_powers`, `bias_correction` | what averages lack that began at 0 |
 //! | `brake`, `decide`, `may_step` | phi by the curvature, and whether the block moves |
 //! | `adjust` | the small first step, the trust clip |
-//! | `next_powers`, `bias_correction` | what averages lack that began at 0 |
 //!
 //! | of an element | |
 //! |---|---|
@@ -54,11 +54,9 @@ pub(crate) struct Decision {
 /// The curvature of a block that has not been measured.
 pub(crate) const UNKNOWN: f64 = -1.;
 
-impl Decision {
-    /// Whether there is an estimate to go by, where curvature is measured.
-    pub fn is_known(&self) -> bool {
-        (0. ..f64::INFINITY).contains(&self.curvature)
-    }
+/// `H` of what has been measured, or [`UNKNOWN`].
+fn estimated_curvature(estimate: &Estimate) -> f64 {
+    estimate.curvature().unwrap_or(UNKNOWN)
 }
 
 /// What a gradient is multiplied by, to unscale and clip it. A NaN norm makes it a NaN.
@@ -73,94 +71,6 @@ pub(crate) fn grad_factor(params: &ParamsSrkl, scalars: StepScalars, total: &Sum
 #[inline(always)]
 pub(crate) fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
     lr / (1. + beta * curvature)
-}
-
-/// `own` are the block's sums, `total` those over all blocks, where `params` use them.
-pub(crate) fn decide(
-    params: &ParamsSrkl,
-    scalars: StepScalars,
-    own: &Sums,
-    total: &Sums,
-    estimate: &Estimate,
-) -> Decision {
-    let c = grad_factor(params, scalars, total);
-    let lr = scalars.schedule * params.lr;
-    let mut finite = own.sum4.is_finite() && c > 0.;
-    let (curvature, phi) = match params.curvature {
-        Curvature::GradSquare => {
-            let sums = if params.scope == Scope::Global { total } else { own };
-            let curvature = sums.curvature(c);
-            finite &= curvature.is_finite();
-            (curvature, brake(lr, params.beta_value(), curvature))
-        }
-        _ => match estimate.curvature() {
-            // Never a step into the blind; `adjust` may allow a small one.
-            None => (UNKNOWN, 0.),
-            Some(f64::INFINITY) => (f64::INFINITY, 0.),
-            Some(curvature) => (curvature, brake(lr, params.beta_value(), curvature)),
-        },
-    };
-    let phi = if params.has_element_brakes() && phi != 0. { lr } else { phi };
-    Decision { c, curvature, phi, finite, small: false }
-}
-
-/// Whether `policy` lets a block with this decision be stepped.
-pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
-    decision.finite || policy == NonFinite::Propagate
-}
-
-/// What a decision needs of the directions: sums of `d^2` (of `(phi d)^2` where elements have their own
-/// brakes) and of `w^2`.
-#[derive(Clone, Copy)]
-pub(crate) struct Directions {
-    /// Of the block, of `n` elements.
-    pub own: Pair,
-    pub n: f64,
-    /// Of all blocks that move by [`Curvature::Step`], and how many elements these are.
-    pub total: Pair,
-    pub total_n: f64,
-}
-
-/// The smallest size of parameters that steps are compared with.
-pub(crate) const LEAST_RMS: f64 = 0.01;
-
-/// The length of a step that nothing is known for, beside the size of the parameters.
-pub(crate) const SMALL_STEP: f64 = 0.003;
-
-/// How often it is doubled at most, once for each in a row that was too small.
-pub(crate) const MOST_DOUBLINGS: u64 = 8;
-
-/// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
-/// come, of which `still` in a row have moved nothing, and the trust clip.
-pub(crate) fn adjust(
-    decision: &mut Decision,
-    params: &ParamsSrkl,
-    scalars: StepScalars,
-    directions: &Directions,
-    still: u64,
-    measures: bool,
-) {
-    let Directions { own, n, total, total_n } = directions;
-    if params.measures_steps() && measures && !decision.is_known() {
-        let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
-        let rms_d = (total.a / total_n).sqrt();
-        let share = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32);
-        let by_direction = share * rms_w / rms_d;
-        // An infinity without decay.
-        let by_decay = share / params.weight_decay;
-        let small = if by_decay < by_direction { by_decay } else { by_direction };
-        let lr = scalars.schedule * params.lr;
-        decision.small = small < lr;
-        decision.phi = if decision.small { small } else { lr };
-    }
-    if let Some(tau) = params.trust {
-        let length = own.a.sqrt();
-        let length = if params.has_element_brakes() { length } else { decision.phi * length };
-        let most = tau * own.b.sqrt().max(LEAST_RMS * n.sqrt());
-        if length > most {
-            decision.phi *= most / length;
-        }
-    }
 }
 
 /// The products of the decays over the steps that have moved a block: `mu^t`, and so on. 1 before the first.
@@ -215,6 +125,99 @@ impl Corrections {
             first: bias_correction(powers.first),
             second: bias_correction(powers.second),
             average: params.average.map_or(0., |c| (1. - c) * bias_correction(powers.average)),
+        }
+    }
+}
+
+/// `own` are the block's sums, `total` those over all blocks, where `params` use them.
+pub(crate) fn decide(
+    params: &ParamsSrkl,
+    scalars: StepScalars,
+    own: &Sums,
+    total: &Sums,
+    estimate: &Estimate,
+) -> Decision {
+    let c = grad_factor(params, scalars, total);
+    let lr = scalars.schedule * params.lr;
+    let mut finite = own.sum4.is_finite() && c > 0.;
+    let (curvature, phi) = match params.curvature {
+        Curvature::GradSquare => {
+            let sums = if params.scope == Scope::Global { total } else { own };
+            let curvature = sums.curvature(c);
+            finite &= curvature.is_finite();
+            (curvature, brake(lr, params.beta_value(), curvature))
+        }
+        _ => {
+            let curvature = estimated_curvature(estimate);
+            // Never a step into the blind; `adjust` may allow a small one.
+            let known = curvature != UNKNOWN && curvature.is_finite();
+            (curvature, if known { brake(lr, params.beta_value(), curvature) } else { 0. })
+        }
+    };
+    let phi = if params.has_element_brakes() && phi != 0. { lr } else { phi };
+    Decision { c, curvature, phi, finite, small: false }
+}
+
+/// Whether `policy` lets a block with this decision be stepped.
+pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
+    decision.finite || policy == NonFinite::Propagate
+}
+
+/// Whether there is an estimate to go by, where curvature is measured.
+pub(crate) fn is_known(decision: &Decision) -> bool {
+    (0. ..f64::INFINITY).contains(&decision.curvature)
+}
+
+/// What a decision needs of the directions: sums of `d^2` (of `(phi d)^2` where elements have their own
+/// brakes) and of `w^2`.
+#[derive(Clone, Copy)]
+pub(crate) struct Directions {
+    /// Of the block, of `n` elements.
+    pub own: Pair,
+    pub n: f64,
+    /// Of all blocks that move by [`Curvature::Step`], and how many elements these are.
+    pub total: Pair,
+    pub total_n: f64,
+}
+
+/// The smallest size of parameters that steps are compared with.
+pub(crate) const LEAST_RMS: f64 = 0.01;
+
+/// The length of a step that nothing is known for, beside the size of the parameters.
+pub(crate) const SMALL_STEP: f64 = 0.003;
+
+/// How often it is doubled at most, once for each in a row that was too small.
+pub(crate) const MOST_DOUBLINGS: u64 = 8;
+
+/// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
+/// come, of which `still` in a row have moved nothing, and the trust clip.
+pub(crate) fn adjust(
+    decision: &mut Decision,
+    params: &ParamsSrkl,
+    scalars: StepScalars,
+    directions: &Directions,
+    still: u64,
+    measures: bool,
+) {
+    let Directions { own, n, total, total_n } = directions;
+    if params.measures_steps() && measures && !is_known(decision) {
+        let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
+        let rms_d = (total.a / total_n).sqrt();
+        let share = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32);
+        let by_direction = share * rms_w / rms_d;
+        // An infinity without decay.
+        let by_decay = share / params.weight_decay;
+        let small = if by_decay < by_direction { by_decay } else { by_direction };
+        let lr = scalars.schedule * params.lr;
+        decision.small = small < lr;
+        decision.phi = if decision.small { small } else { lr };
+    }
+    if let Some(tau) = params.trust {
+        let length = own.a.sqrt();
+        let length = if params.has_element_brakes() { length } else { decision.phi * length };
+        let most = tau * own.b.sqrt().max(LEAST_RMS * n.sqrt());
+        if length > most {
+            decision.phi *= most / length;
         }
     }
 }
@@ -288,6 +291,15 @@ pub(crate) enum ElementCurvature {
     Rows { correction: f64, own: u32, shared: f64 },
 }
 
+/// `r^(1 - p) * R^p` with `p = shared / 8`
+fn row_curvature(estimate: &Estimate, shared: u32) -> ElementCurvature {
+    ElementCurvature::Rows {
+        correction: bias_correction(estimate.power),
+        own: 8 - shared,
+        shared: eighths(estimate.own.sqrt(), shared),
+    }
+}
+
 impl ElementBrake {
     /// The brake of an element of gradient `g`.
     #[inline(always)]
@@ -308,12 +320,17 @@ impl ElementBrake {
     }
 }
 
+/// The factor from what [`Moments`] give to the direction: clipping and unscaling of a gradient, the bias correction of a
+/// first moment.
+fn direction_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
+    if params.direction == Direction::Gradient { decision.c } else { corrections.first }
+}
+
 /// The numbers of one block's update.
 #[derive(Clone, Copy)]
 pub(crate) struct Coefficients<C> {
     pub moments: Moments<C>,
-    /// The factor from what [`Moments`] give to the direction: clipping and unscaling of a gradient, the bias correction
-    /// of a first moment.
+    /// See [`direction_scale`].
     pub scale: f64,
     pub phi: f64,
     pub weight_decay: f64,
@@ -331,21 +348,15 @@ impl<C: Real> Coefficients<C> {
         let beta = params.beta_value();
         let Decision { c, phi, .. } = *decision;
         let corrections = Corrections::new(params, powers);
-        // `r^(1 - p) * R^p` with `p = shared / 8`
-        let rows = |shared| ElementCurvature::Rows {
-            correction: bias_correction(estimate.power),
-            own: 8 - shared,
-            shared: eighths(estimate.own.sqrt(), shared),
-        };
         let element = match (params.scope, params.curvature) {
             (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
-            (Scope::Element, _) => Some(rows(0)),
-            (Scope::Mixed(p), _) => Some(rows((8. * p) as u32)),
+            (Scope::Element, _) => Some(row_curvature(estimate, 0)),
+            (Scope::Mixed(p), _) => Some(row_curvature(estimate, (8. * p) as u32)),
             _ => None,
         };
         Self {
             moments: Moments::new(params, c, corrections.second),
-            scale: if params.direction == Direction::Gradient { c } else { corrections.first },
+            scale: direction_scale(params, decision, &corrections),
             phi,
             weight_decay: params.weight_decay,
             average: C::from_f64(corrections.average),

@@ -185,3 +185,25 @@ fn value_stability_step() -> Result<()> {
     assert_eq!(sums, expected, "{sums:#x?}");
     Ok(())
 }
+
+/// The names of the functions in a source file, in its order, but for constructors.
+fn functions(source: &str, marker: &str, name: impl Fn(&str) -> Option<&str>) -> Vec<String> {
+    let lines = source.lines().filter(|line| line.contains(marker));
+    let names = lines.filter_map(|line| name(line).map(str::to_string));
+    names.filter(|name| name != "new" && name.chars().all(|c| !c.is_uppercase())).collect()
+}
+
+/// The mathematics of a step is written twice, for the CPU and for devices: the same functions in the same order.
+#[test]
+fn the_rule_is_the_same_on_both_sides() {
+    let ours = functions(include_str!("../src/rule.rs"), "fn ", |line| {
+        let (_, rest) = line.split_once("fn ")?;
+        rest.split(['(', '<']).next()
+    });
+    let devices = functions(include_str!("../kernels/rule.cuh"), "__device__", |line| {
+        let (declaration, _) = line.split_once('(')?;
+        declaration.rsplit([' ', '*', '&']).next()
+    });
+    assert!(ours.len() > 20, "{ours:?}");
+    assert_eq!(ours, devices);
+}
