@@ -5,23 +5,28 @@
 
 mod backend;
 mod block;
+mod builder;
+mod checkpoint;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod curvature;
 mod dropout;
 mod estimate;
 mod file;
+mod measuring;
 pub mod numerics;
 mod optimizer;
 mod params;
 pub mod random;
 mod rule;
-mod state;
+mod schedule;
+mod telemetry;
 
-pub use curvature::{Averaged, Perturbed};
+pub use builder::SrklBuilder;
 pub use dropout::Dropout;
 pub use estimate::Measurements;
-pub use optimizer::{BlockTelemetry, DEFAULT_GROUP, Srkl, SrklBuilder};
+pub use measuring::{Averaged, Perturbed};
+pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{
     Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
 };
+pub use telemetry::BlockTelemetry;

@@ -1,28 +1,27 @@
 //! [`Srkl`]: parameter groups, and the order of a step.
 
-use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, TensorId, Var, bail};
-use candle_nn::{Optimizer, VarMap};
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::Optimizer;
 
 use crate::backend::cpu::{self, Asked};
-use crate::backend::cuda::{self, Cuda};
+use crate::backend::cuda::Cuda;
 use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
 use crate::backend::{Inputs, StepOptions};
-use crate::block::{Block, Last, STATE, has_state};
-use crate::curvature::{Pending, Plan, Progress};
+use crate::block::{Block, STATE, has_state};
 use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
 use crate::params::{
     Above, Curvature, Group, NonFinite, ParamsSrkl, Scope, check, check_grad_scale,
 };
-use crate::rule::{self, Decision, Directions, Powers, StepScalars, UNKNOWN};
+use crate::rule::{self, Decision, Directions, Powers, StepScalars};
+use crate::schedule::{MeasureSchedule, MeasureState, Pending};
 
 /// The name of the group of every parameter that no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -32,10 +31,10 @@ pub const DEFAULT_GROUP: &str = "default";
 const RUN: usize = 1 << 20;
 
 /// Below this much work, in elements, a step is done sooner than another thread has woken up.
-const PARALLEL_WORK: usize = cpu::PIECE;
+pub(crate) const PARALLEL_WORK: usize = cpu::PIECE;
 
 /// The work of a block beside that of its elements, in elements.
-const BLOCK_WORK: usize = 256;
+pub(crate) const BLOCK_WORK: usize = 256;
 
 /// The SRKL optimizer: `w <- w - phi * d` with `phi = lr / (1 + beta * H)`.
 ///
@@ -70,60 +69,25 @@ pub struct Srkl {
     /// Whether parameters came without names, which are their places in a list then.
     pub(crate) by_position: bool,
     /// Where each variable's storage is, sorted: a gradient must not be one of them.
-    storages: Arc<[usize]>,
+    pub(crate) storages: Arc<[usize]>,
     pub(crate) schedule: f64,
     pub(crate) grad_scale: f64,
     pub(crate) steps: u64,
     pub(crate) skipped_steps: u64,
     /// When curvature is measured, if it is.
-    pub(crate) plan: Option<Plan>,
-    pub(crate) progress: Progress,
+    pub(crate) plan: Option<MeasureSchedule>,
+    pub(crate) progress: MeasureState,
     /// What the seeds of steps are made from.
     pub(crate) seed: u64,
     /// Whether steps record norms for telemetry.
-    records: bool,
-    grad_norm: Option<f64>,
+    pub(crate) records: bool,
+    pub(crate) grad_norm: Option<f64>,
     pub(crate) simd: Simd,
     /// The threads of all optimizers, if there is enough work for them. Not those of rayon's global
     /// pool: candle computes there, holding locks of tensors that a step waits for.
-    pool: Option<Arc<Pool>>,
+    pub(crate) pool: Option<Arc<Pool>>,
     /// The CUDA devices that parameters are on.
     pub(crate) cuda: Vec<Cuda>,
-}
-
-/// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct BlockTelemetry {
-    /// The parameter's name.
-    pub name: String,
-    /// Its other names, where a [`VarMap`] has several for one variable (tied weights). [`Srkl::master`] takes
-    /// any of them.
-    pub tied: Vec<String>,
-    /// The name of its group.
-    pub group: String,
-    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`] lets one pass), as the
-    /// trust clip left it. `None` where the last step did not move this parameter, and for
-    /// [`Scope::Element`] and [`Scope::Mixed`], where every element has its own.
-    pub phi: Option<f64>,
-    /// The curvature `H` that `phi` was made from; of [`Curvature::GradSquare`] that of the gradient as the
-    /// rule used it (unscaled and clipped). An infinity after a measurement that was not finite. `None` as
-    /// for `phi`, and where nothing has been measured yet.
-    ///
-    /// [`Curvature::GradSquare`]: crate::Curvature::GradSquare
-    pub curvature: Option<f64>,
-    /// Steps, taken and skipped, since the last measurement of the curvature that entered the estimate which `H`
-    /// is made of. `None` before the first, and for curvature that is not measured.
-    pub estimate_age: Option<u64>,
-    /// `||g||_2`, the norm of the gradient of the last step: unscaled, before clipping. `None` unless
-    /// [`Srkl::record_norms`] was on in it and it moved this parameter, as the next two.
-    pub grad_norm: Option<f64>,
-    /// `||D||_2`, the norm of the change that the last step made to the parameter, in its dtype.
-    pub step_norm: Option<f64>,
-    /// `||w||_2`, the norm of the parameter as it is now.
-    pub param_norm: Option<f64>,
-    /// How often [`NonFinite::SkipBlock`] has skipped this parameter.
-    pub skipped: u64,
 }
 
 impl Optimizer for Srkl {
@@ -132,12 +96,12 @@ impl Optimizer for Srkl {
     /// An optimizer of `vars` in one group. Their names are their places in `vars`: "0", "1", ... and sums
     /// over all of them ([`Scope::Global`], clipping) are added in that order.
     ///
-    /// The order of [`VarMap::all_vars`] differs from run to run. So [`Srkl::load`] tells parameters by their
+    /// The order of [`VarMap::all_vars`](candle_nn::VarMap::all_vars) differs from run to run. So [`Srkl::load`] tells parameters by their
     /// values, and refuses equal ones whose state differs; [`Srkl::from_varmap`] goes by name.
     ///
     /// # Errors
     ///
-    /// As [`SrklBuilder::build`].
+    /// As [`SrklBuilder::build`](crate::SrklBuilder::build).
     fn new(vars: Vec<Var>, params: ParamsSrkl) -> Result<Self> {
         let named = vars.into_iter().enumerate().map(|(place, var)| (place.to_string(), var));
         let opt = Self::builder().default_group(params).build(named)?;
@@ -240,41 +204,6 @@ impl Optimizer for Srkl {
 }
 
 impl Srkl {
-    /// An optimizer of all variables of `varmap`, in the order of their names, in one group. A variable of
-    /// several names (tied weights) is one parameter, under the first of them.
-    ///
-    /// # Errors
-    ///
-    /// As [`SrklBuilder::build`].
-    pub fn from_varmap(varmap: &VarMap, params: ParamsSrkl) -> Result<Self> {
-        Self::builder().default_group(params).build_varmap(varmap)
-    }
-
-    /// Starts an optimizer with several parameter groups.
-    ///
-    /// ```
-    /// use candle_core::{DType, Device};
-    /// use candle_nn::{VarBuilder, VarMap};
-    /// use candle_srkl::{ParamsSrkl, Srkl};
-    ///
-    /// let varmap = VarMap::new();
-    /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
-    /// let model = candle_nn::linear(4, 2, vb.pp("head"))?;
-    ///
-    /// let decayed = ParamsSrkl { weight_decay: 0.1, ..ParamsSrkl::reference() };
-    /// let opt = Srkl::builder()
-    ///     .default_group(decayed.clone())
-    ///     .group("no_decay", ParamsSrkl { weight_decay: 0., ..decayed }, |_, var| var.rank() < 2)
-    ///     .build_varmap(&varmap)?;
-    /// let groups: Vec<_> = opt.telemetry()?.into_iter().map(|t| (t.name, t.group)).collect();
-    /// assert_eq!(groups[0], ("head.bias".to_string(), "no_decay".to_string()));
-    /// assert_eq!(groups[1], ("head.weight".to_string(), "default".to_string()));
-    /// # Ok::<(), candle_core::Error>(())
-    /// ```
-    pub fn builder<'a>() -> SrklBuilder<'a> {
-        SrklBuilder { default: ParamsSrkl::default(), groups: vec![] }
-    }
-
     /// The factor that the loss was multiplied by (1 unless set): gradients are divided by it
     /// before everything else.
     pub fn grad_scale(&self) -> f64 {
@@ -351,103 +280,6 @@ impl Srkl {
         Ok(self.grad_norm)
     }
 
-    /// What the last step did, for each parameter in order. Costs nothing until asked.
-    ///
-    /// # Errors
-    ///
-    /// None on the CPU. (The numbers may live on a device.)
-    pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
-        let now = self.steps()? + self.skipped_steps()?;
-        let outcomes = self.outcomes()?;
-        let param_norms = self.param_norms(&outcomes)?;
-        let estimates = self.estimates()?;
-        let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);
-        let mut all = Vec::with_capacity(self.blocks.len());
-        for (block, (((last, skipped), param_norm), estimate)) in self.blocks.iter().zip(numbers) {
-            let group = &self.groups[block.group];
-            let norms = last.and_then(|last| last.norms);
-            let shared = last.filter(|_| !group.params.has_element_brakes());
-            let telemetry = BlockTelemetry {
-                name: block.name.clone(),
-                tied: block.tied.clone(),
-                group: group.name.clone(),
-                curvature: shared.map(|last| last.curvature).filter(|h| *h != UNKNOWN),
-                phi: shared.map(|last| last.phi),
-                estimate_age: estimate.age(now),
-                grad_norm: norms.map(|[grad, _]| grad),
-                step_norm: norms.map(|[_, step]| step),
-                param_norm,
-                skipped,
-            };
-            all.push((block.place, telemetry));
-        }
-        all.sort_by_key(|(place, _)| *place);
-        Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
-    }
-
-    /// Whether the steps to come record what [`BlockTelemetry`] has of norms: of gradients, of steps, and of
-    /// parameters when telemetry is asked for. Off unless set.
-    ///
-    /// A step that records adds up two more sums in the passes that it makes anyway (with settings that ask nothing
-    /// of gradients, it reads them once more); on a CUDA device its update goes element by element.
-    ///
-    /// ```
-    /// use candle_core::{Device, Var};
-    /// use candle_nn::Optimizer;
-    /// use candle_srkl::{ParamsSrkl, Srkl};
-    ///
-    /// let w = Var::new(&[3f32, -4.], &Device::Cpu)?;
-    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
-    /// opt.record_norms(true);
-    /// opt.backward_step_with(|| w.sqr()?.sum_all())?;
-    /// let told = opt.telemetry()?.remove(0);
-    /// assert_eq!(told.grad_norm, Some(10.));
-    /// assert!(told.step_norm < Some(0.02) && told.param_norm < Some(5.));
-    /// # Ok::<(), candle_core::Error>(())
-    /// ```
-    pub fn record_norms(&mut self, on: bool) {
-        self.records = on;
-    }
-
-    /// For each block what the last step did, and how often it was skipped.
-    pub(crate) fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
-        if self.decides_on_device() {
-            return self.cuda[0].outcomes();
-        }
-        let mut outcomes: Vec<_> = self.blocks.iter().map(|b| (b.last, b.skipped)).collect();
-        // The host knows nothing of steps that devices have taken.
-        if outcomes.iter().any(|(last, _)| last.is_some_and(|last| last.norms.is_some())) {
-            for cuda in &self.cuda {
-                for (place, sums) in cuda.step_sums()? {
-                    if let (Some(Last { norms: Some([_, step]), .. }), _) = &mut outcomes[place] {
-                        *step = sums.step.sqrt();
-                    }
-                }
-            }
-        }
-        Ok(outcomes)
-    }
-
-    /// Of each block whose norms were recorded, that of the parameter as it is now.
-    fn param_norms(&self, outcomes: &[(Option<Last>, u64)]) -> Result<Vec<Option<f64>>> {
-        let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
-        let mut norms = vec![None; self.blocks.len()];
-        if !outcomes.iter().any(recorded) {
-            return Ok(norms);
-        }
-        let mut scratch = cpu::Scratch::new();
-        for (block, norm) in self.blocks.iter().zip(&mut norms).filter(|(b, _)| b.on_cpu) {
-            *norm = Some(cpu::squares(block, self.simd, &mut scratch)?.sqrt());
-        }
-        for cuda in &self.cuda {
-            for (place, squares) in cuda.all_squares(&self.blocks)? {
-                norms[place] = Some(squares.sqrt());
-            }
-        }
-        let kept = norms.into_iter().zip(outcomes).map(|(n, o)| n.filter(|_| recorded(o)));
-        Ok(kept.collect())
-    }
-
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
     pub fn params(&self, group: &str) -> Option<&ParamsSrkl> {
         self.groups.iter().find(|g| g.name == group).map(|g| &g.params)
@@ -465,7 +297,7 @@ impl Srkl {
         self.refuse_pending()?;
         let changed = |g: &Group| g.name == group;
         let others = self.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);
-        let plan = Plan::of_all(others.chain([&params]))?;
+        let plan = MeasureSchedule::of_all(others.chain([&params]))?;
         let Some(group) = self.groups.iter_mut().find(|g| changed(g)) else {
             bail!("no parameter group `{group}`")
         };
@@ -499,7 +331,7 @@ impl Srkl {
         if had == self.plan { Ok(()) } else { self.recall_estimates() }
     }
 
-    /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`].
+    /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`](candle_nn::VarMap::load).
     ///
     /// With master weights a step computes the new parameter from its master, so a value written
     /// to the parameter alone would be lost. This gives every master whose parameter is not what
@@ -553,7 +385,7 @@ impl Srkl {
 
     /// Whether all parameters are on one CUDA device: then a step is decided there, without waiting, and
     /// its counters are there too.
-    fn decides_on_device(&self) -> bool {
+    pub(crate) fn decides_on_device(&self) -> bool {
         matches!(&self.cuda[..], [cuda] if cuda.decides())
     }
 
@@ -642,7 +474,7 @@ impl Srkl {
     /// Ends a step, taken or skipped, with what its measurement needs, if it has one to come.
     fn count_attempt(&mut self, pending: Option<Pending>) {
         let progress = &mut self.progress;
-        progress.attempts += 1;
+        progress.step_calls += 1;
         if pending.is_some() || progress.measured {
             progress.asked += 1;
             progress.requested = false;
@@ -926,10 +758,10 @@ impl Srkl {
 
     /// Keeps the parameters that have a gradient and perturbs them.
     pub(crate) fn perturb_all(&mut self, grads: &GradStore) -> Result<()> {
-        let Some(Plan { probe: Some((delta, seed)), .. }) = self.plan else {
+        let Some(MeasureSchedule { probe: Some((delta, seed)), .. }) = self.plan else {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
         };
-        let draw = self.progress.draws;
+        let draw = self.progress.probe_count;
         let scalars = self.scalars()?;
         let stages = self.stages();
         stages.check(&self.blocks, grads)?;
@@ -941,7 +773,7 @@ impl Srkl {
         }
         if self.decides_on_device() {
             self.cuda[0].perturb(seed, draw)?;
-            self.progress.draws += 1;
+            self.progress.probe_count += 1;
             return Ok(());
         }
         let moves = |block: &Block| grads.get_id(block.id).is_some() && !stages.frozen[block.group];
@@ -968,7 +800,7 @@ impl Srkl {
             let _ = self.restore_all();
             return Err(e);
         }
-        self.progress.draws += 1;
+        self.progress.probe_count += 1;
         self.progress.size = size;
         Ok(())
     }
@@ -1117,146 +949,6 @@ fn add_pairs(
         }
     }
     Ok(())
-}
-
-/// Whether a name and a variable belong to a group.
-type Predicate<'a> = Box<dyn Fn(&str, &Var) -> bool + 'a>;
-
-/// Builds an [`Srkl`] with several parameter groups: see [`Srkl::builder`].
-pub struct SrklBuilder<'a> {
-    default: ParamsSrkl,
-    groups: Vec<(Group, Predicate<'a>)>,
-}
-
-impl<'a> SrklBuilder<'a> {
-    /// The settings of every parameter that no group takes, under the name [`DEFAULT_GROUP`];
-    /// [`ParamsSrkl::reference`] if not set. Its `lr` is what learning rates are relative to: see
-    /// [`set_learning_rate`](Optimizer::set_learning_rate).
-    pub fn default_group(mut self, params: ParamsSrkl) -> Self {
-        self.default = params;
-        self
-    }
-
-    /// Adds a group of the parameters that `belongs` says yes to, given their name and variable. A
-    /// parameter goes to the first group, in the order of these calls, that takes it.
-    pub fn group(
-        mut self,
-        name: impl Into<String>,
-        params: ParamsSrkl,
-        belongs: impl Fn(&str, &Var) -> bool + 'a,
-    ) -> Self {
-        self.groups.push((Group { name: name.into(), params }, Box::new(belongs)));
-        self
-    }
-
-    /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
-    /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`] has the others.
-    ///
-    /// # Errors
-    ///
-    /// As [`SrklBuilder::build`], and a variable whose names belong to different groups.
-    pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
-        let mut named: Vec<(String, Var)> = match varmap.data().lock() {
-            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
-            Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
-        };
-        named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let mut places: HashMap<TensorId, usize> = HashMap::new();
-        let mut parameters: Vec<(String, Vec<String>, Var)> = vec![];
-        for (name, var) in named {
-            let place = *places.entry(var.id()).or_insert(parameters.len());
-            match parameters.get_mut(place) {
-                Some((_, tied, _)) => tied.push(name),
-                None => parameters.push((name, vec![], var)),
-            }
-        }
-        self.build_all(parameters)
-    }
-
-    /// An optimizer of named variables, in the given order; those of an integer dtype are left out,
-    /// as candle's optimizers do. Masters are made from the parameters as they are now.
-    ///
-    /// # Errors
-    ///
-    /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
-    /// or the same variable twice, a variable on a device that is neither the CPU nor (with feature
-    /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
-    /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
-    pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
-        self.build_all(named.into_iter().map(|(name, var)| (name, vec![], var)))
-    }
-
-    /// An optimizer of variables, each with its name and its other names.
-    fn build_all(
-        self,
-        named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
-    ) -> Result<Srkl> {
-        let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
-        let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
-        let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
-        let mut names = HashSet::new();
-        for group in &groups {
-            group.params.validate().map_err(|e| e.context(format!("group `{}`", group.name)))?;
-            if !names.insert(group.name.as_str()) {
-                bail!("two parameter groups are named `{}`", group.name)
-            }
-        }
-
-        let plan = Plan::of_all(groups.iter().map(|group| &group.params))?;
-        let mut blocks: Vec<Block> = vec![];
-        let mut names: HashSet<String> = HashSet::new();
-        let mut ids: HashMap<TensorId, String> = HashMap::new();
-        for (name, tied, var) in named {
-            if !var.dtype().is_float() {
-                continue;
-            }
-            if !names.insert(name.clone()) {
-                bail!("two parameters are named `{name}`")
-            }
-            if let Some(other) = ids.insert(var.id(), name.clone()) {
-                bail!("`{name}` and `{other}` are the same variable, which would be stepped twice")
-            }
-            let group_of = |name: &str| {
-                let taken = predicates.iter().position(|belongs| belongs(name, &var));
-                taken.map_or(0, |place| place + 1)
-            };
-            let group = group_of(&name);
-            if let Some(other) = tied.iter().find(|other| group_of(other) != group) {
-                bail!(
-                    "`{name}` and `{other}` are the same variable, which can't be in two groups: `{}` and `{}`",
-                    groups[group].name,
-                    groups[group_of(other)].name
-                )
-            }
-            let block = Block::new(name, var, group, &groups[group].params)?;
-            blocks.push(Block { place: blocks.len(), tied, ..block });
-        }
-        let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
-        storages.sort_unstable();
-        let on_cpu = blocks.iter().filter(|block| block.on_cpu);
-        let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
-        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
-        let cuda = cuda::devices_of(&blocks, &groups)?;
-        let progress = Progress { blind: plan.is_some(), ..Progress::default() };
-        Ok(Srkl {
-            cuda,
-            groups,
-            blocks,
-            by_position: false,
-            storages: storages.into(),
-            schedule: 1.,
-            grad_scale: 1.,
-            steps: 0,
-            skipped_steps: 0,
-            plan,
-            progress,
-            seed: 0,
-            records: false,
-            grad_norm: None,
-            simd: Simd::detect(),
-            pool,
-        })
-    }
 }
 
 impl fmt::Debug for Srkl {

@@ -1,7 +1,7 @@
 //! Curvature that is measured: when, by which gradients, and what becomes of it.
 //!
 //! [`Curvature::Step`] is measured after a step, [`Curvature::Hutchinson`] before it, at parameters that are
-//! perturbed meanwhile. What becomes of a measurement is in `estimate.rs`, the sums over elements in
+//! perturbed meanwhile. What becomes of a measurement is in `rule.rs`, the sums over elements in
 //! `backend/cpu.rs`.
 
 use candle_core::backprop::GradStore;
@@ -12,8 +12,9 @@ use crate::block::Block;
 use crate::estimate::Measurements;
 use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
-use crate::params::{Curvature, ParamsSrkl, Repeatable};
+use crate::params::{ParamsSrkl, Repeatable};
 use crate::random;
+use crate::schedule::{MeasureSchedule, MeasureState};
 
 /// What sets the seeds of steps apart from other random numbers.
 const STEP_SEEDS: u64 = u64::MAX;
@@ -50,72 +51,10 @@ fn refuse_different(first: &[f64], second: &[f64]) -> Result<()> {
     Ok(())
 }
 
-/// When an optimizer measures, from the settings of its groups.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Plan {
-    pub every: u64,
-    pub first: u64,
-    /// For Hutchinson: delta and seed.
-    pub probe: Option<(f64, u64)>,
-}
-
-impl Plan {
-    fn of(params: &ParamsSrkl) -> Option<Self> {
-        match params.curvature {
-            Curvature::GradSquare => None,
-            Curvature::Step { every, first, .. } => Some(Self { every, first, probe: None }),
-            Curvature::Hutchinson { every, first, delta, seed, .. } => {
-                Some(Self { every, first, probe: Some((delta, seed)) })
-            }
-        }
-    }
-
-    /// # Errors
-    ///
-    /// Two groups that measure, but not alike.
-    pub fn of_all<'a>(groups: impl Iterator<Item = &'a ParamsSrkl>) -> Result<Option<Self>> {
-        let mut plans = groups.filter_map(Self::of);
-        let Some(plan) = plans.next() else { return Ok(None) };
-        match plans.find(|other| *other != plan) {
-            None => Ok(Some(plan)),
-            Some(_) => bail!(
-                "`curvature`: groups that measure must agree in the kind, `every`, `first`, `delta` and \
-                 `seed`"
-            ),
-        }
-    }
-}
-
-/// Where an optimizer is between a step and its measurement.
-#[derive(Default)]
-pub(crate) struct Progress {
-    /// Steps, those skipped included, that were asked for: they decide when to measure.
-    pub attempts: u64,
-    /// How many of them measured.
-    pub asked: u64,
-    /// Hutchinson measurements made: each has its own random vectors.
-    pub draws: u64,
-    /// The size of the last perturbation, where the host has decided it.
-    pub size: f64,
-    /// Whether the next step measures whatever its number: somebody has asked for it ...
-    pub requested: bool,
-    /// ... or there is a parameter without an estimate.
-    pub blind: bool,
-    /// Hutchinson: whether the measurement of the next step has been taken.
-    pub measured: bool,
-    /// Step: the first gradients of the step that waits for `observe`, by block.
-    pub pending: Option<Pending>,
-    /// Whether a closure has been found to be repeatable.
-    pub checked: bool,
-}
-
-/// The first gradient of each block that has one.
-pub(crate) type Pending = Vec<Option<Tensor>>;
-
 impl Srkl {
     /// One step that asks for what it needs: calls `loss` once, and, where the step measures the curvature,
-    /// a second time: after the step ([`Curvature::Step`]), or before it at perturbed parameters
-    /// ([`Curvature::Hutchinson`]). Returns the first loss, detached from its graph.
+    /// a second time: after the step ([`Curvature::Step`](crate::Curvature::Step)), or before it at perturbed parameters
+    /// ([`Curvature::Hutchinson`](crate::Curvature::Hutchinson)). Returns the first loss, detached from its graph.
     ///
     /// `loss` must compute the same function of the parameters each time: the same batch, the same random numbers.
     /// Draw the batch outside of it, and use [`Dropout`](crate::Dropout), which has the same masks in both calls (random
@@ -220,7 +159,7 @@ impl Srkl {
     pub fn step_seed(&self) -> u64 {
         let waits = self.progress.pending.is_some() as u64;
         let outer = random::current_seed().unwrap_or(0);
-        random_bits(self.seed, self.progress.attempts - waits, STEP_SEEDS, outer)
+        random_bits(self.seed, self.progress.step_calls - waits, STEP_SEEDS, outer)
     }
 
     /// Sets what the seeds of steps are made from. 0 unless set; a checkpoint has it.
@@ -254,9 +193,9 @@ impl Srkl {
 
     /// Whether the next step measures the curvature: each of the `first` steps, then every `every`-th, skipped ones
     /// counted; after [`Srkl::request_measurement`]; and where there is no estimate to go by. Of
-    /// [`Curvature::Step`] none whose schedule is 0.
+    /// [`Curvature::Step`](crate::Curvature::Step) none whose schedule is 0.
     ///
-    /// In a loop of your own, with [`Curvature::Step`]:
+    /// In a loop of your own, with [`Curvature::Step`](crate::Curvature::Step):
     ///
     /// ```
     /// # use candle_core::{Device, Var};
@@ -273,7 +212,7 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
-    /// and with [`Curvature::Hutchinson`]:
+    /// and with [`Curvature::Hutchinson`](crate::Curvature::Hutchinson):
     ///
     /// ```
     /// # use candle_core::{Device, Var};
@@ -292,10 +231,10 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn measuring(&self) -> bool {
-        let Some(Plan { every, first, probe }) = self.plan else { return false };
-        let Progress { attempts, asked, requested, blind, measured, .. } = self.progress;
+        let Some(MeasureSchedule { every, first, probe }) = self.plan else { return false };
+        let MeasureState { step_calls, asked, requested, blind, measured, .. } = self.progress;
         let can = probe.is_some() || self.schedule != 0.;
-        !measured && can && (requested || blind || asked < first || attempts % every == 0)
+        !measured && can && (requested || blind || asked < first || step_calls % every == 0)
     }
 
     /// Makes the next step one that measures. For those who replay captured steps, which the optimizer does
@@ -314,7 +253,7 @@ impl Srkl {
         }
     }
 
-    /// The second half of a step that measures with [`Curvature::Step`]: takes the gradients of the **same
+    /// The second half of a step that measures with [`Curvature::Step`](crate::Curvature::Step): takes the gradients of the **same
     /// batch** as the step's, at the parameters as they are now. Nothing may write to them in between.
     ///
     /// # Errors
@@ -334,7 +273,7 @@ impl Srkl {
     }
 
     /// Perturbs the parameters that have a gradient in `grads`, those of the step to come, for a measurement of
-    /// [`Curvature::Hutchinson`], until the guard is dropped.
+    /// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson), until the guard is dropped.
     ///
     /// # Errors
     ///
@@ -398,7 +337,7 @@ impl Srkl {
 
     /// Whether a closure is to be checked before it is measured by.
     fn checks_closures(&self) -> bool {
-        let measured = |params: &ParamsSrkl| Plan::of(params).is_some();
+        let measured = |params: &ParamsSrkl| MeasureSchedule::of(params).is_some();
         let checks =
             |params: &ParamsSrkl| measured(params) && params.repeatable == Repeatable::Check;
         !self.progress.checked && self.groups.iter().any(|group| checks(&group.params))

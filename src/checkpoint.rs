@@ -32,12 +32,12 @@ use twox_hash::XxHash3_128;
 
 use crate::backend::cpu;
 use crate::block::{Block, Buffer, STATE};
-use crate::curvature::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
 use crate::rule::Powers;
+use crate::schedule::MeasureState;
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 2;
@@ -96,9 +96,9 @@ impl Srkl {
             ("skipped_steps".to_string(), self.skipped_steps()?.to_string()),
             ("schedule".to_string(), format!("{:?}", self.schedule)),
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
-            ("attempts".to_string(), self.progress.attempts.to_string()),
+            ("attempts".to_string(), self.progress.step_calls.to_string()),
             ("asked".to_string(), self.progress.asked.to_string()),
-            ("draws".to_string(), self.progress.draws.to_string()),
+            ("draws".to_string(), self.progress.probe_count.to_string()),
             ("seed".to_string(), self.seed.to_string()),
             ("requested".to_string(), (self.progress.requested as u8).to_string()),
             ("blind".to_string(), (self.progress.blind as u8).to_string()),
@@ -173,7 +173,7 @@ impl Srkl {
         self.grad_scale = loaded.grad_scale;
         self.seed = loaded.seed;
         let checked = self.progress.checked;
-        self.progress = Progress { checked, ..loaded.progress };
+        self.progress = MeasureState { checked, ..loaded.progress };
         let mut both: Vec<_> = loaded.blocks.into_iter().zip(self.blocks.drain(..)).collect();
         // Sums are added, and random vectors drawn, in the order of blocks. (Devices know theirs.)
         if self.cuda.is_empty() {
@@ -193,7 +193,7 @@ struct Loaded {
     schedule: f64,
     grad_scale: f64,
     seed: u64,
-    progress: Progress,
+    progress: MeasureState,
     blocks: Vec<LoadedBlock>,
 }
 
@@ -241,17 +241,17 @@ impl Loaded {
         let load =
             |(block, name)| load_block(block, name, params(block), version, metadata, &tensors);
         let loaded = blocks.iter().zip(names).map(load);
-        let attempts = number(metadata, "attempts")?;
+        let step_calls = number(metadata, "attempts")?;
         let (asked, seed, blind) = match version {
-            1 => (attempts, 0, 0u8),
+            1 => (step_calls, 0, 0u8),
             _ => {
                 (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?)
             }
         };
-        let progress = Progress {
-            attempts,
+        let progress = MeasureState {
+            step_calls,
             asked,
-            draws: number(metadata, "draws")?,
+            probe_count: number(metadata, "draws")?,
             requested: number::<u8>(metadata, "requested")? != 0,
             blind: blind != 0,
             measured: number::<u8>(metadata, "measured")? != 0,

@@ -1,0 +1,191 @@
+//! [`SrklBuilder`]: parameter groups, names, and the checks of both.
+
+use std::collections::{HashMap, HashSet};
+
+use candle_core::{Result, TensorId, Var, bail};
+use candle_nn::VarMap;
+
+use crate::backend::cuda;
+use crate::backend::pool::Pool;
+use crate::backend::simd::Simd;
+use crate::block::Block;
+use crate::optimizer::{BLOCK_WORK, DEFAULT_GROUP, PARALLEL_WORK, Srkl};
+use crate::params::{Group, ParamsSrkl};
+use crate::schedule::{MeasureSchedule, MeasureState};
+
+impl Srkl {
+    /// An optimizer of all variables of `varmap`, in the order of their names, in one group. A variable of
+    /// several names (tied weights) is one parameter, under the first of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`SrklBuilder::build`].
+    pub fn from_varmap(varmap: &VarMap, params: ParamsSrkl) -> Result<Self> {
+        Self::builder().default_group(params).build_varmap(varmap)
+    }
+
+    /// Starts an optimizer with several parameter groups.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let varmap = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    /// let model = candle_nn::linear(4, 2, vb.pp("head"))?;
+    ///
+    /// let decayed = ParamsSrkl { weight_decay: 0.1, ..ParamsSrkl::reference() };
+    /// let opt = Srkl::builder()
+    ///     .default_group(decayed.clone())
+    ///     .group("no_decay", ParamsSrkl { weight_decay: 0., ..decayed }, |_, var| var.rank() < 2)
+    ///     .build_varmap(&varmap)?;
+    /// let groups: Vec<_> = opt.telemetry()?.into_iter().map(|t| (t.name, t.group)).collect();
+    /// assert_eq!(groups[0], ("head.bias".to_string(), "no_decay".to_string()));
+    /// assert_eq!(groups[1], ("head.weight".to_string(), "default".to_string()));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn builder<'a>() -> SrklBuilder<'a> {
+        SrklBuilder { default: ParamsSrkl::default(), groups: vec![] }
+    }
+}
+
+/// Whether a name and a variable belong to a group.
+type Predicate<'a> = Box<dyn Fn(&str, &Var) -> bool + 'a>;
+
+/// Builds an [`Srkl`] with several parameter groups: see [`Srkl::builder`].
+pub struct SrklBuilder<'a> {
+    default: ParamsSrkl,
+    groups: Vec<(Group, Predicate<'a>)>,
+}
+
+impl<'a> SrklBuilder<'a> {
+    /// The settings of every parameter that no group takes, under the name [`DEFAULT_GROUP`];
+    /// [`ParamsSrkl::reference`] if not set. Its `lr` is what learning rates are relative to: see
+    /// [`set_learning_rate`](candle_nn::Optimizer::set_learning_rate).
+    pub fn default_group(mut self, params: ParamsSrkl) -> Self {
+        self.default = params;
+        self
+    }
+
+    /// Adds a group of the parameters that `belongs` says yes to, given their name and variable. A
+    /// parameter goes to the first group, in the order of these calls, that takes it.
+    pub fn group(
+        mut self,
+        name: impl Into<String>,
+        params: ParamsSrkl,
+        belongs: impl Fn(&str, &Var) -> bool + 'a,
+    ) -> Self {
+        self.groups.push((Group { name: name.into(), params }, Box::new(belongs)));
+        self
+    }
+
+    /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
+    /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`](crate::BlockTelemetry::tied) has the others.
+    ///
+    /// # Errors
+    ///
+    /// As [`SrklBuilder::build`], and a variable whose names belong to different groups.
+    pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
+        let mut named: Vec<(String, Var)> = match varmap.data().lock() {
+            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
+            Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
+        };
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let mut places: HashMap<TensorId, usize> = HashMap::new();
+        let mut parameters: Vec<(String, Vec<String>, Var)> = vec![];
+        for (name, var) in named {
+            let place = *places.entry(var.id()).or_insert(parameters.len());
+            match parameters.get_mut(place) {
+                Some((_, tied, _)) => tied.push(name),
+                None => parameters.push((name, vec![], var)),
+            }
+        }
+        self.build_all(parameters)
+    }
+
+    /// An optimizer of named variables, in the given order; those of an integer dtype are left out,
+    /// as candle's optimizers do. Masters are made from the parameters as they are now.
+    ///
+    /// # Errors
+    ///
+    /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
+    /// or the same variable twice, a variable on a device that is neither the CPU nor (with feature
+    /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
+    /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
+    pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
+        self.build_all(named.into_iter().map(|(name, var)| (name, vec![], var)))
+    }
+
+    /// An optimizer of variables, each with its name and its other names.
+    fn build_all(
+        self,
+        named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
+    ) -> Result<Srkl> {
+        let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
+        let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
+        let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
+        let mut names = HashSet::new();
+        for group in &groups {
+            group.params.validate().map_err(|e| e.context(format!("group `{}`", group.name)))?;
+            if !names.insert(group.name.as_str()) {
+                bail!("two parameter groups are named `{}`", group.name)
+            }
+        }
+
+        let plan = MeasureSchedule::of_all(groups.iter().map(|group| &group.params))?;
+        let mut blocks: Vec<Block> = vec![];
+        let mut names: HashSet<String> = HashSet::new();
+        let mut ids: HashMap<TensorId, String> = HashMap::new();
+        for (name, tied, var) in named {
+            if !var.dtype().is_float() {
+                continue;
+            }
+            if !names.insert(name.clone()) {
+                bail!("two parameters are named `{name}`")
+            }
+            if let Some(other) = ids.insert(var.id(), name.clone()) {
+                bail!("`{name}` and `{other}` are the same variable, which would be stepped twice")
+            }
+            let group_of = |name: &str| {
+                let taken = predicates.iter().position(|belongs| belongs(name, &var));
+                taken.map_or(0, |place| place + 1)
+            };
+            let group = group_of(&name);
+            if let Some(other) = tied.iter().find(|other| group_of(other) != group) {
+                bail!(
+                    "`{name}` and `{other}` are the same variable, which can't be in two groups: `{}` and `{}`",
+                    groups[group].name,
+                    groups[group_of(other)].name
+                )
+            }
+            let block = Block::new(name, var, group, &groups[group].params)?;
+            blocks.push(Block { place: blocks.len(), tied, ..block });
+        }
+        let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
+        storages.sort_unstable();
+        let on_cpu = blocks.iter().filter(|block| block.on_cpu);
+        let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
+        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
+        let cuda = cuda::devices_of(&blocks, &groups)?;
+        let progress = MeasureState { blind: plan.is_some(), ..MeasureState::default() };
+        Ok(Srkl {
+            cuda,
+            groups,
+            blocks,
+            by_position: false,
+            storages: storages.into(),
+            schedule: 1.,
+            grad_scale: 1.,
+            steps: 0,
+            skipped_steps: 0,
+            plan,
+            progress,
+            seed: 0,
+            records: false,
+            grad_norm: None,
+            simd: Simd::detect(),
+            pool,
+        })
+    }
+}

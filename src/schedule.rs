@@ -1,0 +1,67 @@
+//! When curvature is measured, and where an optimizer is between a step and its measurement.
+
+use candle_core::{Result, Tensor, bail};
+
+use crate::params::{Curvature, ParamsSrkl};
+
+/// When an optimizer measures, from the settings of its groups.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct MeasureSchedule {
+    pub every: u64,
+    pub first: u64,
+    /// For Hutchinson: delta and seed.
+    pub probe: Option<(f64, u64)>,
+}
+
+impl MeasureSchedule {
+    pub fn of(params: &ParamsSrkl) -> Option<Self> {
+        match params.curvature {
+            Curvature::GradSquare => None,
+            Curvature::Step { every, first, .. } => Some(Self { every, first, probe: None }),
+            Curvature::Hutchinson { every, first, delta, seed, .. } => {
+                Some(Self { every, first, probe: Some((delta, seed)) })
+            }
+        }
+    }
+
+    /// # Errors
+    ///
+    /// Two groups that measure, but not alike.
+    pub fn of_all<'a>(groups: impl Iterator<Item = &'a ParamsSrkl>) -> Result<Option<Self>> {
+        let mut plans = groups.filter_map(Self::of);
+        let Some(plan) = plans.next() else { return Ok(None) };
+        match plans.find(|other| *other != plan) {
+            None => Ok(Some(plan)),
+            Some(_) => bail!(
+                "`curvature`: groups that measure must agree in the kind, `every`, `first`, `delta` and \
+                 `seed`"
+            ),
+        }
+    }
+}
+
+/// Where an optimizer is between a step and its measurement.
+#[derive(Default)]
+pub(crate) struct MeasureState {
+    /// Steps, those skipped included, that were asked for: they decide when to measure.
+    pub step_calls: u64,
+    /// How many of them measured.
+    pub asked: u64,
+    /// Hutchinson measurements made: each has its own random vectors.
+    pub probe_count: u64,
+    /// The size of the last perturbation, where the host has decided it.
+    pub size: f64,
+    /// Whether the next step measures whatever its number: somebody has asked for it ...
+    pub requested: bool,
+    /// ... or there is a parameter without an estimate.
+    pub blind: bool,
+    /// Hutchinson: whether the measurement of the next step has been taken.
+    pub measured: bool,
+    /// Step: the first gradients of the step that waits for `observe`, by block.
+    pub pending: Option<Pending>,
+    /// Whether a closure has been found to be repeatable.
+    pub checked: bool,
+}
+
+/// The first gradient of each block that has one.
+pub(crate) type Pending = Vec<Option<Tensor>>;

@@ -1,0 +1,142 @@
+//! What a step did, by parameter.
+
+use candle_core::Result;
+
+use crate::backend::cpu;
+use crate::block::Last;
+use crate::optimizer::Srkl;
+use crate::rule::UNKNOWN;
+
+/// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct BlockTelemetry {
+    /// The parameter's name.
+    pub name: String,
+    /// Its other names, where a [`VarMap`](candle_nn::VarMap) has several for one variable (tied weights). [`Srkl::master`] takes
+    /// any of them.
+    pub tied: Vec<String>,
+    /// The name of its group.
+    pub group: String,
+    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`](crate::NonFinite::Propagate) lets one pass), as the
+    /// trust clip left it. `None` where the last step did not move this parameter, and for
+    /// [`Scope::Element`](crate::Scope::Element) and [`Scope::Mixed`](crate::Scope::Mixed), where every element has its own.
+    pub phi: Option<f64>,
+    /// The curvature `H` that `phi` was made from; of [`Curvature::GradSquare`] that of the gradient as the
+    /// rule used it (unscaled and clipped). An infinity after a measurement that was not finite. `None` as
+    /// for `phi`, and where nothing has been measured yet.
+    ///
+    /// [`Curvature::GradSquare`]: crate::Curvature::GradSquare
+    pub curvature: Option<f64>,
+    /// Steps, taken and skipped, since the last measurement of the curvature that entered the estimate which `H`
+    /// is made of. `None` before the first, and for curvature that is not measured.
+    pub estimate_age: Option<u64>,
+    /// `||g||_2`, the norm of the gradient of the last step: unscaled, before clipping. `None` unless
+    /// [`Srkl::record_norms`] was on in it and it moved this parameter, as the next two.
+    pub grad_norm: Option<f64>,
+    /// `||D||_2`, the norm of the change that the last step made to the parameter, in its dtype.
+    pub step_norm: Option<f64>,
+    /// `||w||_2`, the norm of the parameter as it is now.
+    pub param_norm: Option<f64>,
+    /// How often [`NonFinite::SkipBlock`](crate::NonFinite::SkipBlock) has skipped this parameter.
+    pub skipped: u64,
+}
+
+impl Srkl {
+    /// What the last step did, for each parameter in order. Costs nothing until asked.
+    ///
+    /// # Errors
+    ///
+    /// None on the CPU. (The numbers may live on a device.)
+    pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
+        let now = self.steps()? + self.skipped_steps()?;
+        let outcomes = self.outcomes()?;
+        let param_norms = self.param_norms(&outcomes)?;
+        let estimates = self.estimates()?;
+        let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);
+        let mut all = Vec::with_capacity(self.blocks.len());
+        for (block, (((last, skipped), param_norm), estimate)) in self.blocks.iter().zip(numbers) {
+            let group = &self.groups[block.group];
+            let norms = last.and_then(|last| last.norms);
+            let shared = last.filter(|_| !group.params.has_element_brakes());
+            let telemetry = BlockTelemetry {
+                name: block.name.clone(),
+                tied: block.tied.clone(),
+                group: group.name.clone(),
+                curvature: shared.map(|last| last.curvature).filter(|h| *h != UNKNOWN),
+                phi: shared.map(|last| last.phi),
+                estimate_age: estimate.age(now),
+                grad_norm: norms.map(|[grad, _]| grad),
+                step_norm: norms.map(|[_, step]| step),
+                param_norm,
+                skipped,
+            };
+            all.push((block.place, telemetry));
+        }
+        all.sort_by_key(|(place, _)| *place);
+        Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
+    }
+
+    /// Whether the steps to come record what [`BlockTelemetry`] has of norms: of gradients, of steps, and of
+    /// parameters when telemetry is asked for. Off unless set.
+    ///
+    /// A step that records adds up two more sums in the passes that it makes anyway (with settings that ask nothing
+    /// of gradients, it reads them once more); on a CUDA device its update goes element by element.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[3f32, -4.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    /// opt.record_norms(true);
+    /// opt.backward_step_with(|| w.sqr()?.sum_all())?;
+    /// let told = opt.telemetry()?.remove(0);
+    /// assert_eq!(told.grad_norm, Some(10.));
+    /// assert!(told.step_norm < Some(0.02) && told.param_norm < Some(5.));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn record_norms(&mut self, on: bool) {
+        self.records = on;
+    }
+
+    /// For each block what the last step did, and how often it was skipped.
+    pub(crate) fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+        if self.decides_on_device() {
+            return self.cuda[0].outcomes();
+        }
+        let mut outcomes: Vec<_> = self.blocks.iter().map(|b| (b.last, b.skipped)).collect();
+        // The host knows nothing of steps that devices have taken.
+        if outcomes.iter().any(|(last, _)| last.is_some_and(|last| last.norms.is_some())) {
+            for cuda in &self.cuda {
+                for (place, sums) in cuda.step_sums()? {
+                    if let (Some(Last { norms: Some([_, step]), .. }), _) = &mut outcomes[place] {
+                        *step = sums.step.sqrt();
+                    }
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Of each block whose norms were recorded, that of the parameter as it is now.
+    fn param_norms(&self, outcomes: &[(Option<Last>, u64)]) -> Result<Vec<Option<f64>>> {
+        let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
+        let mut norms = vec![None; self.blocks.len()];
+        if !outcomes.iter().any(recorded) {
+            return Ok(norms);
+        }
+        let mut scratch = cpu::Scratch::new();
+        for (block, norm) in self.blocks.iter().zip(&mut norms).filter(|(b, _)| b.on_cpu) {
+            *norm = Some(cpu::squares(block, self.simd, &mut scratch)?.sqrt());
+        }
+        for cuda in &self.cuda {
+            for (place, squares) in cuda.all_squares(&self.blocks)? {
+                norms[place] = Some(squares.sqrt());
+            }
+        }
+        let kept = norms.into_iter().zip(outcomes).map(|(n, o)| n.filter(|_| recorded(o)));
+        Ok(kept.collect())
+    }
+}
