@@ -13,11 +13,13 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 11] = [
+const KERNELS: [&str; 13] = [
     "abi.h",
     "numerics.cuh",
     "access.cuh",
     "sums.cuh",
+    "params.cuh",
+    "rule.cuh",
     "statistics.cuh",
     "decide.cuh",
     "update.cuh",

@@ -21,7 +21,7 @@
 // Bytes a parameter in f32: directions 8, 12 with momentum, 16 with Adam; curvature along the step 8; product
 // with the Hessian 8, and 16 for its average.
 //
-// The formulas are those of src/backend/cpu.rs and src/estimate.rs.
+// What is made of the sums is in rule.cuh.
 #pragma once
 
 #include "decide.cuh"

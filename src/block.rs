@@ -6,8 +6,6 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::{WrapErr, cudarc::driver::CudaSlice};
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
-use crate::backend::cpu;
-use crate::backend::gradient::{Gradient, is_supported};
 use crate::estimate::{Estimate, StepSums};
 use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};
 use crate::rule::Powers;
@@ -68,7 +66,7 @@ pub(crate) struct Last {
 /// Room for the parameter as it was, used again and again: new memory costs more than the copy.
 #[derive(Default)]
 pub(crate) struct Kept {
-    memory: Option<Var>,
+    pub memory: Option<Var>,
     pub valid: bool,
 }
 
@@ -97,7 +95,14 @@ pub(crate) enum Buffer {
     CudaF64(CudaSlice<f64>),
 }
 
+/// Whether gradients and parameters of this dtype are handled.
+pub(crate) fn is_supported(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16)
+}
+
 impl Block {
+    /// Still without masters, and the address of its elements: see `masters.rs` and `access.rs` in `backend`.
+    ///
     /// # Errors
     ///
     /// A variable on a device or of a dtype that is not handled, one that loses bits in its master,
@@ -130,27 +135,18 @@ impl Block {
                  `MasterWeights::Auto` or `None`"
             )
         }
-        let is_half = matches!(dtype, DType::BF16 | DType::F16);
-        let master = match masters {
-            MasterWeights::Auto | MasterWeights::F32 if is_half => Some(Buffer::of_values(&var)?),
-            _ => None,
-        };
         let zeros = |name| match has_state(params, name) {
             true => Buffer::zeros(&var).map(Some),
             false => Ok(None),
         };
         let state = State {
-            master,
+            master: None,
             m: zeros("m")?,
             v: zeros("v")?,
             average: zeros("average")?,
             q: zeros("q")?,
         };
-        let (storage, elements) = {
-            let (storage, layout) = var.storage_and_layout();
-            let elements = if on_cpu { Gradient::new(&storage, layout)?.address() } else { 0 };
-            (storage_address(&storage), elements)
-        };
+        let storage = storage_address(&var.storage_and_layout().0);
         let (id, shape, n) = (var.id(), var.shape().clone(), var.elem_count());
         let (skipped, last) = (0, None);
         let (powers, estimate) = (Powers::NONE, Estimate::NONE);
@@ -164,7 +160,7 @@ impl Block {
             n,
             on_cpu,
             storage,
-            elements,
+            elements: 0,
             group,
             place: 0,
             state,
@@ -222,31 +218,10 @@ impl Block {
         Ok(())
     }
 
-    /// Keeps a copy of the parameter as it is.
-    pub fn keep(&mut self) -> Result<()> {
-        let Kept { memory, valid } = &mut self.old;
-        match memory {
-            Some(memory) => cpu::copy(&self.var, memory)?,
-            None => *memory = Some(Var::from_tensor(&self.var.copy()?)?),
-        }
-        *valid = true;
-        Ok(())
-    }
-
     /// The parameter as it was kept.
     pub fn kept(&self) -> Option<&Tensor> {
         let Kept { memory, valid } = &self.old;
         memory.as_deref().filter(|_| *valid)
-    }
-
-    /// Puts what was kept back, bit for bit.
-    pub fn restore(&mut self) -> Result<()> {
-        let restored = match self.kept() {
-            Some(old) => cpu::copy(old, &self.var),
-            None => Ok(()),
-        };
-        self.old.valid = false;
-        restored
     }
 
     /// The masters, on the host.
@@ -254,22 +229,6 @@ impl Block {
         let bytes = self.state.master.as_ref().map(|master| master.to_bytes(self.n)).transpose()?;
         let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         Ok(bytes.map(|bytes| bytes.chunks_exact(4).map(value).collect()))
-    }
-
-    /// Brings the masters to a parameter that somebody else has written.
-    pub fn sync_master(&mut self) -> Result<()> {
-        match &mut self.state.master {
-            None => Ok(()),
-            Some(Buffer::F32(values)) => cpu::sync_master(&self.var, values).map(|_| ()),
-            Some(_) => {
-                let mut values = self.master_values()?.unwrap_or_default();
-                if !cpu::sync_master(&self.var.to_device(&Device::Cpu)?, &mut values)? {
-                    return Ok(());
-                }
-                let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
-                self.state.master.as_mut().map_or(Ok(()), |master| master.set(&bytes))
-            }
-        }
     }
 }
 
@@ -312,15 +271,6 @@ impl Buffer {
             (Device::Cuda(device), _) => Self::CudaF32(device.alloc_zeros(n.max(1))?),
             (_, DType::F64) => Self::F64(vec![0.; n]),
             _ => Self::F32(vec![0.; n]),
-        })
-    }
-
-    /// The values of a parameter of 16 bits.
-    fn of_values(var: &Var) -> Result<Self> {
-        Ok(match var.device() {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Self::CudaF32(crate::backend::cuda::new_master(var)?),
-            _ => Self::F32(cpu::new_master(var)?),
         })
     }
 

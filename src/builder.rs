@@ -5,9 +5,9 @@ use std::collections::{HashMap, HashSet};
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::VarMap;
 
-use crate::backend::cuda;
 use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
+use crate::backend::{access, cuda, masters};
 use crate::block::Block;
 use crate::optimizer::{BLOCK_WORK, DEFAULT_GROUP, PARALLEL_WORK, Srkl};
 use crate::params::{Group, ParamsSrkl};
@@ -159,7 +159,10 @@ impl<'a> SrklBuilder<'a> {
                     groups[group_of(other)].name
                 )
             }
-            let block = Block::new(name, var, group, &groups[group].params)?;
+            let params = &groups[group].params;
+            let mut block = Block::new(name, var, group, params)?;
+            block.state.master = masters::of_block(&block, params.master_weights)?;
+            block.elements = access::first_element(&block)?;
             blocks.push(Block { place: blocks.len(), tied, ..block });
         }
         let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();

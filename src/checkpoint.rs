@@ -30,7 +30,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
 
-use crate::backend::cpu;
+use crate::backend::masters;
 use crate::block::{Block, Buffer, STATE};
 use crate::estimate::Estimate;
 use crate::file::Target;
@@ -436,7 +436,7 @@ fn check_master(block: &Block, bytes: &[u8]) -> Result<()> {
     let (words, _) = bytes.as_chunks();
     let master: Vec<f32> = words.iter().map(|b| f32::from_le_bytes(*b)).collect();
     let parameter = block.var.to_device(&Device::Cpu)?;
-    if let Some(i) = cpu::first_disagreement(&parameter, &master)? {
+    if let Some(i) = masters::first_disagreement(&parameter, &master)? {
         bail!(
             "master of `{}`: element {i} ({}) does not round to the parameter's; load the model's \
              parameters of the same checkpoint first",

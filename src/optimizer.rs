@@ -13,7 +13,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::pool::Pool;
 use crate::backend::simd::Simd;
 use crate::backend::stages::{Found, Stages};
-use crate::backend::{Inputs, StepOptions};
+use crate::backend::{Inputs, StepOptions, masters, replace};
 use crate::block::{Block, STATE, has_state};
 use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
@@ -346,7 +346,7 @@ impl Srkl {
     /// None on the CPU. (A copy from or to a device can fail.)
     pub fn sync_master(&mut self) -> Result<()> {
         for block in &mut self.blocks {
-            block.sync_master()?;
+            masters::sync(block)?;
         }
         Ok(())
     }
@@ -785,10 +785,10 @@ impl Srkl {
         add_pairs(&self.cuda, &mut squares, |place| places[place].is_some())?;
         let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
         let n: usize = self.blocks.iter().filter(|block| moves(block)).map(|block| block.n).sum();
-        let size = cpu::probe_size(delta, Pair::fold(&squares).a, n as f64);
+        let size = replace::probe_size(delta, Pair::fold(&squares).a, n as f64);
         let on_cpu = stages.each(&mut self.blocks, &places, |_, block, place| {
-            block.keep()?;
-            cpu::perturb(block, *place, size, seed, draw)
+            replace::keep(block)?;
+            replace::perturb(block, *place, size, seed, draw)
         });
         let perturbed = on_cpu.and_then(|_| {
             self.cuda.iter_mut().try_for_each(|cuda| {
@@ -890,8 +890,8 @@ impl Srkl {
         let averaged = |block: &Block| (block.powers.average != 1.).then_some(());
         let given: Vec<_> = self.blocks.iter().map(averaged).collect();
         let on_cpu = self.stages().each(&mut self.blocks, &given, |_, block, ()| {
-            block.keep()?;
-            cpu::swap_average(block)
+            replace::keep(block)?;
+            replace::swap_average(block)
         });
         let swapped =
             on_cpu.and_then(|_| self.cuda.iter_mut().try_for_each(|cuda| cuda.swap(&self.blocks)));
@@ -916,7 +916,8 @@ impl Srkl {
         }
         let all = vec![Some(()); self.blocks.len()];
         // By threads that wait for no other's lock: see `Stages::spread`.
-        let on_cpu = self.stages().each(&mut self.blocks, &all, |_, block, ()| block.restore());
+        let on_cpu =
+            self.stages().each(&mut self.blocks, &all, |_, block, ()| replace::restore(block));
         restored.and(on_cpu.map(|_| ()))
     }
 

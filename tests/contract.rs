@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::numerics::{CHUNK, LANES};
@@ -206,4 +208,85 @@ fn the_rule_is_the_same_on_both_sides() {
     });
     assert!(ours.len() > 20, "{ours:?}");
     assert_eq!(ours, devices);
+}
+
+/// The modules from top to bottom: each imports those below it alone, so that there is no circle.
+const MODULES: [&str; 28] = [
+    "checkpoint",
+    "measuring",
+    "telemetry",
+    "builder",
+    "dropout",
+    "optimizer",
+    "backend/masters",
+    "backend/cuda_dropout",
+    "backend/cuda",
+    "backend/no_cuda",
+    "backend/stages",
+    "backend/replace",
+    "backend/cpu",
+    "backend/mask",
+    "backend/access",
+    "backend/gradient",
+    "backend/simd",
+    "backend/pool",
+    "backend/mod",
+    "cuda/abi",
+    "schedule",
+    "block",
+    "rule",
+    "estimate",
+    "file",
+    "random",
+    "params",
+    "numerics",
+];
+
+#[test]
+fn imports_go_down() -> Result<()> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut seen = 0;
+    for folder in ["", "backend/", "cuda/"] {
+        for file in std::fs::read_dir(src.join(folder))? {
+            let path = file?.path();
+            let name = path.file_stem().unwrap().to_string_lossy();
+            if path.is_dir() || ["lib", "mod"].contains(&&*name) && folder != "backend/" {
+                continue;
+            }
+            let place = |module: &str| MODULES.iter().position(|m| *m == module);
+            let module = format!("{folder}{name}");
+            let own = place(&module).unwrap_or_else(|| panic!("{module} is not in the list"));
+            let source = std::fs::read_to_string(&path)?;
+            let source = source.split("#[cfg(test)]").next().unwrap();
+            let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+            for line in code {
+                for imported in imports(line, folder) {
+                    // Of the crate's root, or of a folder as a whole.
+                    let Some(below) = place(&imported) else { continue };
+                    assert!(own <= below, "{module} imports {imported}: {line}");
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen > 60, "{seen}");
+    Ok(())
+}
+
+/// The modules that a line names by `crate::` or `super::`.
+fn imports(line: &str, folder: &str) -> Vec<String> {
+    let names = |text: &str| {
+        let path: Vec<String> = text
+            .split("::")
+            .map(|part| part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+            .collect();
+        path
+    };
+    let of_crate = line.split("crate::").skip(1).map(|text| match &names(text)[..] {
+        [first, second, ..] if first == "backend" => format!("backend/{second}"),
+        [first, ..] if first == "cuda" => "cuda/abi".to_string(),
+        path => path[0].clone(),
+    });
+    let of_folder = line.split("super::").skip(1).map(|text| format!("{folder}{}", names(text)[0]));
+    of_crate.chain(of_folder).collect()
 }

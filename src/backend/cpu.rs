@@ -1,27 +1,25 @@
-//! The mathematics of the step, on the CPU.
+//! The stages of a step over the elements of a block, on the CPU.
 //!
-//! Top to bottom: the stages `statistics`, `decide` and `update`, each with the loop over elements
-//! that it runs; then sums over directions, measured curvature and perturbations. The order of
-//! operations in this file is part of the contract in [`numerics`](crate::numerics).
+//! Top to bottom: `statistics` and `update`, each with the loop that it runs; then sums over directions, and measured
+//! curvature. The mathematics of an element is in [`rule`](crate::rule); which numbers are added in which order, here,
+//! is part of the contract in [`numerics`](crate::numerics).
 
-use std::cell::Cell;
 use std::marker::PhantomData;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, Var, bail};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::access::{Parameter, agree, samples, with_storage_mut};
 use super::gradient::{FromGradient, Gradient, RowBuffer};
 use super::pool::has_helpers;
 use super::simd::{Kernel, Simd};
 use crate::block::{Block, Buffer, State};
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{
-    CHUNK, LANES, MIN_LANES, Pair, Real, STRIP, Sums, bf16_to_f32, f16_to_f32, f32_to_bf16,
-    f32_to_f16, fold, pow2, random_bits, scale_exponent, strip_sum, tree,
+    CHUNK, LANES, MIN_LANES, Pair, Real, STRIP, Sums, fold, pow2, scale_exponent, strip_sum, tree,
 };
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, LEAST_RMS, Moments, Powers, apply_step, lerp};
+use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, lerp};
 
 /// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
 /// of this size: enough to outweigh the handing over, a whole number of chunks.
@@ -31,7 +29,7 @@ use crate::rule::{Coefficients, Decision, LEAST_RMS, Moments, Powers, apply_step
 pub(crate) const PIECE: usize = 8 * CHUNK;
 
 /// Whether the work on a block of `n` elements is split.
-fn splits(n: usize) -> bool {
+pub(crate) fn splits(n: usize) -> bool {
     n > PIECE && has_helpers()
 }
 
@@ -261,7 +259,7 @@ fn block_update<P: Parameter>(
     let coefficients = Coefficients::new(params, decision, powers, estimate);
     let mut block = Part::new(w, state);
     if let Some(master) = &mut block.master
-        && probes(n).any(|i| !agree(block.w[i], master[i]))
+        && samples(n).any(|i| !agree(block.w[i], master[i]))
     {
         // Overwritten as a whole, it seems, and old fractions of the masters are worth nothing.
         master.iter_mut().zip(block.w.iter()).for_each(|(master, w)| *master = w.widen());
@@ -516,41 +514,6 @@ fn for_each<P: Parameter>(
         }
     }
 }
-
-/// A parameter's dtype: how it meets its compute type.
-pub(crate) trait Parameter: Copy + Send + Sync {
-    type Compute: FromGradient;
-    fn widen(self) -> Self::Compute;
-    /// Rounded to nearest even.
-    fn narrow(x: Self::Compute) -> Self;
-    fn same_bits(self, other: Self) -> bool;
-}
-
-macro_rules! impl_parameter {
-    ($t:ty, $compute:ty, $widen:expr, $narrow:expr) => {
-        impl Parameter for $t {
-            type Compute = $compute;
-            #[inline(always)]
-            fn widen(self) -> $compute {
-                $widen(self)
-            }
-            #[inline(always)]
-            fn narrow(x: $compute) -> Self {
-                $narrow(x)
-            }
-            #[inline(always)]
-            fn same_bits(self, other: Self) -> bool {
-                self.to_bits() == other.to_bits()
-            }
-        }
-    };
-}
-impl_parameter!(f32, f32, |x| x, |x| x);
-impl_parameter!(f64, f64, |x| x, |x| x);
-impl_parameter!(bf16, f32, |x: bf16| bf16_to_f32(x.to_bits()), |x| {
-    bf16::from_bits(f32_to_bf16(x))
-});
-impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
 
 // ---------------------------------------------------------------------------------------------
 // Sums of two terms, for what a step needs to know beside its gradient
@@ -905,186 +868,4 @@ pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Resul
         DType::F64 => pair_sums(block.n, &Squares::<f64>(&w, PhantomData), simd, scratch).a,
         _ => pair_sums(block.n, &Squares::<f32>(&w, PhantomData), simd, scratch).a,
     })
-}
-
-/// The size of the perturbation, from the sum of `w^2` over all `n` elements.
-pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
-    delta * (squares / n).sqrt().max(LEAST_RMS)
-}
-
-/// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
-pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
-    fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
-        let size = P::Compute::from_f64(size);
-        let add = |(piece, w): (usize, &mut [P])| {
-            for (word, w) in w.chunks_mut(64).enumerate() {
-                let bits = bits((piece * PIECE / 64 + word) as u64);
-                for (i, w) in w.iter_mut().enumerate() {
-                    let by = if bits >> i & 1 == 0 { size } else { size.neg() };
-                    *w = P::narrow(w.widen().add(by).canonical());
-                }
-            }
-        };
-        match splits(w.len()) {
-            true => w.par_chunks_mut(PIECE).enumerate().for_each(add),
-            false => w.chunks_mut(PIECE).enumerate().for_each(add),
-        }
-    }
-    if block.n == 0 {
-        return Ok(());
-    }
-    let bits = |word| random_bits(seed, draw, place, word);
-    with_storage_mut(&block.var, |storage| {
-        match storage {
-            CpuStorage::F32(w) => add(w, size, bits),
-            CpuStorage::F64(w) => add(w, size, bits),
-            CpuStorage::BF16(w) => add(w, size, bits),
-            CpuStorage::F16(w) => add(w, size, bits),
-            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
-        }
-        Ok(())
-    })
-}
-
-/// Copies a parameter to a variable like it.
-pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
-    fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
-        let copy = |(to, from): (&mut [P], &[P])| to.copy_from_slice(from);
-        match splits(to.len()) {
-            true => to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(copy),
-            false => copy((to, from)),
-        }
-    }
-    if from.elem_count() == 0 {
-        return Ok(());
-    }
-    let (storage, _) = from.storage_and_layout();
-    let from = cpu_storage(&storage)?;
-    with_storage_mut(to, |to| {
-        match (from, to) {
-            (CpuStorage::F32(from), CpuStorage::F32(to)) => pieces(from, to),
-            (CpuStorage::F64(from), CpuStorage::F64(to)) => pieces(from, to),
-            (CpuStorage::BF16(from), CpuStorage::BF16(to)) => pieces(from, to),
-            (CpuStorage::F16(from), CpuStorage::F16(to)) => pieces(from, to),
-            _ => bail!("expected two parameters of f32, f64, bf16 or f16"),
-        }
-        Ok(())
-    })
-}
-
-/// Puts the average in the place of the parameter.
-pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
-    fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
-        let put = |(w, average): (&mut [P], &[P::Compute])| {
-            w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
-        };
-        let average = average.unwrap_or_default();
-        match splits(w.len()) {
-            true => w.par_chunks_mut(PIECE).zip(average.par_chunks(PIECE)).for_each(put),
-            false => put((w, average)),
-        }
-    }
-    if block.n == 0 {
-        return Ok(());
-    }
-    let average = block.state.average.as_ref();
-    with_storage_mut(&block.var, |storage| {
-        match storage {
-            CpuStorage::F32(w) => put(w, average.and_then(f32::state)),
-            CpuStorage::F64(w) => put(w, average.and_then(f64::state)),
-            CpuStorage::BF16(w) => put(w, average.and_then(f32::state)),
-            CpuStorage::F16(w) => put(w, average.and_then(f32::state)),
-            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
-        }
-        Ok(())
-    })
-}
-
-// ---------------------------------------------------------------------------------------------
-// Master weights
-
-/// How many elements of a block are compared with their masters before a step.
-pub(crate) const PROBES: usize = 32;
-
-/// The elements compared: evenly spaced, the first and the last among them.
-fn probes(n: usize) -> impl Iterator<Item = usize> {
-    let count = PROBES.min(n);
-    (0..count).map(move |k| if count > 1 { k * (n - 1) / (count - 1) } else { 0 })
-}
-
-/// Whether a parameter is what its master rounds to.
-#[inline(always)]
-fn agree<P: Parameter>(w: P, master: P::Compute) -> bool {
-    // Of NaN there are many, of which a master rounds to one.
-    P::narrow(master).same_bits(w) || master.is_nan() && w.widen().is_nan()
-}
-
-/// Gives masters that don't agree with their parameter its value. Returns whether there were any.
-fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
-    let mut any = false;
-    for (w, master) in w.iter().zip(master) {
-        if !agree(*w, *master) {
-            (*master, any) = (w.widen(), true);
-        }
-    }
-    any
-}
-
-/// Brings `master` to a parameter that somebody else has written. Returns whether anything changed.
-pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
-    let (storage, _) = var.storage_and_layout();
-    Ok(match cpu_storage(&storage)? {
-        CpuStorage::BF16(w) => reconcile(w, master),
-        CpuStorage::F16(w) => reconcile(w, master),
-        _ => bail!("expected a parameter of bf16 or f16"),
-    })
-}
-
-/// The masters of a bf16 or f16 parameter: its values.
-pub(crate) fn new_master(var: &Tensor) -> Result<Vec<f32>> {
-    // A NaN agrees with nothing but a NaN, so all elements are set.
-    let mut master = vec![f32::NAN; var.elem_count()];
-    sync_master(var, &mut master)?;
-    Ok(master)
-}
-
-/// The first element of a parameter that is not what `master` rounds to.
-pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<usize>> {
-    fn first<P: Parameter<Compute = f32>>(w: &[P], master: &[f32]) -> Option<usize> {
-        w.iter().zip(master).position(|(w, master)| !agree(*w, *master))
-    }
-    let (storage, _) = var.storage_and_layout();
-    Ok(match cpu_storage(&storage)? {
-        CpuStorage::BF16(w) => first(w, master),
-        CpuStorage::F16(w) => first(w, master),
-        _ => bail!("expected a parameter of bf16 or f16"),
-    })
-}
-
-// ---------------------------------------------------------------------------------------------
-// Access to tensors
-
-/// # Errors
-///
-/// A storage that is not in CPU memory.
-fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!("expected a tensor on the CPU"),
-    }
-}
-
-/// Runs `f` on the memory of a variable. (A variable is contiguous and starts at offset 0: candle
-/// makes it from a copy.)
-fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(var: &Var, f: F) -> Result<()> {
-    struct Op<F>(Cell<Option<F>>);
-    impl<F: FnOnce(&mut CpuStorage) -> Result<()>> InplaceOp1 for Op<F> {
-        fn name(&self) -> &'static str {
-            "srkl-update"
-        }
-        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-            self.0.take().map_or(Ok(()), |f| f(storage))
-        }
-    }
-    var.inplace_op1(&Op(Cell::new(Some(f))))
 }

@@ -22,7 +22,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
 
-use super::cpu::PROBES;
+use super::access::MASTER_SAMPLES;
 use super::{Counters, Inputs, StepOptions};
 use crate::block::{Block, Buffer, Last, State, storage_address};
 use crate::cuda::abi;
@@ -45,7 +45,7 @@ const BLOCKS_PER_SM_IN_L2: u32 = 2;
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
 const _: () = assert!(abi::SRKL_LANES as usize == LANES);
 const _: () = assert!(abi::SRKL_STRIP as usize == STRIP);
-const _: () = assert!(abi::SRKL_PROBES as usize == PROBES);
+const _: () = assert!(abi::SRKL_PROBES as usize == MASTER_SAMPLES);
 
 macro_rules! device_repr {
     ($($t:ty),*) => {$(

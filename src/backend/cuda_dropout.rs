@@ -11,8 +11,8 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
 
 use super::cuda::{FATBIN, is_capturing};
+use super::mask::Mask;
 use crate::cuda::abi;
-use crate::dropout::Mask;
 
 /// The kernel in each context that has used it, by the context's address. Each entry keeps its context, so
 /// the address is of no other one; a device has one context, whoever opens it.
@@ -131,8 +131,8 @@ unsafe fn launch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::mask::Apply;
     use crate::backend::simd::Simd;
-    use crate::dropout::Apply;
     use candle_core::Device;
 
     /// Tiles that start past the 2^31st and the 2^32nd element, of a tensor of which only they exist: its

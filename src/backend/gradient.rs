@@ -1,6 +1,6 @@
 //! Reads a gradient of any float dtype and layout as rows of the compute type.
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, bail};
+use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
 use crate::block::Buffer;
@@ -196,9 +196,4 @@ fn convert<T: Copy, C: Real>(row: &mut [C], values: &[T], widen: impl Fn(T) -> f
     for (x, value) in row.iter_mut().zip(values) {
         *x = C::from_f64(widen(*value));
     }
-}
-
-/// Whether gradients and parameters of this dtype are handled.
-pub(crate) fn is_supported(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F64 | DType::BF16 | DType::F16)
 }

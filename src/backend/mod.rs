@@ -12,8 +12,8 @@
 //! | `squares`, `perturb`, `probe_sums`, `average_probe` | parameters; both gradients | an estimate by random vectors |
 //!
 //! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
-//! hands blocks to the threads of `pool.rs` and `cpu.rs` has the mathematics; on a CUDA device `cuda.rs` launches the
-//! kernels of `kernels/srkl.cu`.
+//! hands blocks to the threads of `pool.rs` and `cpu.rs` goes over their elements; on a CUDA device `cuda.rs` launches the
+//! kernels of `kernels/srkl.cu`. The mathematics is in `rule.rs` and `kernels/rule.cuh`.
 
 use candle_core::backprop::GradStore;
 
@@ -21,13 +21,17 @@ use crate::block::Block;
 use crate::params::Group;
 use crate::rule::StepScalars;
 
+pub(crate) mod access;
 pub(crate) mod cpu;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda_dropout;
 pub(crate) mod gradient;
+pub(crate) mod mask;
+pub(crate) mod masters;
 pub(crate) mod pool;
+pub(crate) mod replace;
 pub(crate) mod simd;
 pub(crate) mod stages;
 

@@ -1,0 +1,95 @@
+//! Access to parameters on the CPU: their memory, and how their dtypes meet the type that is computed in.
+
+use std::cell::Cell;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Var, bail};
+use half::{bf16, f16};
+
+use super::gradient::{FromGradient, Gradient};
+use crate::block::Block;
+use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+
+/// A parameter's dtype: how it meets its compute type.
+pub(crate) trait Parameter: Copy + Send + Sync {
+    type Compute: FromGradient;
+    fn widen(self) -> Self::Compute;
+    /// Rounded to nearest even.
+    fn narrow(x: Self::Compute) -> Self;
+    fn same_bits(self, other: Self) -> bool;
+}
+
+macro_rules! impl_parameter {
+    ($t:ty, $compute:ty, $widen:expr, $narrow:expr) => {
+        impl Parameter for $t {
+            type Compute = $compute;
+            #[inline(always)]
+            fn widen(self) -> $compute {
+                $widen(self)
+            }
+            #[inline(always)]
+            fn narrow(x: $compute) -> Self {
+                $narrow(x)
+            }
+            #[inline(always)]
+            fn same_bits(self, other: Self) -> bool {
+                self.to_bits() == other.to_bits()
+            }
+        }
+    };
+}
+impl_parameter!(f32, f32, |x| x, |x| x);
+impl_parameter!(f64, f64, |x| x, |x| x);
+impl_parameter!(bf16, f32, |x: bf16| bf16_to_f32(x.to_bits()), |x| {
+    bf16::from_bits(f32_to_bf16(x))
+});
+impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
+
+/// How many elements of a block are compared with their masters before a step.
+pub(crate) const MASTER_SAMPLES: usize = 32;
+
+/// The elements compared: evenly spaced, the first and the last among them.
+pub(crate) fn samples(n: usize) -> impl Iterator<Item = usize> {
+    let count = MASTER_SAMPLES.min(n);
+    (0..count).map(move |k| if count > 1 { k * (n - 1) / (count - 1) } else { 0 })
+}
+
+/// Whether a parameter is what its master rounds to.
+#[inline(always)]
+pub(crate) fn agree<P: Parameter>(w: P, master: P::Compute) -> bool {
+    // Of NaN there are many, of which a master rounds to one.
+    P::narrow(master).same_bits(w) || master.is_nan() && w.widen().is_nan()
+}
+
+/// # Errors
+///
+/// A storage that is not in CPU memory.
+pub(crate) fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => bail!("expected a tensor on the CPU"),
+    }
+}
+
+/// Runs `f` on the memory of a variable. (A variable is contiguous and starts at offset 0: candle
+/// makes it from a copy.)
+pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
+    var: &Var,
+    f: F,
+) -> Result<()> {
+    struct Op<F>(Cell<Option<F>>);
+    impl<F: FnOnce(&mut CpuStorage) -> Result<()>> InplaceOp1 for Op<F> {
+        fn name(&self) -> &'static str {
+            "srkl-update"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+            self.0.take().map_or(Ok(()), |f| f(storage))
+        }
+    }
+    var.inplace_op1(&Op(Cell::new(Some(f))))
+}
+
+/// The address of a block's first element on the CPU, by which it is fetched early; 0 elsewhere.
+pub(crate) fn first_element(block: &Block) -> Result<usize> {
+    let (storage, layout) = block.var.storage_and_layout();
+    if block.on_cpu { Ok(Gradient::new(&storage, layout)?.address()) } else { Ok(0) }
+}

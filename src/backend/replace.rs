@@ -1,0 +1,125 @@
+//! What stands in for parameters for a while: perturbed ones, averages, and the parameters as they were.
+
+use candle_core::{CpuStorage, Result, Tensor, Var, bail};
+use rayon::prelude::*;
+
+use super::access::{Parameter, cpu_storage, with_storage_mut};
+use super::cpu::{PIECE, splits};
+use super::gradient::FromGradient;
+use crate::block::{Block, Kept};
+use crate::numerics::{Real, random_bits};
+use crate::rule::LEAST_RMS;
+
+/// The size of the perturbation, from the sum of `w^2` over all `n` elements.
+pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
+    delta * (squares / n).sqrt().max(LEAST_RMS)
+}
+
+/// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
+pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
+    fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
+        let size = P::Compute::from_f64(size);
+        let add = |(piece, w): (usize, &mut [P])| {
+            for (word, w) in w.chunks_mut(64).enumerate() {
+                let bits = bits((piece * PIECE / 64 + word) as u64);
+                for (i, w) in w.iter_mut().enumerate() {
+                    let by = if bits >> i & 1 == 0 { size } else { size.neg() };
+                    *w = P::narrow(w.widen().add(by).canonical());
+                }
+            }
+        };
+        match splits(w.len()) {
+            true => w.par_chunks_mut(PIECE).enumerate().for_each(add),
+            false => w.chunks_mut(PIECE).enumerate().for_each(add),
+        }
+    }
+    if block.n == 0 {
+        return Ok(());
+    }
+    let bits = |word| random_bits(seed, draw, place, word);
+    with_storage_mut(&block.var, |storage| {
+        match storage {
+            CpuStorage::F32(w) => add(w, size, bits),
+            CpuStorage::F64(w) => add(w, size, bits),
+            CpuStorage::BF16(w) => add(w, size, bits),
+            CpuStorage::F16(w) => add(w, size, bits),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
+
+/// Copies a parameter to a variable like it.
+pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
+    fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
+        let copy = |(to, from): (&mut [P], &[P])| to.copy_from_slice(from);
+        match splits(to.len()) {
+            true => to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(copy),
+            false => copy((to, from)),
+        }
+    }
+    if from.elem_count() == 0 {
+        return Ok(());
+    }
+    let (storage, _) = from.storage_and_layout();
+    let from = cpu_storage(&storage)?;
+    with_storage_mut(to, |to| {
+        match (from, to) {
+            (CpuStorage::F32(from), CpuStorage::F32(to)) => pieces(from, to),
+            (CpuStorage::F64(from), CpuStorage::F64(to)) => pieces(from, to),
+            (CpuStorage::BF16(from), CpuStorage::BF16(to)) => pieces(from, to),
+            (CpuStorage::F16(from), CpuStorage::F16(to)) => pieces(from, to),
+            _ => bail!("expected two parameters of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
+
+/// Puts the average in the place of the parameter.
+pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
+    fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
+        let put = |(w, average): (&mut [P], &[P::Compute])| {
+            w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+        };
+        let average = average.unwrap_or_default();
+        match splits(w.len()) {
+            true => w.par_chunks_mut(PIECE).zip(average.par_chunks(PIECE)).for_each(put),
+            false => put((w, average)),
+        }
+    }
+    if block.n == 0 {
+        return Ok(());
+    }
+    let average = block.state.average.as_ref();
+    with_storage_mut(&block.var, |storage| {
+        match storage {
+            CpuStorage::F32(w) => put(w, average.and_then(f32::state)),
+            CpuStorage::F64(w) => put(w, average.and_then(f64::state)),
+            CpuStorage::BF16(w) => put(w, average.and_then(f32::state)),
+            CpuStorage::F16(w) => put(w, average.and_then(f32::state)),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        }
+        Ok(())
+    })
+}
+
+/// Keeps a copy of the parameter as it is.
+pub(crate) fn keep(block: &mut Block) -> Result<()> {
+    let Kept { memory, valid } = &mut block.old;
+    match memory {
+        Some(memory) => copy(&block.var, memory)?,
+        None => *memory = Some(Var::from_tensor(&block.var.copy()?)?),
+    }
+    *valid = true;
+    Ok(())
+}
+
+/// Puts what was kept back, bit for bit.
+pub(crate) fn restore(block: &mut Block) -> Result<()> {
+    let restored = match block.kept() {
+        Some(old) => copy(old, &block.var),
+        None => Ok(()),
+    };
+    block.old.valid = false;
+    restored
+}
