@@ -1,6 +1,7 @@
 //! [`SrklBuilder`]: parameter groups, names, and the checks of both.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::VarMap;
@@ -54,6 +55,7 @@ impl Srkl {
 type Predicate<'a> = Box<dyn Fn(&str, &Var) -> bool + 'a>;
 
 /// Builds an [`Srkl`] with several parameter groups: see [`Srkl::builder`].
+#[must_use = "`build` or `build_varmap` makes the optimizer"]
 pub struct SrklBuilder<'a> {
     default: ParamsSrkl,
     groups: Vec<(Group, Predicate<'a>)>,
@@ -190,5 +192,15 @@ impl<'a> SrklBuilder<'a> {
             simd: Simd::detect(),
             pool,
         })
+    }
+}
+
+impl fmt::Debug for SrklBuilder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let groups: Vec<_> = self.groups.iter().map(|(g, _)| (&g.name, &g.params)).collect();
+        f.debug_struct("SrklBuilder")
+            .field("default_group", &self.default)
+            .field("groups", &groups)
+            .finish_non_exhaustive()
     }
 }

@@ -1,4 +1,51 @@
-#![doc = include_str!("../README.md")]
+//! SRKL (self-regulated kinetic learning), an optimizer for [candle](https://docs.rs/candle-core): steps
+//! `w <- w - phi * d` with the brake `phi = s * lr / (1 + beta * H)`, where `H` is a curvature of the loss. With a curvature
+//! that is measured along the steps, and `beta` tied to `lr`, nobody needs to search for a learning rate.
+//!
+//! ```
+//! use candle_core::{DType, Device, Result, Tensor};
+//! use candle_nn::{Module, VarBuilder, VarMap, linear, loss::mse};
+//! use candle_srkl::{ParamsSrkl, Srkl};
+//!
+//! # fn main() -> Result<()> {
+//! let varmap = VarMap::new();
+//! let model = linear(2, 1, VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu))?;
+//! // The function to learn is y = x0 - 2 x1 + 3.
+//! let x = Tensor::new(&[[0f32, 0.], [1., 0.], [0., 1.], [1., 1.]], &Device::Cpu)?;
+//! let y = Tensor::new(&[[3f32], [4.], [1.], [2.]], &Device::Cpu)?;
+//!
+//! let mut opt = Srkl::from_varmap(&varmap, ParamsSrkl::braked_adam())?;
+//! for _ in 0..300 {
+//!     opt.backward_step_with(|| mse(&model.forward(&x)?, &y))?;
+//! }
+//! assert!(mse(&model.forward(&x)?, &y)?.to_scalar::<f32>()? < 1e-3);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Which preset
+//!
+//! | preset | for |
+//! |---|---|
+//! | [`ParamsSrkl::braked_adam`] | nearly everything: start here |
+//! | [`ParamsSrkl::braked_adam_averaged`] | the same, where evaluation may use averaged weights ([`Srkl::swap_averaged`]) |
+//! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state less |
+//! | [`ParamsSrkl::hessian`] | studies of curvature |
+//! | [`ParamsSrkl::reference`] | the original rule, whose `lr` needs a search |
+//!
+//! # What it needs to be true
+//!
+//! A step that measures computes the loss twice ([`Srkl::backward_step_with`]): the closure must be the same function of the
+//! parameters each time. [`Dropout`] draws the same masks in both calls; [`random::current_seed`] seeds random layers of
+//! your own.
+//!
+//! # Where to go on
+//!
+//! - [`Srkl`]: groups, schedules, gradient scale, checkpoints, telemetry, loops of your own.
+//! - [`ParamsSrkl`]: every setting, with its formula.
+//! - [`numerics`]: why a step has the same bits on the CPU, for any number of threads, and on CUDA devices (feature `cuda`).
+//! - The repository's README and `docs/`: what each preset reached, the brake for those who know SGD, speed.
+
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
@@ -30,3 +77,8 @@ pub use params::{
     Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
 };
 pub use telemetry::BlockTelemetry;
+
+/// The code of the README compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

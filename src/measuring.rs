@@ -374,6 +374,7 @@ impl Srkl {
 }
 
 /// Parameters are perturbed while this lives: see [`Srkl::perturb`]. Dropping it restores them, bit for bit.
+#[derive(Debug)]
 #[must_use = "dropping it restores the parameters"]
 pub struct Perturbed<'a> {
     opt: &'a mut Srkl,
@@ -412,6 +413,7 @@ impl Drop for Perturbed<'_> {
 
 /// Parameters are their averages while this lives: see [`Srkl::swap_averaged`]. Dropping it puts the training
 /// weights back, bit for bit.
+#[derive(Debug)]
 #[must_use = "dropping it puts the training weights back"]
 pub struct Averaged<'a> {
     opt: &'a mut Srkl,

@@ -952,16 +952,17 @@ fn add_pairs(
     Ok(())
 }
 
+/// Without the counters where a CUDA device has them: whoever logs does not wait for it.
 impl fmt::Debug for Srkl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted = |count: u64| (!self.decides_on_device()).then_some(count);
         f.debug_struct("Srkl")
             .field("groups", &self.groups.iter().map(|g| (&g.name, &g.params)).collect::<Vec<_>>())
             .field("parameters", &self.blocks.len())
             .field("learning_rate", &self.learning_rate())
             .field("grad_scale", &self.grad_scale)
-            // `None` where a device can't tell now.
-            .field("steps", &self.steps().ok())
-            .field("skipped_steps", &self.skipped_steps().ok())
-            .finish()
+            .field("steps", &counted(self.steps))
+            .field("skipped_steps", &counted(self.skipped_steps))
+            .finish_non_exhaustive()
     }
 }

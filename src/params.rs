@@ -82,6 +82,7 @@ pub struct ParamsSrkl {
 /// Its state is f32 (f64 for f64 parameters) and starts at 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum Direction {
     /// `d = g`. No state.
     Gradient,
@@ -116,6 +117,7 @@ pub enum Direction {
 /// the next one measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum Curvature {
     /// The reference rule's: `H = sqrt(sum g^4)`. Costs nothing, and is **not** a curvature.
     GradSquare,
@@ -187,6 +189,7 @@ pub enum Curvature {
 /// The rule's kinetic sensitivity `beta`, in `phi = s * lr / (1 + beta * H)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum Beta {
     /// `beta` itself. Finite, 0 or above; 0 is plain gradient descent.
     Fixed(f64),
@@ -198,6 +201,7 @@ pub enum Beta {
 /// The elements that share one curvature `H`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum Scope {
     /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule), the curvature along its own
     /// step, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
@@ -219,6 +223,7 @@ pub enum Scope {
 /// step. Cost: 4 bytes a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum MasterWeights {
     /// f32 masters for bf16 and f16 parameters; f32 and f64 parameters are their own.
     Auto,
@@ -237,6 +242,7 @@ pub enum MasterWeights {
 /// [`ParamsSrkl::max_grad_norm`], [`Scope::Global`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum NonFinite {
     /// The whole step is skipped: no parameter of any group changes, and
     /// [`Srkl::skipped_steps`](crate::Srkl::skipped_steps) counts it.
@@ -254,6 +260,7 @@ pub enum NonFinite {
 /// Whether a closure is checked before curvature is measured by calling it twice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub enum Repeatable {
     /// Before the first measurement the closure is called once more, and its losses are compared bit for bit. It
     /// costs one forward pass in a training.

@@ -277,6 +277,7 @@ fn check_nonfinite(bad: f64, place: usize, n: usize, dtype: DType, p: ParamsSrkl
                 assert_eq!(after[1].0[other], before[1].0[other], "{what}");
             }
         }
+        other => panic!("no such policy here: {other:?}"),
     }
     Ok(())
 }

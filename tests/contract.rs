@@ -290,3 +290,14 @@ fn imports(line: &str, folder: &str) -> Vec<String> {
     let of_folder = line.split("super::").skip(1).map(|text| format!("{folder}{}", names(text)[0]));
     of_crate.chain(of_folder).collect()
 }
+
+/// What may go to another thread, or be used by several: it compiles.
+#[test]
+fn send_and_sync() {
+    fn check<T: Send + Sync>() {}
+    check::<Srkl>();
+    check::<ParamsSrkl>();
+    check::<candle_srkl::BlockTelemetry>();
+    check::<candle_srkl::Dropout>();
+    check::<candle_srkl::Measurements>();
+}

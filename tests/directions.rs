@@ -80,6 +80,7 @@ fn direction(of: Direction, memory: &mut Memory, g: &[f64], u: f64) -> Vec<Near>
             let d = m.value / p.value;
             Near { value: d, error: (m.error + d.abs() * p.error) / p.value + u * d.abs() }
         }
+        other => panic!("not here: {other:?}"),
     });
     each.collect()
 }

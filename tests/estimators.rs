@@ -280,6 +280,7 @@ fn scopes_and_averages_of_hutchinson() -> Result<()> {
                             Scope::Tensor => of_block,
                             Scope::Global => norm(&r),
                             Scope::Mixed(p) => r[i].powf(1. - p) * of_block.powf(p),
+                            other => panic!("not here: {other:?}"),
                         };
                         let exact = lr / (1. + beta * h) * g[i];
                         // Beside the error of a difference of gradients, that of one of rounded numbers.
@@ -333,6 +334,7 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
             let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));
             (m.iter().zip(&v).map(|(m, v)| m / (v.sqrt() + eps)).collect(), m)
         }
+        other => panic!("not here: {other:?}"),
     }
 }
 

@@ -193,6 +193,7 @@ fn a_wrong_setting_is_noticed() -> Result<()> {
         let beta = match right.beta {
             Beta::Fixed(beta) => Beta::Fixed(1.01 * beta),
             Beta::Tied(gamma) => Beta::Tied(1.01 * gamma),
+            other => panic!("no such beta here: {other:?}"),
         };
         let scope = if right.scope == Scope::Global { Scope::Tensor } else { Scope::Global };
         let mut wrong = vec![

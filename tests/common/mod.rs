@@ -113,6 +113,7 @@ pub fn oracle(
     let beta = match params.beta {
         Beta::Fixed(beta) => beta,
         Beta::Tied(gamma) => gamma * params.lr,
+        other => panic!("no such beta here: {other:?}"),
     };
     let phi_at = |h: f64| schedule * params.lr / (1. + beta * h);
     let mut phis = vec![];
