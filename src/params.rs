@@ -276,7 +276,7 @@ impl ParamsSrkl {
     /// decay, no clipping.
     ///
     /// At these settings it stays within 1% of SGD at the same `lr` on ordinary networks, since
-    /// `beta * H` is small there; the README says where it helps.
+    /// `beta * H` is small there; docs/reference-rule.md says where it helps.
     ///
     /// For w = \[1, -2, 3\] and g = \[0.5, -1, 2\], H = 4.1306777, phi = 7.076801e-4 and
     /// w becomes \[0.9996462, -1.9992924, 2.9985847\].

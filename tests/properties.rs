@@ -115,7 +115,7 @@ proptest! {
     }
 }
 
-/// The numbers of the 2-cycle in the README.
+/// The numbers of the 2-cycle in docs/reference-rule.md.
 #[test]
 fn two_cycle_in_numbers() -> Result<()> {
     let w = var(&[1e-3], DType::F32)?;
@@ -175,7 +175,7 @@ impl Network {
     }
 }
 
-/// At its default settings the rule is SGD to within 1% on such a network; the README says so.
+/// At its default settings the rule is SGD to within 1% on such a network; docs/reference-rule.md says so.
 #[test]
 fn at_its_defaults_the_rule_is_sgd_within_a_percent() -> Result<()> {
     for seed in [10, 20, 30] {
