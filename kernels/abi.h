@@ -12,11 +12,11 @@
 // How many elements of a block are compared with their masters before a step.
 #define SRKL_PROBES 32
 
-// Threads in a block of threads, and how many such blocks a multiprocessor must have room for.
+// Threads in a CTA (a block of CUDA threads), and how many CTAs a multiprocessor must have room for.
 #define SRKL_THREADS 128
-#define SRKL_BLOCKS_PER_SM 8
+#define SRKL_CTAS_PER_SM 8
 
-// Elements that a block of threads of srkl_dropout takes at a time: some 16-byte vectors a thread.
+// Elements that a CTA of srkl_dropout takes at a time: some 16-byte vectors a thread.
 #define SRKL_DROPOUT_TILE 2048
 
 // Dtypes of parameters and gradients.
@@ -217,7 +217,7 @@ typedef struct {
     double probe_size;
     unsigned long long next_statistics; // the next chunk to take; 0 between steps
     unsigned long long next_update;     // likewise
-    unsigned int left;                  // blocks of threads that have left this step; 0 between steps
+    unsigned int left;                  // CTAs that have left this step; 0 between steps
     unsigned int blocks_done;           // blocks whose statistics are there; 0 between steps
     unsigned int refused;               // whether a block wants the step skipped; 0 between steps
     unsigned int skipped;               // whether the last step was skipped

@@ -1,7 +1,7 @@
 // What a step needs to know beside its gradient: sums over the directions, and measured curvature.
 //
 // Launch contract of srkl_sums:
-//   grid     any number of blocks of threads, one a chunk at most
+//   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   static
 //   table    as srkl_step has it. SRKL_SUM_DIRECTIONS and SRKL_SUM_MEASURING come between the launch that
@@ -233,7 +233,7 @@ __device__ inline bool counts(const SrklTable &table, u32 what, u64 b) {
            SRKL_STEP;
 }
 
-// What the sums of all blocks are for: by the block of threads that has finished the last one.
+// What the sums of all blocks are for: by the CTA that has finished the last one.
 __device__ inline void finish(const SrklTable &table, u32 what, double delta, Lanes &lanes) {
     __shared__ Totals totals;
     SrklState *state = (SrklState *)table.state;

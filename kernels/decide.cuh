@@ -11,7 +11,7 @@ __device__ inline bool has_gradient(const SrklTable &table, u64 b) {
            ((const SrklGroup *)table.groups)[group].lr > 0.;
 }
 
-// The sums over all blocks, to all threads of the block that calls it together.
+// The sums over all blocks, to all threads of the CTA that calls it together.
 __device__ inline SrklSums total_sums(const SrklTable &table, const SrklScalars &s, Lanes &lanes) {
     const SrklBlock *blocks = (const SrklBlock *)table.blocks;
     const SrklGradient *gradients = (const SrklGradient *)table.gradients;

@@ -1,7 +1,7 @@
 // Dropout: a mask drawn from a key, applied with a scale. No part of a step.
 //
 // Launch contract of srkl_dropout:
-//   grid     any number of blocks of threads, one a tile of SRKL_DROPOUT_TILE elements at most
+//   grid     any number of CTAs, one a tile of SRKL_DROPOUT_TILE elements at most
 //   block    SRKL_THREADS threads
 //   shared   none
 //   x        `n` elements of `dtype`, contiguous, in one allocation; they may be misaligned
@@ -10,7 +10,7 @@
 //
 // Bytes an element in f32: 8, in accesses of 16. An element's bits depend on the key and on its number alone.
 //
-// The formula is that of src/dropout.rs.
+// The formula is that of src/backend/mask.rs.
 #pragma once
 
 #include "access.cuh"

@@ -1,7 +1,7 @@
 // The numerics contract on the device: conversions and exact scaling.
 //
-// src/numerics.rs explains the contract; names and order here are those of src/numerics.rs and
-// src/backend/cpu.rs. Every operation that rounds is written as the intrinsic that rounds once.
+// src/numerics.rs explains the contract; names and order here and in rule.cuh are those of
+// src/numerics.rs and src/rule.rs. Every operation that rounds is written as the intrinsic that rounds once.
 #pragma once
 
 #include "abi.h"

@@ -1,7 +1,7 @@
 // Other values in the place of parameters for a while, and back, bit for bit.
 //
 // Launch contract of srkl_replace:
-//   grid     any number of blocks of threads, one a chunk at most
+//   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   none
 //   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `old`, from which SRKL_RESTORE_PERTURBED

@@ -1,7 +1,7 @@
 // One step of all parameters of a device: one launch, whatever their number.
 //
 // Launch contract of srkl_step, srkl_step_elements and srkl_step_measuring:
-//   grid     any number of blocks of threads, one a chunk at most
+//   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   static
 //   table    device addresses as abi.h describes them. Nothing overlaps; every `w` and `master` is
@@ -10,23 +10,23 @@
 //            zero. Each step leaves at zero again what abi.h says
 //   order    launches that share a table follow each other on one stream
 //
-// A chunk has two turns, statistics and update; blocks of threads take chunks by two counters. Each takes a
+// A chunk has two turns, statistics and update; CTAs take chunks by two counters. Each takes a
 // chunk to update first, and until that chunk's block (where anything needs all blocks: until everything) is
 // decided, it does the statistics of others. So updates follow the statistics of the same chunks as soon as
 // they can, while the gradient is still in L2: in between go about as many chunks as there are blocks of
 // threads. A block too large for L2 is updated from its end, which is what is still there.
 //
-// It can't deadlock, without a cooperative launch: a block of threads waits for a decision only when the
+// It can't deadlock, without a cooperative launch: a CTA waits for a decision only when the
 // statistics of all chunks that it needs have been taken, by others that run; those wait for nothing before
 // they have finished them, and whoever finishes the last one decides.
 //
 // Bytes a parameter that memory moves: 12 for f32 where the gradient is still in L2, 16 where not; 12 and 14
 // for bf16 with masters.
 //
-// Deterministic: a sum's shape depends on element and chunk numbers alone. Which block of threads takes a
+// Deterministic: a sum's shape depends on element and chunk numbers alone. Which CTA takes a
 // chunk, or comes last, decides only who adds, not what is added in which order.
 //
-// Names and order of the stages are those of src/backend/cpu.rs.
+// The stages are those that src/backend/mod.rs lists.
 
 #include "curvature.cuh"
 #include "dropout.cuh"
@@ -146,7 +146,7 @@ template <bool ELEMENTS> __device__ inline void choose(const SrklTable &table, W
     work.pending = NO_CHUNK;
 }
 
-// Stage 2 where it needs all blocks: by the block of threads that has finished the last one.
+// Stage 2 where it needs all blocks: by the CTA that has finished the last one.
 __device__ inline void decide_all(const SrklTable &table, const Work &work, Lanes &lanes) {
     const SrklScalars &scalars = work.scalars;
     const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
@@ -208,7 +208,7 @@ __device__ inline void take_powers(const SrklTable &table, u64 b) {
     powers->average = __ldcg(&decision->powers.average);
 }
 
-// The last block of threads to leave counts the step and makes the table ready for the next one.
+// The last CTA to leave counts the step and makes the table ready for the next one.
 __device__ inline void leave(const SrklTable &table, Work &work) {
     SrklState *state = (SrklState *)table.state;
     if (threadIdx.x == 0) work.last = arrives_last(&state->left, gridDim.x);
@@ -284,7 +284,7 @@ __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
     leave(table, work);
 }
 
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     srkl_step(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
 }
 
 // The same, for settings where elements have their own brakes.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     srkl_step_elements(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
@@ -301,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM)
 
 // The same, of a step that measures the curvature along it, or records norms: with any brakes. A block less
 // at a time leaves it registers enough not to spill.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_BLOCKS_PER_SM - 1)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
     srkl_step_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;

@@ -81,7 +81,7 @@ __device__ inline bool arrives_last(u32 *counter, u64 count) {
     return last;
 }
 
-// Sums that another block of threads may have written in this launch: past L1.
+// Sums that another CTA may have written in this launch: past L1.
 __device__ inline SrklSums read_sums(const SrklSums *sums) {
     SrklSums x;
     x.sum2 = __ldcg(&sums->sum2);

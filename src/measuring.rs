@@ -1,6 +1,6 @@
 //! Curvature that is measured: when, by which gradients, and what becomes of it.
 //!
-//! [`Curvature::Step`] is measured after a step, [`Curvature::Hutchinson`] before it, at parameters that are
+//! [`Curvature::Step`](crate::Curvature::Step) is measured after a step, [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) before it, at parameters that are
 //! perturbed meanwhile. What becomes of a measurement is in `rule.rs`, the sums over elements in
 //! `backend/cpu.rs`.
 

@@ -10,9 +10,9 @@
 //!   the block. bf16 and f16 widen to it exactly; a gradient of another float dtype is rounded to
 //!   it once, to nearest, ties to even. (So an f64 gradient beyond f32's range is an infinity to an
 //!   f32 parameter.)
-//! * Every operation is rounded once, in the order written in `src/backend/cpu.rs` (and here, for norm
-//!   and curvature); a fused
-//!   multiply-add is used exactly where that file says `mul_add`. No reassociation, no approximate
+//! * Every operation is rounded once, in the order written in `src/rule.rs` (in `src/backend/cpu.rs` for the
+//!   terms of sums, and here for norm and curvature); a fused multiply-add is used exactly where these files say
+//!   `mul_add`. No reassociation, no approximate
 //!   division, no flushing of subnormals.
 //! * A parameter is stored by rounding to nearest, ties to even; beyond the largest finite value it
 //!   becomes an infinity. A NaN is stored as the one positive quiet pattern without payload:

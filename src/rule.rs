@@ -1,4 +1,4 @@
-//! The mathematics of a step: pure functions, in the order of a step, and nothing else.
+//! The mathematics of a step: functions of their arguments alone, in the order of a step.
 //!
 //! | of a block | |
 //! |---|---|

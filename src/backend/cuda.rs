@@ -35,11 +35,11 @@ use crate::rule::{Corrections, Decision, Powers, StepScalars};
 pub(super) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
 
 /// Blocks of threads for each multiprocessor, where a step is decided as a whole: as many as there is room for.
-const BLOCKS_PER_SM: u32 = abi::SRKL_BLOCKS_PER_SM;
+const CTAS_PER_SM: u32 = abi::SRKL_CTAS_PER_SM;
 
 /// The same where each block is updated soon after its statistics. What lies between a chunk's two turns should
-/// fit in L2: gradient and parameter of a chunk for each block of threads, and of the rest of the chunk's block.
-const BLOCKS_PER_SM_IN_L2: u32 = 2;
+/// fit in L2: gradient and parameter of a chunk for each CTA, and of the rest of the chunk's block.
+const CTAS_PER_SM_IN_L2: u32 = 2;
 
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
@@ -816,7 +816,7 @@ impl Cuda {
     /// If it `sums_up`, the update leaves how blocks move in `step_sums`.
     fn launch(&self, table: &abi::SrklTable, sums_up: bool) -> Result<()> {
         let whole = self.settings.scalars.whole != 0;
-        let config = self.grid(if whole { BLOCKS_PER_SM } else { BLOCKS_PER_SM_IN_L2 });
+        let config = self.grid(if whole { CTAS_PER_SM } else { CTAS_PER_SM_IN_L2 });
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
         let elements = self.settings.groups.iter().any(own);
@@ -853,7 +853,7 @@ impl Cuda {
         // SAFETY: the contract at the top of kernels/curvature.cuh, of which `launch` says what concerns the
         // table. Those who call this launch what must come before it, with the gradients alive and in the
         // table.
-        unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
+        unsafe { launch.launch(self.grid(CTAS_PER_SM)) }.w()?;
         Ok(())
     }
 
@@ -862,7 +862,7 @@ impl Cuda {
         launch.arg(&self.table).arg(&what).arg(&seed).arg(&draw);
         // SAFETY: the contract at the top of kernels/replace.cuh, of which `launch` says what concerns the
         // table. Its callers come from settings that have asked for `old` in `new`.
-        unsafe { launch.launch(self.grid(BLOCKS_PER_SM)) }.w()?;
+        unsafe { launch.launch(self.grid(CTAS_PER_SM)) }.w()?;
         self.restores = match what {
             abi::SRKL_PERTURB => Some(abi::SRKL_RESTORE_PERTURBED),
             abi::SRKL_SWAP => Some(abi::SRKL_RESTORE_SWAPPED),

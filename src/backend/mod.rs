@@ -14,6 +14,17 @@
 //! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
 //! hands blocks to the threads of `pool.rs` and `cpu.rs` goes over their elements; on a CUDA device `cuda.rs` launches the
 //! kernels of `kernels/srkl.cu`. The mathematics is in `rule.rs` and `kernels/rule.cuh`.
+//!
+//! | word | meaning |
+//! |---|---|
+//! | block | a parameter tensor with its state; what CUDA calls a block of threads is a CTA here |
+//! | chunk | 8192 neighbouring elements of a block ([`CHUNK`](crate::numerics::CHUNK)): what one sum is over, and what a CTA takes |
+//! | lane | one of the 1024 partial sums of a chunk ([`LANES`](crate::numerics::LANES)) |
+//! | row | up to 1024 neighbouring elements: one for each lane |
+//! | strip | 32 neighbouring elements, of curvature along a step |
+//! | piece | 65,536 elements: what a thread of the CPU takes of a large block |
+//! | run | blocks that are stepped before the statistics of the next ones are known; all of them where a decision needs all |
+//! | small step | the first step, and any other that measures without an estimate to go by |
 
 use candle_core::backprop::GradStore;
 

@@ -43,9 +43,10 @@ fn random(salt: u64, i: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Multiples of 2^-20 between -1 and 1, times `scale`.
+/// Numbers between -1 and 1, times `scale`, of as many digits as f64 has: else no order of a sum of their squares would
+/// show.
 fn uniform(n: usize, scale: f64, salt: u64) -> Vec<f64> {
-    let number = |i| (random(salt, i) >> 43) as f64 / (1u64 << 20) as f64 - 1.;
+    let number = |i| (random(salt, i) >> 11) as f64 / (1u64 << 52) as f64 - 1.;
     (0..n as u64).map(|i| number(i) * scale).collect()
 }
 
@@ -121,7 +122,7 @@ pub fn train(
             .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
                 name.len() > 1
             })
-            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "3")
+            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "4")
             .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
     };
     let mut opt = build()?;
@@ -211,7 +212,8 @@ fn telemetry(opt: &Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
         let age = t.estimate_age.map(|age| age as f64);
         let numbers = [t.phi, t.curvature, age, t.grad_norm, t.step_norm, t.param_norm];
         let bits = [numbers.map(told).concat(), vec![t.skipped]].concat();
-        left.push(Left { kind, place: format!("step {step}, telemetry of {}", t.name), bits });
+        let place = format!("step {step}, telemetry of {} {:?} in {}", t.name, t.tied, t.group);
+        left.push(Left { kind, place, bits });
     }
     Ok(())
 }
