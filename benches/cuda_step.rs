@@ -19,12 +19,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::CudaStream;
-use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
 use candle_srkl::{Curvature, NonFinite, ParamsSrkl, Srkl};
 use clap::Parser;
+use cudarc::driver::CudaStream;
+use cudarc::driver::sys::CUevent_flags;
 use lists::List;
 use serde_json::{Value, json};
 

@@ -3,8 +3,10 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
 #[cfg(feature = "cuda")]
-use candle_core::cuda_backend::{WrapErr, cudarc::driver::CudaSlice};
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
+#[cfg(feature = "cuda")]
+use cudarc::driver::CudaSlice;
 
 use crate::estimate::{Estimate, StepSums};
 use crate::params::{Curvature, Direction, MasterWeights, ParamsSrkl};

@@ -8,10 +8,6 @@ mod common;
 use std::collections::BTreeMap;
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::CudaGraph;
-use candle_core::cuda_backend::cudarc::driver::sys::{
-    self, CUgraphInstantiate_flags, CUstreamCaptureMode,
-};
 use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
 use candle_nn::Optimizer;
@@ -22,6 +18,8 @@ use candle_srkl::{
 };
 use common::training::{assert_same, train};
 use common::*;
+use cudarc::driver::CudaGraph;
+use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use rand::RngExt;
 
 /// Sizes with every kind of tail, and few enough elements for a software device. (candle makes no

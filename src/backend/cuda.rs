@@ -13,14 +13,14 @@
 
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
-use candle_core::cuda_backend::cudarc::driver::{
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
+use cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
+use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
     PinnedHostSlice, PushKernelArg, ValidAsZeroBits, result,
 };
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, DType, Device, Layout, Result, Storage, Tensor, Var, bail};
+use cudarc::nvrtc::Ptx;
 
 use super::access::MASTER_SAMPLES;
 use super::{Counters, Inputs, StepOptions};

@@ -2,13 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
+use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
     PushKernelArg,
 };
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
+use cudarc::nvrtc::Ptx;
 
 use super::cuda::{FATBIN, is_capturing};
 use super::mask::Mask;
