@@ -296,8 +296,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
     }
     __syncthreads();
     if (what == SRKL_SUM_SQUARES) {
-        const double rms = __dsqrt_rn(__ddiv_rn(totals.sums.a, totals.n));
-        if (threadIdx.x == 0) state->probe_size = __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
+        if (threadIdx.x == 0) state->probe_size = probe_size(delta, totals.sums.a, totals.n);
         return;
     }
     if (what == SRKL_SUM_PROBE) {

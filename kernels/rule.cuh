@@ -207,6 +207,12 @@ template <typename C> __device__ inline C lerp(C a, C w, C weight) {
     return canonical(mul_add(sub(w, a), weight, a));
 }
 
+// The size of a perturbation by random vectors, from the sum of `w^2` over all `n` elements.
+__device__ inline double probe_size(double delta, double squares, double n) {
+    const double rms = __dsqrt_rn(__ddiv_rn(squares, n));
+    return __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
+}
+
 // What a measurement along a step comes to: `Measured` in src/estimate.rs.
 struct Measured {
     double change, step, direction, bound, metric;

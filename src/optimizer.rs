@@ -785,7 +785,7 @@ impl Srkl {
         add_pairs(&self.cuda, &mut squares, |place| places[place].is_some())?;
         let squares: Vec<_> = squares.into_iter().map(|p| p.unwrap_or(Pair::ZERO)).collect();
         let n: usize = self.blocks.iter().filter(|block| moves(block)).map(|block| block.n).sum();
-        let size = replace::probe_size(delta, Pair::fold(&squares).a, n as f64);
+        let size = rule::probe_size(delta, Pair::fold(&squares).a, n as f64);
         let on_cpu = stages.each(&mut self.blocks, &places, |_, block, place| {
             replace::keep(block)?;
             replace::perturb(block, *place, size, seed, draw)

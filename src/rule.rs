@@ -15,7 +15,8 @@
 //!
 //! | of a measurement | |
 //! |---|---|
-//! | `step_metric`, `measured` | what it comes to |
+//! | `probe_size` | how far random vectors perturb |
+//! | `step_metric`, `measured` | what a measurement along a step comes to |
 //! | `steps_since` to `observe_rows` | how it enters the estimate |
 //!
 //! `kernels/rule.cuh` has the same functions in the same order (`tests/contract.rs` compares the lists). The order of
@@ -60,7 +61,7 @@ fn estimated_curvature(estimate: &Estimate) -> f64 {
 }
 
 /// What a gradient is multiplied by, to unscale and clip it. A NaN norm makes it a NaN.
-pub(crate) fn grad_factor(params: &ParamsSrkl, scalars: StepScalars, total: &Sums) -> f64 {
+fn grad_factor(params: &ParamsSrkl, scalars: StepScalars, total: &Sums) -> f64 {
     let c = 1. / scalars.grad_scale;
     let Some(max_grad_norm) = params.max_grad_norm else { return c };
     let norm = total.norm(c);
@@ -69,7 +70,7 @@ pub(crate) fn grad_factor(params: &ParamsSrkl, scalars: StepScalars, total: &Sum
 
 /// `phi = lr / (1 + beta * H)`, with the schedule in `lr`.
 #[inline(always)]
-pub(crate) fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
+fn brake(lr: f64, beta: f64, curvature: f64) -> f64 {
     lr / (1. + beta * curvature)
 }
 
@@ -103,7 +104,7 @@ pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
 }
 
 /// What corrects an average for having started at 0; 1 for one that there is not.
-pub(crate) fn bias_correction(power: f64) -> f64 {
+fn bias_correction(power: f64) -> f64 {
     if power == 1. { 1. } else { 1. / (1. - power) }
 }
 
@@ -181,13 +182,13 @@ pub(crate) struct Directions {
 }
 
 /// The smallest size of parameters that steps are compared with.
-pub(crate) const LEAST_RMS: f64 = 0.01;
+const LEAST_RMS: f64 = 0.01;
 
 /// The length of a step that nothing is known for, beside the size of the parameters.
-pub(crate) const SMALL_STEP: f64 = 0.003;
+const SMALL_STEP: f64 = 0.003;
 
 /// How often it is doubled at most, once for each in a row that was too small.
-pub(crate) const MOST_DOUBLINGS: u64 = 8;
+const MOST_DOUBLINGS: u64 = 8;
 
 /// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
 /// come, of which `still` in a row have moved nothing, and the trust clip.
@@ -383,8 +384,13 @@ pub(crate) fn lerp<C: Real>(a: C, w: C, weight: C) -> C {
     w.sub(a).mul_add(weight, a).canonical()
 }
 
+/// The size of a perturbation by random vectors, from the sum of `w^2` over all `n` elements.
+pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
+    delta * (squares / n).sqrt().max(LEAST_RMS)
+}
+
 /// `<D, P D>` of a block, by what its step has left: `||D||^2 <d, m> / ||d||^2`.
-pub(crate) fn step_metric(sums: &StepSums) -> f64 {
+fn step_metric(sums: &StepSums) -> f64 {
     if sums.direction == 0. { 0. } else { sums.step * (sums.along / sums.direction) }
 }
 

@@ -18,7 +18,7 @@ fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
 }
 
 /// Brings `master` to a parameter that somebody else has written. Returns whether anything changed.
-pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
+fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
     let (storage, _) = var.storage_and_layout();
     Ok(match cpu_storage(&storage)? {
         CpuStorage::BF16(w) => reconcile(w, master),
@@ -28,7 +28,7 @@ pub(crate) fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
 }
 
 /// The masters of a bf16 or f16 parameter: its values.
-pub(crate) fn new_master(var: &Tensor) -> Result<Vec<f32>> {
+fn new_master(var: &Tensor) -> Result<Vec<f32>> {
     // A NaN agrees with nothing but a NaN, so all elements are set.
     let mut master = vec![f32::NAN; var.elem_count()];
     sync_master(var, &mut master)?;

@@ -8,12 +8,6 @@ use super::cpu::{PIECE, splits};
 use super::gradient::FromGradient;
 use crate::block::{Block, Kept};
 use crate::numerics::{Real, random_bits};
-use crate::rule::LEAST_RMS;
-
-/// The size of the perturbation, from the sum of `w^2` over all `n` elements.
-pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
-    delta * (squares / n).sqrt().max(LEAST_RMS)
-}
 
 /// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
@@ -50,7 +44,7 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
 }
 
 /// Copies a parameter to a variable like it.
-pub(crate) fn copy(from: &Tensor, to: &Var) -> Result<()> {
+fn copy(from: &Tensor, to: &Var) -> Result<()> {
     fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
         let copy = |(to, from): (&mut [P], &[P])| to.copy_from_slice(from);
         match splits(to.len()) {
