@@ -1,8 +1,8 @@
-"""Times PyTorch's fused optimizers on the CPU, on the lists of parameters of benches/cpu_step.rs.
+"""Times PyTorch's fused optimizers, on the lists of parameters of benches/cpu_step.rs and cuda_step.rs.
 
-    python benches/peers/torch_step.py [--list NAME] [--threads N]
+    python benches/peers/torch_step.py [--device cuda] [--list NAME] [--threads N]
 
---list takes the lists whose name has NAME in it. A step is optimizer.step() alone: the gradients
+On a CUDA device a step is timed by events on its stream, as in cuda_step.rs. --list takes the lists whose name has NAME in it. A step is optimizer.step() alone: the gradients
 are there before. The bandwidth counts the bytes that the step cannot avoid moving, for numbers of
 b bytes:
 
@@ -53,30 +53,44 @@ OPTIMIZERS = [
 ]
 
 
-def parameters(dtype, shapes):
+def parameters(dtype, shapes, device):
     params = []
     for shape in shapes:
-        param = torch.nn.Parameter((0.02 * torch.randn(shape)).to(dtype))
-        param.grad = (0.01 * torch.randn(shape)).to(dtype)
+        param = torch.nn.Parameter((0.02 * torch.randn(shape, device=device)).to(dtype))
+        param.grad = (0.01 * torch.randn(shape, device=device)).to(dtype)
         params.append(param)
     return params
 
 
-def seconds(step):
-    """The median and the least time of a step."""
+def cpu_seconds(step):
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(step):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds(step, one):
+    """The median and the least time of a step, which `one` takes and times."""
     for _ in range(WARM_UP_STEPS):
         step()
     times = []
     while len(times) < MIN_STEPS or sum(times) < MIN_SECONDS:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        times.append(one(step))
     return statistics.median(times), min(times)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", default="", metavar="NAME", help="lists with NAME in their name")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, metavar="N", help="default: PyTorch's own choice")
     args = parser.parse_args()
     lists = {name: entry for name, entry in LISTS.items() if args.list in name}
@@ -86,13 +100,15 @@ def main():
         torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}\n")
+    cuda = args.device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"threads: {torch.get_num_threads()}"
+    print(f"torch {torch.__version__}, {where}\n")
     print("| list | fused optimizer | ms (median) | ms (least) | bytes a parameter | GB/s (median) |")
     print("|---|---|---|---|---|---|")
     for name, (dtype, shapes) in lists.items():
-        params = parameters(dtype, shapes)
+        params = parameters(dtype, shapes, args.device)
         for optimizer, new, numbers in OPTIMIZERS:
-            median, least = seconds(new(params).step)
+            median, least = seconds(new(params).step, cuda_seconds if cuda else cpu_seconds)
             size = numbers * dtype.itemsize
             rate = size * sum(param.numel() for param in params) / median / 1e9
             times = f"{1e3 * median:.3f} | {1e3 * least:.3f}"
