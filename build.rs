@@ -13,13 +13,14 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 13] = [
+const KERNELS: [&str; 14] = [
     "abi.h",
     "numerics.cuh",
     "access.cuh",
     "sums.cuh",
     "params.cuh",
     "rule.cuh",
+    "state.cuh",
     "statistics.cuh",
     "decide.cuh",
     "update.cuh",

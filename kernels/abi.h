@@ -1,4 +1,4 @@
-// The structs that the kernels share with Rust. bindgen makes src/cuda/abi.rs from this file.
+// The structs that the kernels share with Rust. bindgen makes src/backend/cuda/abi.rs from this file.
 //
 // All addresses are device addresses. Sizes and offsets are the same on both sides: 8-byte members
 // first, no padding. bindgen asserts them in Rust, the end of this file in C++.
@@ -10,7 +10,7 @@
 #define SRKL_STRIP 32
 
 // How many elements of a block are compared with their masters before a step.
-#define SRKL_PROBES 32
+#define SRKL_MASTER_SAMPLES 32
 
 // Threads in a CTA (a block of CUDA threads), and how many CTAs a multiprocessor must have room for.
 #define SRKL_THREADS 128
@@ -67,10 +67,10 @@
 #define SRKL_INFINITE 1
 #define SRKL_NOTHING 2
 
-// What the host is told of an estimate.
+// What a measurement has left of an estimate.
 #define SRKL_KNOWN 1     // there is one
 #define SRKL_LOST 2      // `Left::Lost` in src/estimate.rs
-#define SRKL_AS_IT_WAS 4 // `Left::AsItWas`
+#define SRKL_UNCHANGED 4 // `Left::Unchanged`
 
 // What srkl_replace does with parameters.
 #define SRKL_PERTURB 0           // those that have a gradient
@@ -86,7 +86,7 @@ typedef struct {
     unsigned long long v;           // its second moment, or 0
     unsigned long long average;     // of the parameter, or 0
     unsigned long long q;           // its squared row norms, or 0
-    unsigned long long old;         // room for the parameter as it was, or 0
+    unsigned long long backup;      // room for the parameter as it was, or 0
     unsigned long long n;           // elements
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
     unsigned long long chunk_count;
@@ -128,9 +128,9 @@ typedef struct {
 typedef struct {
     double schedule;
     double grad_scale;
-    unsigned int norm;  // whether any group clips
-    unsigned int total; // whether any group needs sums over all blocks
-    unsigned int whole; // whether no block may move before the statistics of all of them
+    unsigned int norm;      // whether any group clips
+    unsigned int total;     // whether any group needs sums over all blocks
+    unsigned int after_all; // whether no block may move before the statistics of all of them
     unsigned int pad;
 } SrklScalars;
 
@@ -170,7 +170,7 @@ typedef struct {
 // What is known of a block's curvature: `Estimate` in src/estimate.rs.
 typedef struct {
     double mean;
-    double own;
+    double row_sum_sq; // of SRKL_HUTCHINSON: the sum of q over the block
     double power;
     double variance;
     double entered;
@@ -192,19 +192,19 @@ typedef struct {
 // What stage 1 finds of a block.
 typedef struct {
     SrklSums sums;
-    unsigned long long take_parameter; // whether its masters are to be taken from the parameter
+    unsigned long long reset_master; // whether its masters are to be taken from the parameter
 } SrklStatistics;
 
 // The numbers of a block's step.
 typedef struct {
-    double c;
+    double grad_factor; // what the gradient is multiplied by, unscaling and clipping
     double curvature;
     double phi;
-    double correction1;
-    double correction2;
+    double scale_m; // 1 / (1 - beta1^t)
+    double scale_v; // 1 / (1 - beta2^t)
     double average;
     SrklPowers powers;        // after the step
-    unsigned long long step;  // whether the block moves, unless the whole step is skipped
+    unsigned long long moves; // whether the block moves, unless the whole step is skipped
     unsigned long long small; // whether by a small step, shorter than on flat ground
 } SrklDecision;
 
@@ -217,9 +217,9 @@ typedef struct {
     double probe_size;
     unsigned long long next_statistics; // the next chunk to take; 0 between steps
     unsigned long long next_update;     // likewise
-    unsigned int left;                  // CTAs that have left this step; 0 between steps
+    unsigned int ctas_left;             // CTAs that have left this step; 0 between steps
     unsigned int blocks_done;           // blocks whose statistics are there; 0 between steps
-    unsigned int refused;               // whether a block wants the step skipped; 0 between steps
+    unsigned int found_inf;             // whether a block wants the step skipped; 0 between steps
     unsigned int skipped;               // whether the last step was skipped
     unsigned int has_norm;              // whether it has computed grad_norm
     unsigned int probe;                 // what the last product with the Hessian came to
@@ -246,7 +246,7 @@ typedef struct {
     unsigned long long pairs;       // SrklPair[block_count]
     unsigned long long step_sums;   // SrklStepSums[block_count]: of a step that measures or records
     unsigned long long strips;      // double[chunk_count * SRKL_CHUNK / SRKL_STRIP]: sums of D^2, or 0
-    unsigned long long told;        // unsigned int[block_count]: after a measurement SRKL_KNOWN and so on
+    unsigned long long remaining;   // unsigned int[block_count]: after a measurement SRKL_KNOWN and so on
     unsigned long long skipped;     // unsigned long long[block_count]: how often each was skipped alone
     unsigned long long state;       // SrklState
     unsigned long long block_count;
@@ -267,9 +267,8 @@ static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
 static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "SrklPowers");
 static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16, "SrklStepSums");
 static_assert(sizeof(SrklEstimate) == 144 && offsetof(SrklEstimate, missing) == 136, "SrklEstimate");
-static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, take_parameter) == 24,
-              "SrklStatistics");
-static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, step) == 72, "SrklDecision");
+static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, reset_master) == 24, "SrklStatistics");
+static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72, "SrklDecision");
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
 static_assert(sizeof(SrklTable) == 192 && offsetof(SrklTable, stages) == 184, "SrklTable");
 #endif

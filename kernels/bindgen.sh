@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes src/cuda/abi.rs from kernels/abi.h; with --check, fails if it differs from the committed one.
+# Makes src/backend/cuda/abi.rs from kernels/abi.h; with --check, fails if it differs from the committed one.
 # Needs bindgen (cargo install bindgen-cli) and libclang.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,7 @@ trap 'rm -f "$made"' EXIT
 bindgen kernels/abi.h --with-derive-default --with-derive-partialeq --no-doc-comments \
     --allowlist-item 'Srkl.*|SRKL_.*' --rust-target 1.88 --rust-edition 2024 >"$made"
 if [ "${1:-}" = --check ]; then
-    diff src/cuda/abi.rs "$made"
+    diff src/backend/cuda/abi.rs "$made"
 else
-    cp "$made" src/cuda/abi.rs
+    cp "$made" src/backend/cuda/abi.rs
 fi

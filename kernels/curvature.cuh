@@ -30,9 +30,9 @@
 // The terms of both sums, of one element. P is the parameter's type, C its compute type.
 template <typename P, typename C>
 __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
-                                 const Part<P, C> &part, const Numbers &numbers, const Coefficients<C> &k,
-                                 u64 start, int at) {
-    const u32 direction = numbers.group.direction;
+                                 const Part<P, C> &part, const BlockStep &block_step,
+                                 const Coefficients<C> &k, u64 start, int at) {
+    const u32 direction = block_step.group.direction;
     SrklPair pair = {0., 0.};
     if (what == SRKL_SUM_SQUARES || what == SRKL_SUM_PARAMETERS) {
         double w = (double)widen(part.w()[at]);
@@ -44,12 +44,13 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     from_f64(load_one(first, start + at), g);
     if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
         C d = g;
-        if (direction != SRKL_GRADIENT) d = k.moments.first_moment(part.m()[at], g);
-        if (direction == SRKL_ADAM) d = div(d, k.moments.denom(k.moments.second_moment(part.v()[at], g)));
+        if (direction != SRKL_GRADIENT) d = k.moments.first_moment(part.m().load_one(at), g);
+        if (direction == SRKL_ADAM)
+            d = div(d, k.moments.denom(k.moments.second_moment(part.v().load_one(at), g)));
         double a = (double)d, w = (double)widen(part.w()[at]);
-        if (has_element_brakes(numbers.group)) {
-            double q = part.q() != 0 ? (double)part.q()[at] : 0.;
-            double phi = element_phi(numbers, (double)g, q);
+        if (has_element_brakes(block_step.group)) {
+            double q = part.q() ? (double)part.q().load_one(at) : 0.;
+            double phi = element_phi(block_step, (double)g, q);
             a = __dmul_rn(a, phi);
         }
         pair.a = __dmul_rn(a, a);
@@ -58,7 +59,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     }
     C g2;
     from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
-    double change = __dmul_rn(numbers.decision.c, __dsub_rn((double)g2, (double)g));
+    double change = __dmul_rn(block_step.decision.grad_factor, __dsub_rn((double)g2, (double)g));
     double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
     // As q can hold it.
     C square;
@@ -72,21 +73,22 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
 // The sums over elements `start..start + len` of a block, one chunk.
 template <typename P, typename C>
 __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
-                                      const Numbers &numbers, u64 start, int len, Lanes &lanes) {
-    const SrklGroup &group = numbers.group;
-    const Coefficients<C> k(group, numbers.decision);
+                                      const BlockStep &block_step, u64 start, int len, Lanes &lanes) {
+    const SrklGroup &group = block_step.group;
+    const Coefficients<C> k(group, block_step.decision);
     const Part<P, C> part(block, start);
     const int width = lane_count(len);
     for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
         double a = 0., b2 = 0.;
         for (int at = l; at < len; at += SRKL_LANES) {
-            SrklPair pair = terms(table, what, b, block, part, numbers, k, start, at);
+            SrklPair pair = terms(table, what, b, block, part, block_step, k, start, at);
             if (what == SRKL_SUM_AVERAGE) {
                 // `q <- decay q + (1 - decay) (H z)^2`
-                double keep = __dmul_rn(group.decay, (double)part.q()[at]);
-                double q = __dadd_rn(keep, __dmul_rn(__dsub_rn(1., group.decay), pair.a));
-                from_f64(q, part.q()[at]);
-                pair.a = (double)part.q()[at];
+                double kept = __dmul_rn(group.decay, (double)part.q().load_one(at));
+                C q;
+                from_f64(__dadd_rn(kept, __dmul_rn(__dsub_rn(1., group.decay), pair.a)), q);
+                part.q().store_one(at, q);
+                pair.a = (double)q;
                 pair.b = 0.;
             }
             a = __dadd_rn(a, pair.a);
@@ -140,7 +142,7 @@ __device__ inline bool takes_first_part(const SrklTable &table, u32 what, u64 b)
     const SrklGroup &group = ((const SrklGroup *)table.groups)[block.group];
     const bool first = has_gradient(table, b);
     const SrklState *state = (const SrklState *)table.state;
-    const bool moves = ((const SrklDecision *)table.decisions)[b].step;
+    const bool moves = ((const SrklDecision *)table.decisions)[b].moves;
     const u32 curvature = group.curvature;
     switch (what) {
     case SRKL_SUM_STEP: return first && moves && !state->skipped && curvature == SRKL_STEP;
@@ -195,7 +197,7 @@ __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile 
         return 0;
     }
     const SrklDecision &decision = ((const SrklDecision *)table.decisions)[b];
-    const bool small = !decision.step || decision.small;
+    const bool small = !decision.moves || decision.small;
     return observe_step(estimate, sums, group, small, totals.now);
 }
 
@@ -210,7 +212,7 @@ __device__ inline u32 finish_average(const SrklTable &table, u64 b, const volati
     estimate.missing += first && !both;
     const u32 probe = ((const SrklState *)table.state)->probe;
     if (!global && !both) return 0;
-    return observe_rows(estimate, probe, global ? totals.sums.a : estimate.own, totals.now);
+    return observe_rows(estimate, probe, global ? totals.sums.a : estimate.row_sum_sq, totals.now);
 }
 
 // The decision about block `b`, by the directions.
@@ -245,7 +247,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
             SrklEstimate &estimate = ((SrklEstimate *)table.estimates)[b];
             estimate.power = __dmul_rn(estimate.power, ((const SrklGroup *)table.groups)[group].decay);
             const double corrected = __dsub_rn(1., estimate.power);
-            estimate.own = __ddiv_rn(read_pair(&((const SrklPair *)table.pairs)[b]).a, corrected);
+            estimate.row_sum_sq = __ddiv_rn(read_pair(&((const SrklPair *)table.pairs)[b]).a, corrected);
         }
         __threadfence();
         __syncthreads();
@@ -255,14 +257,14 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         [&](u64 b) {
             SrklPair own = {0., 0.};
             if (what == SRKL_SUM_AVERAGE)
-                own.a = __ldcg(&((const SrklEstimate *)table.estimates)[b].own);
+                own.a = __ldcg(&((const SrklEstimate *)table.estimates)[b].row_sum_sq);
             else if (counts(table, what, b))
                 own = read_pair(&((const SrklPair *)table.pairs)[b]);
             return own;
         },
         lanes);
     if (threadIdx.x == 0) totals.sums = sums;
-    // Elements: whole numbers, exact in any order. And the metric of a step.
+    // Elements: whole block_step, exact in any order. And the metric of a step.
     const SrklPair more = fold_pairs(
         count,
         [&](u64 b) {
@@ -317,25 +319,25 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         if (what != SRKL_SUM_STEP && what != SRKL_SUM_AVERAGE) continue;
         const SrklEstimate &estimate = ((const SrklEstimate *)table.estimates)[b];
         const bool known = estimate.infinite || estimate.in_average > 0;
-        ((u32 *)table.told)[b] = left | (known ? SRKL_KNOWN : 0);
+        ((u32 *)table.remaining)[b] = left | (known ? SRKL_KNOWN : 0);
     }
 }
 
 // All threads of a block come with the same chunk.
 __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
-                                      const Numbers &numbers, u64 start, int len, Lanes &lanes) {
+                                      const BlockStep &block_step, u64 start, int len, Lanes &lanes) {
     switch (block.dtype) {
-    case SRKL_F32: return chunk_pair<float, float>(table, what, b, block, numbers, start, len, lanes);
-    case SRKL_F64: return chunk_pair<double, double>(table, what, b, block, numbers, start, len, lanes);
-    case SRKL_BF16: return chunk_pair<bf16, float>(table, what, b, block, numbers, start, len, lanes);
-    default: return chunk_pair<f16, float>(table, what, b, block, numbers, start, len, lanes);
+    case SRKL_F32: return chunk_pair<float, float>(table, what, b, block, block_step, start, len, lanes);
+    case SRKL_F64: return chunk_pair<double, double>(table, what, b, block, block_step, start, len, lanes);
+    case SRKL_BF16: return chunk_pair<bf16, float>(table, what, b, block, block_step, start, len, lanes);
+    default: return chunk_pair<f16, float>(table, what, b, block, block_step, start, len, lanes);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
     srkl_sums(const SrklTable table, const u32 what, const double delta) {
     __shared__ Lanes lanes;
-    __shared__ Numbers numbers;
+    __shared__ BlockStep block_step;
     __shared__ SrklChunk part;
     __shared__ SrklBlock block;
     __shared__ bool takes, last;
@@ -345,12 +347,13 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             part = ((const SrklChunk *)table.chunks)[chunk];
             takes = takes_part(table, what, part.block);
             block = ((const SrklBlock *)table.blocks)[part.block];
-            numbers.group = ((const SrklGroup *)table.groups)[block.group];
-            numbers.row_curvature(((const SrklEstimate *)table.estimates)[part.block]);
-            numbers.decision = ((const SrklDecision *)table.decisions)[part.block];
+            block_step.group = ((const SrklGroup *)table.groups)[block.group];
+            block_step.row_curvature(((const SrklEstimate *)table.estimates)[part.block]);
+            block_step.decision = ((const SrklDecision *)table.decisions)[part.block];
             // A product with the Hessian is unscaled, and not clipped.
             if (what == SRKL_SUM_PROBE || what == SRKL_SUM_AVERAGE)
-                numbers.decision.c = __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
+                block_step.decision.grad_factor =
+                    __ddiv_rn(1., ((const SrklScalars *)table.scalars)->grad_scale);
         }
         __syncthreads();
         const u64 left = block.n - part.start;
@@ -358,12 +361,12 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
         SrklPair sums = {0., 0.};
         if (takes && what == SRKL_SUM_STEP) {
             const double *strips = (const double *)table.strips + chunk * (SRKL_CHUNK / SRKL_STRIP);
-            const double c = numbers.decision.c;
+            const double c = block_step.decision.grad_factor;
             sums = block.dtype == SRKL_F64
                        ? chunk_change<double>(table, part.block, c, part.start, len, strips, lanes)
                        : chunk_change<float>(table, part.block, c, part.start, len, strips, lanes);
         } else if (takes) {
-            sums = chunk_pair(table, what, part.block, block, numbers, part.start, len, lanes);
+            sums = chunk_pair(table, what, part.block, block, block_step, part.start, len, lanes);
         }
         if (threadIdx.x == 0) {
             of_chunks[chunk] = sums;
@@ -377,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             __syncthreads();
             if (threadIdx.x == 0) {
                 if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
-                    const double scale = direction_scale(numbers.group, numbers.decision);
+                    const double scale = direction_scale(block_step.group, block_step.decision);
                     sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
                     if (what == SRKL_SUM_MEASURING)
                         ((SrklStepSums *)table.step_sums)[part.block].direction = sums.a;

@@ -43,7 +43,8 @@ __device__ inline void decide_block(const SrklTable &table, const SrklScalars &s
     SrklDecision decision;
     const bool finite = decide(p, s, own, total, estimate, powers, decision);
     const bool moves = may_step(finite, p);
-    decision.step = present && moves;
+    decision.moves = present && moves;
     ((SrklDecision *)table.decisions)[b] = decision;
-    if (present && !moves && p.nonfinite == SRKL_SKIP_STEP) atomicOr(&((SrklState *)table.state)->refused, 1);
+    if (present && !moves && p.nonfinite == SRKL_SKIP_STEP)
+        atomicOr(&((SrklState *)table.state)->found_inf, 1);
 }

@@ -4,7 +4,8 @@
 //   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   none
-//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `old`, from which SRKL_RESTORE_PERTURBED
+//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `backup`, from which
+//   SRKL_RESTORE_PERTURBED
 //            and SRKL_RESTORE_SWAPPED read; SRKL_PERTURB comes after SRKL_SUM_SQUARES, and `gradients` stay
 //            as they are until what is perturbed is restored
 //
@@ -17,7 +18,7 @@ template <typename P, typename C>
 __device__ inline void replace(const SrklTable &table, u32 what, u64 seed, u64 draw, const SrklBlock &block,
                                u64 b, u64 start, int len) {
     const Part<P, C> part(block, start);
-    P *old = (P *)block.old + start;
+    P *backup = (P *)block.backup + start;
     const double size = ((const SrklState *)table.state)->probe_size;
     const bool stepped = ((const SrklPowers *)table.powers)[b].average != 1.;
     C by;
@@ -25,17 +26,17 @@ __device__ inline void replace(const SrklTable &table, u32 what, u64 seed, u64 d
     for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
         const u64 i = start + at;
         if (what == SRKL_RESTORE_PERTURBED || what == SRKL_RESTORE_SWAPPED) {
-            part.w()[at] = old[at];
+            part.w()[at] = backup[at];
             continue;
         }
-        old[at] = part.w()[at];
+        backup[at] = part.w()[at];
         if (what == SRKL_PERTURB) {
             // `w <- w + size * z`
             u64 bits = random_bits(seed, draw, block.place, i / 64);
             C w = (C)widen(part.w()[at]);
             narrow(canonical(add(w, bits >> (i % 64) & 1 ? -by : by)), part.w()[at]);
-        } else if (part.average() != 0 && stepped) {
-            narrow(part.average()[at], part.w()[at]);
+        } else if (part.average() && stepped) {
+            narrow(part.average().load_one(at), part.w()[at]);
         }
     }
 }

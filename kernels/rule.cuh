@@ -59,13 +59,13 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
         if (curvature != UNKNOWN && is_finite(curvature)) phi = brake(lr, p.beta, curvature);
     }
     if (has_element_brakes(p) && phi != 0.) phi = lr;
-    decision.c = c;
+    decision.grad_factor = c;
     decision.curvature = curvature;
     decision.phi = phi;
     decision.small = 0;
     decision.powers = powers;
-    decision.correction1 = bias_correction(powers.first);
-    decision.correction2 = bias_correction(powers.second);
+    decision.scale_m = bias_correction(powers.first);
+    decision.scale_v = bias_correction(powers.second);
     decision.average =
         p.average == 1. ? 0. : __dmul_rn(__dsub_rn(1., p.average), bias_correction(powers.average));
     return finite;
@@ -116,15 +116,15 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
 
 // The direction of an element, and its state.
 template <typename C> struct Moments {
-    C decay1, one_minus_decay1_c, decay2, one_minus_decay2, c, correction2, eps;
+    C decay1, one_minus_decay1_c, decay2, one_minus_decay2, c, scale_v, eps;
 
     __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
         from_f64(p.decay1, decay1);
-        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.c), one_minus_decay1_c);
+        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.grad_factor), one_minus_decay1_c);
         from_f64(p.decay2, decay2);
         from_f64(__dsub_rn(1., p.decay2), one_minus_decay2);
-        from_f64(decision.c, c);
-        from_f64(decision.correction2, correction2);
+        from_f64(decision.grad_factor, c);
+        from_f64(decision.scale_v, scale_v);
         from_f64(p.eps, eps);
     }
 
@@ -140,42 +140,42 @@ template <typename C> struct Moments {
     }
 
     // `P = sqrt(v / (1 - beta2^t)) + eps`
-    __device__ C denom(C v) const { return add(root(mul(correction2, v)), eps); }
+    __device__ C denom(C v) const { return add(root(mul(scale_v, v)), eps); }
 };
 
 // What an update goes by, beside its chunk.
-struct Numbers {
+struct BlockStep {
     SrklDecision decision;
     SrklGroup group;
-    double row_correction; // `1 / (1 - decay^k)` of q
-    double shared;         // `R^p` of SRKL_MIXED
+    double row_scale; // `1 / (1 - decay^k)` of q
+    double shared;    // `R^p` of SRKL_MIXED
 
     __device__ void row_curvature(const SrklEstimate &estimate) {
         if (!has_element_brakes(group)) return;
-        row_correction = bias_correction(estimate.power);
-        shared = eighths(__dsqrt_rn(estimate.own), group.shared);
+        row_scale = bias_correction(estimate.power);
+        shared = eighths(__dsqrt_rn(estimate.row_sum_sq), group.shared);
     }
 };
 
 // The brake of an element with gradient `g`: of `(c g)^2`, or of `r^(1 - p) * R^p` with
-// `r = sqrt(row_correction * q)`.
-__device__ inline double element_phi(const Numbers &numbers, double g, double q) {
+// `r = sqrt(row_scale * q)`.
+__device__ inline double element_phi(const BlockStep &block_step, double g, double q) {
     double curvature;
-    if (numbers.decision.phi == 0.) return 0.;
-    if (numbers.group.curvature == SRKL_GRAD_SQUARE) {
-        double d = __dmul_rn(numbers.decision.c, g);
+    if (block_step.decision.phi == 0.) return 0.;
+    if (block_step.group.curvature == SRKL_GRAD_SQUARE) {
+        double d = __dmul_rn(block_step.decision.grad_factor, g);
         curvature = __dmul_rn(d, d);
     } else {
-        double r = __dsqrt_rn(__dmul_rn(numbers.row_correction, q));
-        curvature = __dmul_rn(eighths(r, 8 - numbers.group.shared), numbers.shared);
+        double r = __dsqrt_rn(__dmul_rn(block_step.row_scale, q));
+        curvature = __dmul_rn(eighths(r, 8 - block_step.group.shared), block_step.shared);
     }
-    return brake(numbers.decision.phi, numbers.group.beta, curvature);
+    return brake(block_step.decision.phi, block_step.group.beta, curvature);
 }
 
 // The factor from what the moments give to the direction: clipping and unscaling of a gradient, the bias
 // correction of a first moment.
 __device__ inline double direction_scale(const SrklGroup &p, const SrklDecision &decision) {
-    return p.direction == SRKL_GRADIENT ? decision.c : decision.correction1;
+    return p.direction == SRKL_GRADIENT ? decision.grad_factor : decision.scale_m;
 }
 
 // `step_size` and `decay_factor` of `apply_step`: `phi * scale` and `1 - phi * weight_decay`.
@@ -298,7 +298,7 @@ __device__ inline void enter_average(SrklEstimate &estimate, double curvature, d
 }
 
 // Takes a measurement along a step. Returns what it has left of the estimate:
-// SRKL_LOST, SRKL_AS_IT_WAS or 0.
+// SRKL_LOST, SRKL_UNCHANGED or 0.
 __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, const SrklGroup &group,
                                    bool small, u64 now) {
     const double change = sums.change, curvature = __ddiv_rn(sums.bound, sums.metric);
@@ -306,11 +306,11 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
                         is_finite(sums.bound) && is_finite(sums.metric);
     if (sums.direction == 0.) {
         estimate.uninformative++;
-        return SRKL_AS_IT_WAS;
+        return SRKL_UNCHANGED;
     }
     if (finite && (sums.step == 0. || (change == 0. && estimate.in_average == 0 && small))) {
         estimate.mean = 0.;
-        estimate.own = 0.;
+        estimate.row_sum_sq = 0.;
         estimate.power = 1.;
         estimate.variance = 0.;
         estimate.entered = 0.;
@@ -335,7 +335,7 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
 __device__ inline u32 observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
     if (probe == SRKL_NOTHING) {
         estimate.uninformative++;
-        return SRKL_AS_IT_WAS;
+        return SRKL_UNCHANGED;
     }
     if (probe == SRKL_INFINITE || !is_finite(squared)) {
         estimate.infinite = 1;

@@ -49,17 +49,17 @@ struct Work {
     u64 b;     // the number of its block
     SrklBlock block;
     SrklGradient gradient;
-    Numbers numbers;
+    BlockStep block_step;
     u64 pending;   // the chunk to update next, or NO_CHUNK
     u64 needs;     // statistics of chunks up to this number are worth doing meanwhile
     u64 pending_b; // its block
-    bool take_parameter;
+    bool reset_master;
     bool last;
 };
 
 // Where it is told that block `b` is decided.
 __device__ inline u32 *ready_flag(const SrklTable &table, const Work &work, u64 b) {
-    return &((u32 *)table.ready)[work.scalars.whole ? 0 : b];
+    return &((u32 *)table.ready)[work.scalars.after_all ? 0 : b];
 }
 
 __device__ inline bool is_ready(const SrklTable &table, const Work &work, u64 b) {
@@ -81,7 +81,7 @@ __device__ inline void take_pending(const SrklTable &table, Work &work) {
     if (chunk >= table.chunk_count) return;
     const SrklChunk *chunks = (const SrklChunk *)table.chunks;
     work.needs = table.chunk_count;
-    if (work.scalars.whole) {
+    if (work.scalars.after_all) {
         chunk = table.chunk_count - 1 - chunk;
     } else {
         const SrklBlock &block = ((const SrklBlock *)table.blocks)[chunks[chunk].block];
@@ -105,23 +105,23 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
 
 // Takes what an update needs beside its chunk.
 template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
-    work.numbers.group = ((const SrklGroup *)table.groups)[work.block.group];
-    if (ELEMENTS) work.numbers.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
+    work.block_step.group = ((const SrklGroup *)table.groups)[work.block.group];
+    if (ELEMENTS) work.block_step.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
     // Written in this launch: past L1.
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
-    work.numbers.decision.c = __ldcg(&decision->c);
-    work.numbers.decision.phi = __ldcg(&decision->phi);
-    work.numbers.decision.correction1 = __ldcg(&decision->correction1);
-    work.numbers.decision.correction2 = __ldcg(&decision->correction2);
-    work.numbers.decision.average = __ldcg(&decision->average);
-    work.numbers.decision.step = __ldcg(&decision->step);
-    work.take_parameter = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].take_parameter);
+    work.block_step.decision.grad_factor = __ldcg(&decision->grad_factor);
+    work.block_step.decision.phi = __ldcg(&decision->phi);
+    work.block_step.decision.scale_m = __ldcg(&decision->scale_m);
+    work.block_step.decision.scale_v = __ldcg(&decision->scale_v);
+    work.block_step.decision.average = __ldcg(&decision->average);
+    work.block_step.decision.moves = __ldcg(&decision->moves);
+    work.reset_master = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].reset_master);
     if (table.stages & SRKL_COUNT) {
-        const bool refused = __ldcg(&((const SrklState *)table.state)->refused);
-        const bool present = work.gradient.address != 0 && work.numbers.group.lr > 0.;
-        if (work.start == 0 && present && !work.numbers.decision.step && !refused)
+        const bool found_inf = __ldcg(&((const SrklState *)table.state)->found_inf);
+        const bool present = work.gradient.address != 0 && work.block_step.group.lr > 0.;
+        if (work.start == 0 && present && !work.block_step.decision.moves && !found_inf)
             ((u64 *)table.skipped)[work.b]++;
-        if (refused) work.numbers.decision.step = 0;
+        if (found_inf) work.block_step.decision.moves = 0;
     }
 }
 
@@ -186,7 +186,7 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
         }
         // Where updates wait for all blocks, the last one opens the way.
         work.last = true;
-        if (scalars.whole)
+        if (scalars.after_all)
             work.last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
     }
     __syncthreads();
@@ -202,7 +202,7 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
 __device__ inline void take_powers(const SrklTable &table, u64 b) {
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[b];
     SrklPowers *powers = &((SrklPowers *)table.powers)[b];
-    if (!__ldcg(&decision->step)) return;
+    if (!__ldcg(&decision->moves)) return;
     powers->first = __ldcg(&decision->powers.first);
     powers->second = __ldcg(&decision->powers.second);
     powers->average = __ldcg(&decision->powers.average);
@@ -211,23 +211,23 @@ __device__ inline void take_powers(const SrklTable &table, u64 b) {
 // The last CTA to leave counts the step and makes the table ready for the next one.
 __device__ inline void leave(const SrklTable &table, Work &work) {
     SrklState *state = (SrklState *)table.state;
-    if (threadIdx.x == 0) work.last = arrives_last(&state->left, gridDim.x);
+    if (threadIdx.x == 0) work.last = arrives_last(&state->ctas_left, gridDim.x);
     __syncthreads();
     if (!work.last) return;
-    const u64 flags = work.scalars.whole ? 1 : table.block_count;
+    const u64 flags = work.scalars.after_all ? 1 : table.block_count;
     for (u64 b = thread_number(); b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
     if (table.stages & SRKL_COUNT)
         for (u64 b = thread_number(); b < table.block_count; b += SRKL_THREADS)
-            if (!state->refused) take_powers(table, b);
+            if (!state->found_inf) take_powers(table, b);
     __syncthreads();
     if (threadIdx.x == 0) {
         state->next_statistics = 0;
         state->next_update = 0;
         if (table.stages & SRKL_COUNT) {
-            const bool skipped = state->refused;
+            const bool skipped = state->found_inf;
             *(skipped ? &state->skipped_steps : &state->steps) += 1;
             state->skipped = skipped;
-            state->refused = 0;
+            state->found_inf = 0;
             state->has_norm = work.scalars.norm;
             state->recorded = (table.stages & SRKL_RECORD) != 0;
             state->grad_scale = work.scalars.grad_scale;
@@ -252,7 +252,7 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
         block.chunk_count, [=](u64 i) { return read_pair(&first[i]); }, lanes);
     if (threadIdx.x == 0) {
         SrklStepSums *step = &((SrklStepSums *)table.step_sums)[work.b];
-        const double scale = direction_scale(work.numbers.group, work.numbers.decision);
+        const double scale = direction_scale(work.block_step.group, work.block_step.decision);
         step->step = sums.a;
         step->along = __dmul_rn(sums.b, __dmul_rn(scale, scale));
     }
@@ -272,11 +272,11 @@ __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         if (work.stage == SRKL_STATISTICS) {
             run_statistics(table, work, len, lanes);
-        } else if (work.numbers.decision.step) {
+        } else if (work.block_step.decision.moves) {
             double *strips = (double *)table.strips;
             if (strips != 0) strips += work.chunk * (SRKL_CHUNK / SRKL_STRIP);
-            update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.take_parameter,
-                                       work.numbers, lanes, strips);
+            update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.reset_master,
+                                       work.block_step, lanes, strips);
             if (MEASURES) add_up_step(table, work, lanes);
         }
         __syncthreads();

@@ -102,9 +102,9 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
     return sums;
 }
 
-// Whether one of up to SRKL_PROBES evenly spaced elements is not what its master rounds to.
+// Whether one of up to SRKL_MASTER_SAMPLES evenly spaced elements is not what its master rounds to.
 template <typename P> __device__ bool overwritten(const P *w, const float *master, u64 n) {
-    u64 count = n < SRKL_PROBES ? n : SRKL_PROBES;
+    u64 count = n < SRKL_MASTER_SAMPLES ? n : SRKL_MASTER_SAMPLES;
     bool differs = false;
     if (threadIdx.x < count) {
         u64 i = count > 1 ? threadIdx.x * (n - 1) / (count - 1) : 0;
@@ -125,8 +125,8 @@ __device__ SrklStatistics block_statistics(const SrklBlock &block, const SrklSum
         block.chunk_count, [=](u64 i) { return read_sums(&first[i]); }, lanes);
     if (block.master != 0) {
         const float *master = (const float *)block.master;
-        found.take_parameter = block.dtype == SRKL_BF16 ? overwritten((const bf16 *)block.w, master, block.n)
-                                                        : overwritten((const f16 *)block.w, master, block.n);
+        found.reset_master = block.dtype == SRKL_BF16 ? overwritten((const bf16 *)block.w, master, block.n)
+                                                      : overwritten((const f16 *)block.w, master, block.n);
     }
     return found;
 }

@@ -10,34 +10,16 @@
 // aligned, a gradient need not be, and none overlap.
 #pragma once
 
-#include "access.cuh"
 #include "rule.cuh"
+#include "state.cuh"
 #include "sums.cuh"
-
-// A chunk of a parameter and its state, whose addresses are null where there is none. P is the parameter's
-// type, C its compute type. (The addresses stay in shared memory, where `block` is: registers are few.)
-template <typename P, typename C> struct Part {
-    const SrklBlock &block;
-    u64 start;
-
-    __device__ Part(const SrklBlock &block, u64 start) : block(block), start(start) {}
-    __device__ P *w() const { return (P *)block.w + start; }
-    __device__ C *master() const { return at(block.master); }
-    __device__ C *m() const { return at(block.m); }
-    __device__ C *v() const { return at(block.v); }
-    __device__ C *average() const { return at(block.average); }
-    __device__ C *q() const { return at(block.q); }
-
-  private:
-    __device__ C *at(u64 address) const { return address != 0 ? (C *)address + start : 0; }
-};
 
 // Loads a thread's parameters, or their masters, as C.
 template <int STRIDE, int N, int ROWS, typename P, typename C>
 __device__ inline void load_parameters(Elements<C, N> (&xs)[ROWS], const Part<P, C> &part, int at, int wide,
-                                       bool take) {
-    if (part.master() != 0 && !take) {
-        load_elements<STRIDE>(xs, part.master(), at, wide);
+                                       bool reset_master) {
+    if (part.master() && !reset_master) {
+        part.master().template load<STRIDE>(xs, at, wide);
         return;
     }
     Elements<P, N> ws[ROWS];
@@ -50,8 +32,8 @@ __device__ inline void load_parameters(Elements<C, N> (&xs)[ROWS], const Part<P,
 
 // The wide part of a chunk; G is the gradient's type. All threads of a warp come to each exchange.
 template <u32 DIRECTION, typename P, typename C, typename G>
-__device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide, bool take,
-                                   const Coefficients<C> &k) {
+__device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wide, bool reset_master,
+                                      const Coefficients<C> &k) {
     // Neighbours in a thread: as many as 16 bytes of the smallest type hold, and some such rows at a
     // time, so that their loads are under way together.
     const int N = 16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
@@ -64,9 +46,9 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
         Elements<G, N> gs[BATCH];
         Elements<C, N> xs[BATCH], ds[BATCH], states[BATCH];
         load_elements<STRIDE>(gs, g, at, wide);
-        if (DIRECTION != SRKL_GRADIENT) load_elements<STRIDE>(ds, part.m(), at, wide);
-        if (DIRECTION == SRKL_ADAM) load_elements<STRIDE>(states, part.v(), at, wide);
-        if (!LATE) load_parameters<STRIDE>(xs, part, at, wide, take);
+        if (DIRECTION != SRKL_GRADIENT) part.m().template load<STRIDE>(ds, at, wide);
+        if (DIRECTION == SRKL_ADAM) part.v().template load<STRIDE>(states, at, wide);
+        if (!LATE) load_parameters<STRIDE>(xs, part, at, wide, reset_master);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
 #pragma unroll
@@ -75,14 +57,14 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
                 if (DIRECTION == SRKL_ADAM) states[j][e] = k.moments.second_moment(states[j][e], d);
                 ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first_moment(ds[j][e], d);
             }
-            if (DIRECTION != SRKL_GRADIENT) store_elements(part.m(), at + j * STRIDE, wide, ds[j]);
+            if (DIRECTION != SRKL_GRADIENT) part.m().store(at + j * STRIDE, wide, ds[j]);
             if (DIRECTION == SRKL_ADAM) {
-                store_elements(part.v(), at + j * STRIDE, wide, states[j]);
+                part.v().store(at + j * STRIDE, wide, states[j]);
 #pragma unroll
                 for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.denom(states[j][e]));
             }
         }
-        if (LATE) load_parameters<STRIDE>(xs, part, at, wide, take);
+        if (LATE) load_parameters<STRIDE>(xs, part, at, wide, reset_master);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             Elements<P, N> ws;
@@ -91,45 +73,45 @@ __device__ inline void update_wide(const Part<P, C> &part, const G *g, int wide,
                 xs[j][e] = apply_step(xs[j][e], ds[j][e], k.step_size, k.decay_factor);
                 narrow(xs[j][e], ws[e]);
                 // What the average follows.
-                if (part.master() == 0) xs[j][e] = (C)widen(ws[e]);
+                if (!part.master()) xs[j][e] = (C)widen(ws[e]);
             }
-            if (part.master() != 0) store_elements(part.master(), at + j * STRIDE, wide, xs[j]);
+            if (part.master()) part.master().store(at + j * STRIDE, wide, xs[j]);
             store_elements(part.w(), at + j * STRIDE, wide, ws);
         }
-        if (part.average() != 0) {
-            load_elements<STRIDE>(states, part.average(), at, wide);
+        if (part.average()) {
+            part.average().template load<STRIDE>(states, at, wide);
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
 #pragma unroll
                 for (int e = 0; e < N; e++) states[j][e] = lerp(states[j][e], xs[j][e], k.average);
-                store_elements(part.average(), at + j * STRIDE, wide, states[j]);
+                part.average().store(at + j * STRIDE, wide, states[j]);
             }
         }
     }
 }
 
 template <typename P, typename C, typename G>
-__device__ inline int update_wide(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
-                                  bool take, u32 direction, const Coefficients<C> &k) {
+__device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
+                                     bool reset_master, u32 direction, const Coefficients<C> &k) {
     const G *p = (const G *)g.address;
     const int wide = wide_part(p, start, len, n);
     switch (direction) {
-    case SRKL_GRADIENT: update_wide<SRKL_GRADIENT>(part, p + start, wide, take, k); break;
-    case SRKL_MOMENTUM: update_wide<SRKL_MOMENTUM>(part, p + start, wide, take, k); break;
-    default: update_wide<SRKL_ADAM>(part, p + start, wide, take, k); break;
+    case SRKL_GRADIENT: update_vectors<SRKL_GRADIENT>(part, p + start, wide, reset_master, k); break;
+    case SRKL_MOMENTUM: update_vectors<SRKL_MOMENTUM>(part, p + start, wide, reset_master, k); break;
+    default: update_vectors<SRKL_ADAM>(part, p + start, wide, reset_master, k); break;
     }
     return wide;
 }
 
 // Elements `from..len` of a chunk one by one: the single ones behind the wide part; all of them where every
-// element has its own brake, or the gradient's dtype is not one that `update_wide` is used for. If it
+// element has its own brake, or the gradient's dtype is not one that `update_vectors` is used for. If it
 // MEASURES, from 0, terms of `D^2` and `d m` are added to the lanes, of which a thread has the same ones for
 // every row, and the sums of `D^2` over the chunk's strips go to `strips`, if there are any.
 template <bool ELEMENT, bool MEASURES, typename P, typename C>
-__device__ inline void update_singles(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
-                                      int len, bool take, const Numbers &numbers, const Coefficients<C> &k,
-                                      Lanes &lanes, double *strips) {
-    const SrklGroup &group = numbers.group;
+__device__ inline void update_scalar_tail(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
+                                          int len, bool reset_master, const BlockStep &block_step,
+                                          const Coefficients<C> &k, Lanes &lanes, double *strips) {
+    const SrklGroup &group = block_step.group;
     if (MEASURES)
         for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = lanes.sum4[l] = 0.;
 #pragma unroll 1
@@ -140,26 +122,26 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
             C gradient, step_size = k.step_size, decay_factor = k.decay_factor;
             from_f64(load_one(g, start + at), gradient);
             if (ELEMENT) {
-                double q = part.q() != 0 ? (double)part.q()[at] : 0.;
-                double phi = element_phi(numbers, (double)gradient, q);
-                step_coefficients(phi, group, numbers.decision, step_size, decay_factor);
+                double q = part.q() ? (double)part.q().load_one(at) : 0.;
+                double phi = element_phi(block_step, (double)gradient, q);
+                step_coefficients(phi, group, block_step.decision, step_size, decay_factor);
             }
             C d = gradient;
             if (group.direction != SRKL_GRADIENT)
-                d = part.m()[at] = k.moments.first_moment(part.m()[at], gradient);
+                d = part.m().store_one(at, k.moments.first_moment(part.m().load_one(at), gradient));
             const C m = d;
             if (group.direction == SRKL_ADAM) {
-                C v = part.v()[at] = k.moments.second_moment(part.v()[at], gradient);
+                C v = part.v().store_one(at, k.moments.second_moment(part.v().load_one(at), gradient));
                 d = div(d, k.moments.denom(v));
             }
             const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
-            C x = part.master() != 0 && !take ? part.master()[at] : (C)widen(part.w()[at]);
+            C x = part.master() && !reset_master ? part.master().load_one(at) : (C)widen(part.w()[at]);
             x = apply_step(x, d, step_size, decay_factor);
             narrow(x, part.w()[at]);
-            if (part.master() != 0) part.master()[at] = x;
-            if (part.average() != 0) {
-                C stored = part.master() != 0 ? x : (C)widen(part.w()[at]);
-                part.average()[at] = lerp(part.average()[at], stored, k.average);
+            if (part.master()) part.master().store_one(at, x);
+            if (part.average()) {
+                C stored = part.master() ? x : (C)widen(part.w()[at]);
+                part.average().store_one(at, lerp(part.average().load_one(at), stored, k.average));
             }
             if (MEASURES) {
                 const int l = at % SRKL_LANES;
@@ -180,34 +162,40 @@ __device__ inline void update_singles(const Part<P, C> &part, const SrklGradient
 // their own brakes, whose double precision takes registers: all blocks then go element by element. If it
 // MEASURES the sums of `D^2` and `d m` are left in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
-__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers, Lanes &lanes, double *strips) {
-    const Coefficients<C> k(numbers.group, numbers.decision);
+__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
+                              bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {
+    const Coefficients<C> k(block_step.group, block_step.decision);
     const Part<P, C> part(block, start);
-    const u32 direction = numbers.group.direction;
+    const u32 direction = block_step.group.direction;
     constexpr bool WIDE = !ELEMENTS && !MEASURES;
     int wide = 0;
     if (WIDE && g.dtype == block.dtype)
-        wide = update_wide<P, C, P>(part, g, start, len, block.n, take, direction, k);
+        wide = update_vectors<P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
     else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
-        wide = update_wide<P, C, C>(part, g, start, len, block.n, take, direction, k);
-    if (ELEMENTS && has_element_brakes(numbers.group))
-        update_singles<true, MEASURES>(part, g, start, 0, len, take, numbers, k, lanes, strips);
+        wide = update_vectors<P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
+    if (ELEMENTS && has_element_brakes(block_step.group))
+        update_scalar_tail<true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes,
+                                           strips);
     else
-        update_singles<false, MEASURES>(part, g, start, wide, len, take, numbers, k, lanes, strips);
+        update_scalar_tail<false, MEASURES>(part, g, start, wide, len, reset_master, block_step, k, lanes,
+                                            strips);
 }
 
 template <bool ELEMENTS, bool MEASURES>
-__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len, bool take,
-                              const Numbers &numbers, Lanes &lanes, double *strips) {
+__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
+                              bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {
     switch (block.dtype) {
     case SRKL_F32:
-        return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, take, numbers, lanes, strips);
+        return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, reset_master, block_step, lanes,
+                                                        strips);
     case SRKL_F64:
-        return update<ELEMENTS, MEASURES, double, double>(block, g, start, len, take, numbers, lanes, strips);
+        return update<ELEMENTS, MEASURES, double, double>(block, g, start, len, reset_master, block_step,
+                                                          lanes, strips);
     case SRKL_BF16:
-        return update<ELEMENTS, MEASURES, bf16, float>(block, g, start, len, take, numbers, lanes, strips);
+        return update<ELEMENTS, MEASURES, bf16, float>(block, g, start, len, reset_master, block_step, lanes,
+                                                       strips);
     default:
-        return update<ELEMENTS, MEASURES, f16, float>(block, g, start, len, take, numbers, lanes, strips);
+        return update<ELEMENTS, MEASURES, f16, float>(block, g, start, len, reset_master, block_step, lanes,
+                                                      strips);
     }
 }

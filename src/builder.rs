@@ -6,11 +6,16 @@ use std::fmt;
 use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::VarMap;
 
-use crate::backend::pool::Pool;
-use crate::backend::simd::Simd;
-use crate::backend::{access, cuda, masters};
-use crate::block::Block;
-use crate::optimizer::{BLOCK_WORK, DEFAULT_GROUP, PARALLEL_WORK, Srkl};
+use crate::backend::cpu::access;
+use crate::backend::masters;
+#[cfg(feature = "cuda")]
+use crate::backend::{Backend, cuda};
+use crate::block::{Block, Parameters};
+use crate::engine::Engine;
+#[cfg(feature = "cuda")]
+use crate::engine::device::Device;
+use crate::engine::host::Host;
+use crate::optimizer::{DEFAULT_GROUP, Srkl};
 use crate::params::{Group, ParamsSrkl};
 use crate::schedule::{MeasureSchedule, MeasureState};
 
@@ -135,7 +140,7 @@ impl<'a> SrklBuilder<'a> {
             }
         }
 
-        let plan = MeasureSchedule::of_all(groups.iter().map(|group| &group.params))?;
+        let measure_schedule = MeasureSchedule::of_all(groups.iter().map(|group| &group.params))?;
         let mut blocks: Vec<Block> = vec![];
         let mut names: HashSet<String> = HashSet::new();
         let mut ids: HashMap<TensorId, String> = HashMap::new();
@@ -167,32 +172,40 @@ impl<'a> SrklBuilder<'a> {
             block.elements = access::first_element(&block)?;
             blocks.push(Block { place: blocks.len(), tied, ..block });
         }
-        let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
-        storages.sort_unstable();
-        let on_cpu = blocks.iter().filter(|block| block.on_cpu);
-        let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
-        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
-        let cuda = cuda::devices_of(&blocks, &groups)?;
-        let progress = MeasureState { blind: plan.is_some(), ..MeasureState::default() };
+        let all = Parameters::new(groups, blocks);
+        let engine = engine_of(&all)?;
+        let measure_state =
+            MeasureState { blind: measure_schedule.is_some(), ..MeasureState::default() };
         Ok(Srkl {
-            cuda,
-            groups,
-            blocks,
+            all,
             by_position: false,
-            storages: storages.into(),
             schedule: 1.,
             grad_scale: 1.,
-            steps: 0,
-            skipped_steps: 0,
-            plan,
-            progress,
+            measure_schedule,
+            measure_state,
             seed: 0,
             records: false,
-            grad_norm: None,
-            simd: Simd::detect(),
-            pool,
+            engine,
         })
     }
+}
+
+/// Who decides the steps of these parameters.
+fn engine_of(all: &Parameters) -> Result<Box<dyn Engine>> {
+    #[cfg(not(feature = "cuda"))]
+    let devices = vec![];
+    #[cfg(feature = "cuda")]
+    let devices = {
+        let mut devices: Vec<Box<dyn Backend>> = vec![];
+        for cuda in cuda::devices_of(all)? {
+            if cuda.has_all(all) {
+                return Ok(Box::new(Device::new(cuda)));
+            }
+            devices.push(Box::new(cuda));
+        }
+        devices
+    };
+    Ok(Box::new(Host::new(devices, all)?))
 }
 
 impl fmt::Debug for SrklBuilder<'_> {

@@ -31,13 +31,15 @@ use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
 
 use crate::backend::masters;
-use crate::block::{Block, Buffer, STATE};
+use crate::block::Block;
+use crate::engine::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
+use crate::state::{STATE, SavedTensor};
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 2;
@@ -96,19 +98,20 @@ impl Srkl {
             ("skipped_steps".to_string(), self.skipped_steps()?.to_string()),
             ("schedule".to_string(), format!("{:?}", self.schedule)),
             ("grad_scale".to_string(), format!("{:?}", self.grad_scale)),
-            ("attempts".to_string(), self.progress.step_calls.to_string()),
-            ("asked".to_string(), self.progress.asked.to_string()),
-            ("draws".to_string(), self.progress.probe_count.to_string()),
+            ("attempts".to_string(), self.measure_state.step_calls.to_string()),
+            ("asked".to_string(), self.measure_state.asked.to_string()),
+            ("draws".to_string(), self.measure_state.probe_count.to_string()),
             ("seed".to_string(), self.seed.to_string()),
-            ("requested".to_string(), (self.progress.requested as u8).to_string()),
-            ("blind".to_string(), (self.progress.blind as u8).to_string()),
-            ("measured".to_string(), (self.progress.measured as u8).to_string()),
+            ("requested".to_string(), (self.measure_state.requested as u8).to_string()),
+            ("blind".to_string(), (self.measure_state.blind as u8).to_string()),
+            ("measured".to_string(), (self.measure_state.measured as u8).to_string()),
             ("by_position".to_string(), (self.by_position as u8).to_string()),
         ]);
         let mut tensors = vec![];
-        let numbers = self.outcomes()?.into_iter().zip(self.powers()?).zip(self.estimates()?);
-        for (place, (block, numbers)) in self.blocks.iter().zip(numbers).enumerate() {
-            let (((_, skipped), powers), estimate) = numbers;
+        let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
+        let numbers = self.engine.outcomes()?.into_iter().zip(powers);
+        for (place, (block, numbers)) in self.all.blocks.iter().zip(numbers).enumerate() {
+            let ((_, skipped), (powers, estimate)) = numbers;
             let name = &block.name;
             let Powers { first, second, average } = powers;
             metadata.insert(format!("parameter.{name}"), description(block));
@@ -118,9 +121,11 @@ impl Srkl {
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
-            for (kind, buffer) in block.state.named() {
-                let (shape, bytes) = (block.var.dims(), buffer.to_bytes(block.n)?);
-                tensors.push((format!("{name}.{kind}"), StateTensor { buffer, shape, bytes }));
+            for (kind, slot) in block.state.named() {
+                let saved = slot.tensors(block.var.dims()).into_iter().zip(slot.to_bytes()?);
+                tensors.extend(saved.map(|(tensor, bytes)| {
+                    (format!("{name}.{kind}{}", tensor.suffix), StateTensor { tensor, bytes })
+                }));
             }
         }
 
@@ -153,36 +158,40 @@ impl Srkl {
         let loaded = fs::read(path)
             .map_err(Error::from)
             .and_then(|bytes| {
-                let params = |block: &Block| &self.groups[block.group].params;
-                Loaded::new(&bytes, &self.blocks, self.by_position, params)
+                let params = |block: &Block| self.all.of(block);
+                Loaded::new(&bytes, &self.all.blocks, self.by_position, params)
             })
             .map_err(|e| e.with_path(path))?;
-        for group in &self.groups {
+        for group in &self.all.groups {
             check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
                 .map_err(|e| e.context(format!("group `{}`", group.name)).with_path(path))?;
         }
         // Nothing below can fail, but for a device that has failed already, or is being captured.
-        for (block, loaded) in self.blocks.iter_mut().zip(&loaded.blocks) {
-            for ((_, buffer), bytes) in block.state.named_mut().zip(&loaded.state) {
-                buffer.set(bytes)?;
+        for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
+            for ((_, slot), parts) in block.state.named_mut().zip(&loaded.state) {
+                slot.set(parts)?;
             }
-            (block.powers, block.estimate) = (loaded.powers, loaded.estimate);
             block.trained = loaded.trained;
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
         self.seed = loaded.seed;
-        let checked = self.progress.checked;
-        self.progress = MeasureState { checked, ..loaded.progress };
-        let mut both: Vec<_> = loaded.blocks.into_iter().zip(self.blocks.drain(..)).collect();
-        // Sums are added, and random vectors drawn, in the order of blocks. (Devices know theirs.)
-        if self.cuda.is_empty() {
+        let checked = self.measure_state.checked;
+        self.measure_state = MeasureState { checked, ..loaded.measure_state };
+        let mut both: Vec<_> = loaded.blocks.into_iter().zip(self.all.blocks.drain(..)).collect();
+        // Sums are added, and random vectors drawn, in the order of blocks.
+        if self.engine.may_reorder() {
             both.sort_by_key(|(loaded, _)| loaded.place);
         }
-        let skipped: Vec<u64> = both.iter().map(|(loaded, _)| loaded.skipped).collect();
-        self.blocks.extend(both.into_iter().map(|(_, block)| block));
-        self.send_settings()?;
-        self.set_counters(loaded.steps, loaded.skipped_steps, &skipped)
+        let numbers =
+            |(loaded, _): &(LoadedBlock, Block)| (loaded.powers, loaded.estimate, loaded.skipped);
+        let (steps, skipped_steps) = (loaded.steps, loaded.skipped_steps);
+        let progress =
+            Progress { steps, skipped_steps, blocks: both.iter().map(numbers).collect() };
+        self.all.blocks.extend(both.into_iter().map(|(_, block)| block));
+        self.upload_settings()?;
+        self.engine.set_progress(&mut self.all, progress)?;
+        self.recall_estimates()
     }
 }
 
@@ -193,7 +202,7 @@ struct Loaded {
     schedule: f64,
     grad_scale: f64,
     seed: u64,
-    progress: MeasureState,
+    measure_state: MeasureState,
     blocks: Vec<LoadedBlock>,
 }
 
@@ -203,8 +212,8 @@ struct LoadedBlock {
     trained: bool,
     powers: Powers,
     estimate: Estimate,
-    /// The bytes of its state, in order.
-    state: Vec<Vec<u8>>,
+    /// The bytes of each tensor of each kind of state, in order.
+    state: Vec<Vec<Vec<u8>>>,
 }
 
 impl Loaded {
@@ -248,7 +257,7 @@ impl Loaded {
                 (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?)
             }
         };
-        let progress = MeasureState {
+        let measure_state = MeasureState {
             step_calls,
             asked,
             probe_count: number(metadata, "draws")?,
@@ -263,7 +272,7 @@ impl Loaded {
             schedule,
             grad_scale,
             seed,
-            progress,
+            measure_state,
             blocks: loaded.collect::<Result<_>>()?,
         })
     }
@@ -411,21 +420,25 @@ fn load_block(
         _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
     };
     let mut state = vec![];
-    for (kind, buffer) in block.state.named() {
-        let tensor = tensors.tensor(&format!("{name}.{kind}"))?;
-        if tensor.dtype() != dtype(buffer) || tensor.shape() != block.var.dims() {
-            bail!(
-                "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
-                dtype(buffer),
-                block.var.dims(),
-                tensor.dtype(),
-                tensor.shape()
-            )
+    for (kind, slot) in block.state.named() {
+        let mut parts = vec![];
+        for expected in slot.tensors(block.var.dims()) {
+            let tensor = tensors.tensor(&format!("{name}.{kind}{}", expected.suffix))?;
+            if tensor.dtype() != dtype(&expected) || tensor.shape() != expected.shape {
+                bail!(
+                    "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
+                    dtype(&expected),
+                    expected.shape,
+                    tensor.dtype(),
+                    tensor.shape()
+                )
+            }
+            parts.push(tensor.data().to_vec());
         }
-        if kind == "master" {
-            check_master(block, tensor.data())?;
+        if let ("master", [bytes]) = (kind, &parts[..]) {
+            check_master(block, bytes)?;
         }
-        state.push(tensor.data().to_vec());
+        state.push(parts);
     }
     let place = saved_place(metadata, name)?;
     Ok(LoadedBlock { place, skipped, trained, powers, estimate, state })
@@ -476,8 +489,8 @@ fn description(block: &Block) -> String {
     format!("dtype={} shape={:?} state={state}", block.var.dtype().as_str(), block.var.dims())
 }
 
-fn dtype(buffer: &Buffer) -> Dtype {
-    match buffer.dtype() {
+fn dtype(tensor: &SavedTensor) -> Dtype {
+    match tensor.dtype {
         DType::F64 => Dtype::F64,
         _ => Dtype::F32,
     }
@@ -515,18 +528,17 @@ fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Res
 }
 
 /// State as a safetensors tensor.
-struct StateTensor<'a> {
-    buffer: &'a Buffer,
-    shape: &'a [usize],
+struct StateTensor {
+    tensor: SavedTensor,
     bytes: Vec<u8>,
 }
 
-impl View for StateTensor<'_> {
+impl View for StateTensor {
     fn dtype(&self) -> Dtype {
-        dtype(self.buffer)
+        dtype(&self.tensor)
     }
     fn shape(&self) -> &[usize] {
-        self.shape
+        &self.tensor.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
         Cow::Borrowed(&self.bytes)

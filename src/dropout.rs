@@ -6,7 +6,7 @@ use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, ModuleT, Result, Shape, Tensor, bail,
 };
 
-use crate::backend::mask::Mask;
+use crate::backend::cpu::mask::Mask;
 use crate::random;
 
 /// Sets elements to zero with probability `p` while training, and scales the others by `1 / (1 - p)`, so that
@@ -122,7 +122,7 @@ impl CustomOp1 for Mask {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let ys = crate::backend::cuda_dropout::apply(self, storage, layout)?;
+        let ys = crate::backend::cuda::dropout::apply(self, storage, layout)?;
         Ok((ys, layout.shape().clone()))
     }
 

@@ -54,9 +54,8 @@ mod backend;
 mod block;
 mod builder;
 mod checkpoint;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod dropout;
+mod engine;
 mod estimate;
 mod file;
 mod measuring;
@@ -66,6 +65,7 @@ mod params;
 pub mod random;
 mod rule;
 mod schedule;
+mod state;
 mod telemetry;
 
 pub use builder::SrklBuilder;

@@ -1,18 +1,19 @@
 //! Curvature that is measured: when, by which gradients, and what becomes of it.
 //!
 //! [`Curvature::Step`](crate::Curvature::Step) is measured after a step, [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) before it, at parameters that are
-//! perturbed meanwhile. What becomes of a measurement is in `rule.rs`, the sums over elements in
-//! `backend/cpu.rs`.
+//! perturbed meanwhile. What becomes of a measurement is in `rule.rs`, the order of one in `engine/`.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Error, Result, Tensor, bail};
 use candle_nn::Optimizer;
 
+use crate::backend::Step;
 use crate::block::Block;
-use crate::estimate::Measurements;
+use crate::engine::{Perturbation, Remaining};
+use crate::estimate::{Left, Measurements};
 use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
-use crate::params::{ParamsSrkl, Repeatable};
+use crate::params::{Curvature, ParamsSrkl, Repeatable};
 use crate::random;
 use crate::schedule::{MeasureSchedule, MeasureState};
 
@@ -102,7 +103,7 @@ impl Srkl {
             let first = loss()?;
             if let Some(expected) = expected {
                 refuse_different(&expected, &exact_values(&first)?)?;
-                self.progress.checked = true;
+                self.measure_state.checked = true;
             }
             let grads = first.backward()?;
             self.refuse_unreached(&grads)?;
@@ -115,11 +116,11 @@ impl Srkl {
         }
         self.step(&grads)?;
         // Taken out first, so that no step waits for a measurement that has failed.
-        if let Some(pending) = self.progress.pending.take() {
+        if std::mem::take(&mut self.measure_state.awaiting_observe) {
             drop(grads);
             let again = loss().and_then(|loss| Ok(loss.backward()?));
-            let observed = again.and_then(|again| Ok(self.observe_pending(pending, &again)?));
-            observed.inspect_err(|_| self.forget_kept())?;
+            let observed = again.and_then(|again| Ok(self.measure_step(&again)?));
+            observed.inspect_err(|_| self.engine.release(&mut self.all))?;
         }
         Ok(first)
     }
@@ -128,7 +129,7 @@ impl Srkl {
     /// as they do otherwise.
     fn detached(&self, grads: &GradStore) -> GradStore {
         let mut detached = GradStore::default();
-        for block in &self.blocks {
+        for block in &self.all.blocks {
             if let Some(gradient) = grads.get_id(block.id) {
                 detached.insert_id(block.id, gradient.detach());
             }
@@ -138,13 +139,15 @@ impl Srkl {
 
     /// An error if a loss has reached no parameter.
     pub(crate) fn refuse_unreached(&self, grads: &GradStore) -> Result<()> {
-        if !self.blocks.is_empty() && self.blocks.iter().all(|b| grads.get_id(b.id).is_none()) {
+        if !self.all.blocks.is_empty()
+            && self.all.blocks.iter().all(|b| grads.get_id(b.id).is_none())
+        {
             bail!(
                 "the loss reaches none of the {} parameters: it is a constant, times 0, of an \
                  integer dtype, detached, or computed from other variables; or each way to them leads through an \
                  operation that has no backward pass in candle (the fused `layer_norm`, `rms_norm`, \
                  `softmax_last_dim` and `rope`)",
-                self.blocks.len()
+                self.all.blocks.len()
             )
         }
         Ok(())
@@ -157,9 +160,9 @@ impl Srkl {
     /// It depends on [`Srkl::set_seed`] and the number of the step alone, and on the seed of a
     /// [`random::with_seed`] around the call, if there is one; it goes on from a checkpoint.
     pub fn step_seed(&self) -> u64 {
-        let waits = self.progress.pending.is_some() as u64;
+        let waits = self.measure_state.awaiting_observe as u64;
         let outer = random::current_seed().unwrap_or(0);
-        random_bits(self.seed, self.progress.step_calls - waits, STEP_SEEDS, outer)
+        random_bits(self.seed, self.measure_state.step_calls - waits, STEP_SEEDS, outer)
     }
 
     /// Sets what the seeds of steps are made from. 0 unless set; a checkpoint has it.
@@ -186,7 +189,7 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn untrained(&self) -> Vec<&str> {
-        let mut untrained: Vec<&Block> = self.blocks.iter().filter(|b| !b.trained).collect();
+        let mut untrained: Vec<&Block> = self.all.blocks.iter().filter(|b| !b.trained).collect();
         untrained.sort_by_key(|block| block.place);
         untrained.into_iter().map(|block| block.name.as_str()).collect()
     }
@@ -231,8 +234,10 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn measuring(&self) -> bool {
-        let Some(MeasureSchedule { every, first, probe }) = self.plan else { return false };
-        let MeasureState { step_calls, asked, requested, blind, measured, .. } = self.progress;
+        let Some(MeasureSchedule { every, first, probe }) = self.measure_schedule else {
+            return false;
+        };
+        let MeasureState { step_calls, asked, requested, blind, measured, .. } = self.measure_state;
         let can = probe.is_some() || self.schedule != 0.;
         !measured && can && (requested || blind || asked < first || step_calls % every == 0)
     }
@@ -241,15 +246,15 @@ impl Srkl {
     /// not see, and which can't measure. (Before replays ask [`Srkl::measuring`] too: it is true where a measurement
     /// has left no estimate.)
     pub fn request_measurement(&mut self) {
-        self.progress.requested = true;
+        self.measure_state.requested = true;
     }
 
     /// Gives up the measurement that the last step waits for; if it waits for none, the one that the next step is
     /// due. Steps go on with the estimate there is; without any, `phi` is 0, and the next step is due one again.
     pub fn skip_measurement(&mut self) {
-        match self.progress.pending.take() {
-            Some(_) => self.forget_kept(),
-            None => self.progress.measured |= self.measuring(),
+        match std::mem::take(&mut self.measure_state.awaiting_observe) {
+            true => self.engine.release(&mut self.all),
+            false => self.measure_state.measured |= self.measuring(),
         }
     }
 
@@ -261,15 +266,22 @@ impl Srkl {
     /// No step that waits for it, or what `step` refuses of gradients. It can then be called again. (A parameter
     /// without a second gradient is no error: it is left out of this measurement, and counted.)
     pub fn observe(&mut self, grads_again: &GradStore) -> Result<()> {
-        let Some(pending) = self.progress.pending.take() else {
+        if !self.measure_state.awaiting_observe {
             bail!(
                 "`observe`: no step waits for a measurement; call it once after a `step` before which \
                  `measuring()` was true, with `Curvature::Step`"
             )
-        };
-        let kept = pending.clone();
-        self.observe_pending(pending, grads_again)
-            .inspect_err(|_| self.progress.pending = Some(kept))
+        }
+        self.measure_step(grads_again)?;
+        self.measure_state.awaiting_observe = false;
+        Ok(())
+    }
+
+    fn measure_step(&mut self, again: &GradStore) -> Result<()> {
+        let scalars = self.scalars()?;
+        let remaining = self.engine.observe(&mut self.all, again, scalars)?;
+        self.note_estimates(remaining);
+        Ok(())
     }
 
     /// Perturbs the parameters that have a gradient in `grads`, those of the step to come, for a measurement of
@@ -280,13 +292,16 @@ impl Srkl {
     /// Settings that don't ask for it, a measurement that has been taken already, or what `step` refuses of
     /// gradients.
     pub fn perturb<'a>(&'a mut self, grads: &'a GradStore) -> Result<Perturbed<'a>> {
-        if !self.probes() {
+        let Some(MeasureSchedule { probe: Some((delta, seed)), .. }) = self.measure_schedule else {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
-        }
-        if self.progress.measured {
+        };
+        if self.measure_state.measured {
             bail!("`perturb`: the measurement for the next step has been taken; call `step`")
         }
-        self.perturb_all(grads)?;
+        let draw = self.measure_state.probe_count;
+        let step = self.probe_step(grads)?;
+        self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw })?;
+        self.measure_state.probe_count += 1;
         Ok(Perturbed { opt: self, grads, done: false })
     }
 
@@ -309,7 +324,7 @@ impl Srkl {
         };
         let ((first, first_grads), (second, second_grads)) = (run()?, run()?);
         refuse_different(&first, &second)?;
-        for block in &self.blocks {
+        for block in &self.all.blocks {
             let values = |grads: &GradStore| grads.get_id(block.id).map(exact_values).transpose();
             let (first, second) = (values(&first_grads)?, values(&second_grads)?);
             if !same_bits(first.as_deref(), second.as_deref()) {
@@ -330,9 +345,14 @@ impl Srkl {
     /// None on the CPU. (The numbers may live on a device.)
     pub fn measurements(&self) -> Result<Measurements> {
         let now = self.steps()? + self.skipped_steps()?;
-        let each = self.estimates()?.into_iter().map(|estimate| estimate.measurements(now));
+        let each = self.engine.estimates()?.into_iter().map(|estimate| estimate.measurements(now));
         let most = |m: &Measurements| (m.taken + m.nonfinite + m.unmoved, m.uninformative);
         Ok(each.max_by_key(most).unwrap_or_default())
+    }
+
+    /// What a measurement by random vectors is given of the step to come.
+    fn probe_step<'g>(&self, grads: &'g GradStore) -> Result<Step<'g>> {
+        Ok(Step { grads, scalars: self.scalars()?, measures: false, records: false })
     }
 
     /// Whether a closure is to be checked before it is measured by.
@@ -340,17 +360,17 @@ impl Srkl {
         let measured = |params: &ParamsSrkl| MeasureSchedule::of(params).is_some();
         let checks =
             |params: &ParamsSrkl| measured(params) && params.repeatable == Repeatable::Check;
-        !self.progress.checked && self.groups.iter().any(|group| checks(&group.params))
+        !self.measure_state.checked && self.all.groups.iter().any(|group| checks(&group.params))
     }
 
     /// Whether the settings perturb parameters.
     pub(crate) fn probes(&self) -> bool {
-        self.plan.is_some_and(|plan| plan.probe.is_some())
+        self.measure_schedule.is_some_and(|plan| plan.probe.is_some())
     }
 
     /// An error if the last step waits for its measurement.
     pub(crate) fn refuse_pending(&self) -> Result<()> {
-        if self.progress.pending.is_some() {
+        if self.measure_state.awaiting_observe {
             bail!(
                 "the last step measures the curvature, and waits for `observe` with the gradients of the \
                  same batch at the new parameters; or use `backward_step_with`, or give it up by \
@@ -373,6 +393,64 @@ impl Srkl {
     }
 }
 
+/// What an optimizer notes of steps and measurements.
+impl Srkl {
+    /// Ends a step, taken or skipped, with what its measurement needs, if it has one to come.
+    pub(crate) fn count_step(&mut self, measures: bool) {
+        let state = &mut self.measure_state;
+        state.step_calls += 1;
+        if measures || state.measured {
+            state.asked += 1;
+            state.requested = false;
+        }
+        state.measured = false;
+        state.awaiting_observe = measures;
+    }
+
+    /// Notes which blocks have had a gradient, and whether one of them has no estimate of its curvature, though it
+    /// is measured: then the next step measures.
+    pub(crate) fn note_gradients(&mut self, grads: &GradStore, measures: bool) {
+        for block in self.all.blocks.iter_mut().filter(|block| !block.trained) {
+            block.trained = grads.get_id(block.id).is_some();
+        }
+        let all = &self.all;
+        let missing = |block: &Block| {
+            let measured = !matches!(all.of(block).curvature, Curvature::GradSquare);
+            let moves = block.n > 0 && all.of(block).lr > 0. && grads.get_id(block.id).is_some();
+            !block.known && measured && moves
+        };
+        if !measures && self.all.blocks.iter().any(missing) {
+            self.measure_state.blind = true;
+        }
+    }
+
+    /// Notes what a measurement has left of each estimate, of those that it was about, and whether there is one: where
+    /// one has been lost, or there is none at all, the next step measures.
+    fn note_estimates(&mut self, remaining: Vec<Remaining>) {
+        let (mut any, mut lost) = (false, false);
+        for (block, (left, known)) in self.all.blocks.iter_mut().zip(remaining) {
+            any |= known;
+            lost |= left == Some(Left::Lost);
+            // A block without a direction has nothing to be measured by, and waits for the next time.
+            block.known = known || left == Some(Left::AsItWas);
+        }
+        self.measure_state.blind = !any || lost;
+    }
+
+    /// The same after estimates have been set, or their settings.
+    pub(crate) fn recall_estimates(&mut self) -> Result<()> {
+        if self.measure_schedule.is_none() {
+            return Ok(());
+        }
+        let estimates = self.engine.estimates()?;
+        for (block, estimate) in self.all.blocks.iter_mut().zip(estimates) {
+            block.known = estimate.is_known();
+        }
+        self.measure_state.blind |= !self.all.blocks.iter().any(|block| block.known);
+        Ok(())
+    }
+}
+
 /// Parameters are perturbed while this lives: see [`Srkl::perturb`]. Dropping it restores them, bit for bit.
 #[derive(Debug)]
 #[must_use = "dropping it restores the parameters"]
@@ -391,14 +469,17 @@ impl Perturbed<'_> {
     /// What `step` refuses of gradients. The parameters are restored, and the estimate is as it was.
     pub fn observe(mut self, grads_again: &GradStore) -> Result<()> {
         self.restore()?;
-        self.opt.observe_probe(self.grads, grads_again)?;
-        self.opt.progress.measured = true;
+        let step = self.opt.probe_step(self.grads)?;
+        let Srkl { engine, all, .. } = &mut *self.opt;
+        let remaining = engine.observe_probe(all, step, grads_again)?;
+        self.opt.note_estimates(remaining);
+        self.opt.measure_state.measured = true;
         Ok(())
     }
 
     fn restore(&mut self) -> Result<()> {
         self.done = true;
-        self.opt.restore_all()
+        self.opt.engine.restore(&mut self.opt.all)
     }
 }
 
@@ -422,7 +503,7 @@ pub struct Averaged<'a> {
 impl Drop for Averaged<'_> {
     fn drop(&mut self) {
         // Fails with its device alone.
-        let _ = self.opt.restore_all();
+        let _ = self.opt.engine.restore(&mut self.opt.all);
     }
 }
 
@@ -449,11 +530,11 @@ impl Srkl {
     ///
     /// No group with an average, or a step that waits for its measurement.
     pub fn swap_averaged(&mut self) -> Result<Averaged<'_>> {
-        if !self.groups.iter().any(|group| group.params.average.is_some()) {
+        if !self.all.groups.iter().any(|group| group.params.average.is_some()) {
             bail!("`swap_averaged`: no group has an average; set `average` in its settings")
         }
         self.refuse_pending()?;
-        self.swap_all()?;
+        self.engine.swap(&mut self.all)?;
         Ok(Averaged { opt: self })
     }
 }

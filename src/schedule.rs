@@ -1,6 +1,6 @@
 //! When curvature is measured, and where an optimizer is between a step and its measurement.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
 use crate::params::{Curvature, ParamsSrkl};
 
@@ -49,19 +49,14 @@ pub(crate) struct MeasureState {
     pub asked: u64,
     /// Hutchinson measurements made: each has its own random vectors.
     pub probe_count: u64,
-    /// The size of the last perturbation, where the host has decided it.
-    pub size: f64,
     /// Whether the next step measures whatever its number: somebody has asked for it ...
     pub requested: bool,
     /// ... or there is a parameter without an estimate.
     pub blind: bool,
     /// Hutchinson: whether the measurement of the next step has been taken.
     pub measured: bool,
-    /// Step: the first gradients of the step that waits for `observe`, by block.
-    pub pending: Option<Pending>,
+    /// Step: whether the last step waits for `observe`.
+    pub awaiting_observe: bool,
     /// Whether a closure has been found to be repeatable.
     pub checked: bool,
 }
-
-/// The first gradient of each block that has one.
-pub(crate) type Pending = Vec<Option<Tensor>>;

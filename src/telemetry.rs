@@ -2,8 +2,7 @@
 
 use candle_core::Result;
 
-use crate::backend::cpu;
-use crate::block::Last;
+use crate::backend::Last;
 use crate::optimizer::Srkl;
 use crate::rule::UNKNOWN;
 
@@ -50,13 +49,15 @@ impl Srkl {
     /// None on the CPU. (The numbers may live on a device.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
         let now = self.steps()? + self.skipped_steps()?;
-        let outcomes = self.outcomes()?;
+        let outcomes = self.engine.outcomes()?;
         let param_norms = self.param_norms(&outcomes)?;
-        let estimates = self.estimates()?;
+        let estimates = self.engine.estimates()?;
         let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);
-        let mut all = Vec::with_capacity(self.blocks.len());
-        for (block, (((last, skipped), param_norm), estimate)) in self.blocks.iter().zip(numbers) {
-            let group = &self.groups[block.group];
+        let mut all = Vec::with_capacity(self.all.blocks.len());
+        for (block, (((last, skipped), param_norm), estimate)) in
+            self.all.blocks.iter().zip(numbers)
+        {
+            let group = &self.all.groups[block.group];
             let norms = last.and_then(|last| last.norms);
             let shared = last.filter(|_| !group.params.has_element_brakes());
             let telemetry = BlockTelemetry {
@@ -101,42 +102,13 @@ impl Srkl {
         self.records = on;
     }
 
-    /// For each block what the last step did, and how often it was skipped.
-    pub(crate) fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
-        if self.decides_on_device() {
-            return self.cuda[0].outcomes();
-        }
-        let mut outcomes: Vec<_> = self.blocks.iter().map(|b| (b.last, b.skipped)).collect();
-        // The host knows nothing of steps that devices have taken.
-        if outcomes.iter().any(|(last, _)| last.is_some_and(|last| last.norms.is_some())) {
-            for cuda in &self.cuda {
-                for (place, sums) in cuda.step_sums()? {
-                    if let (Some(Last { norms: Some([_, step]), .. }), _) = &mut outcomes[place] {
-                        *step = sums.step.sqrt();
-                    }
-                }
-            }
-        }
-        Ok(outcomes)
-    }
-
     /// Of each block whose norms were recorded, that of the parameter as it is now.
     fn param_norms(&self, outcomes: &[(Option<Last>, u64)]) -> Result<Vec<Option<f64>>> {
         let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
-        let mut norms = vec![None; self.blocks.len()];
         if !outcomes.iter().any(recorded) {
-            return Ok(norms);
+            return Ok(vec![None; outcomes.len()]);
         }
-        let mut scratch = cpu::Scratch::new();
-        for (block, norm) in self.blocks.iter().zip(&mut norms).filter(|(b, _)| b.on_cpu) {
-            *norm = Some(cpu::squares(block, self.simd, &mut scratch)?.sqrt());
-        }
-        for cuda in &self.cuda {
-            for (place, squares) in cuda.all_squares(&self.blocks)? {
-                norms[place] = Some(squares.sqrt());
-            }
-        }
-        let kept = norms.into_iter().zip(outcomes).map(|(n, o)| n.filter(|_| recorded(o)));
-        Ok(kept.collect())
+        let squares = self.engine.param_squares(&self.all)?.into_iter().zip(outcomes);
+        Ok(squares.map(|(s, outcome)| Some(s?.sqrt()).filter(|_| recorded(outcome))).collect())
     }
 }

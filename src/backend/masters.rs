@@ -2,9 +2,10 @@
 
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, bail};
 
-use super::access::{Parameter, agree, cpu_storage};
-use crate::block::{Block, Buffer};
+use super::cpu::access::{Parameter, agree, cpu_storage};
+use crate::block::Block;
 use crate::params::MasterWeights;
+use crate::state::Slot;
 
 /// Gives masters that don't agree with their parameter its value. Returns whether there were any.
 fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
@@ -27,14 +28,6 @@ fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
     })
 }
 
-/// The masters of a bf16 or f16 parameter: its values.
-fn new_master(var: &Tensor) -> Result<Vec<f32>> {
-    // A NaN agrees with nothing but a NaN, so all elements are set.
-    let mut master = vec![f32::NAN; var.elem_count()];
-    sync_master(var, &mut master)?;
-    Ok(master)
-}
-
 /// The first element of a parameter that is not what `master` rounds to.
 pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<usize>> {
     fn first<P: Parameter<Compute = f32>>(w: &[P], master: &[f32]) -> Option<usize> {
@@ -48,31 +41,27 @@ pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<
     })
 }
 
-/// The masters of a block, if it should have some.
-pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<Buffer>> {
+/// The masters of a block, if it should have some: its values.
+pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<Slot>> {
     let is_half = matches!(block.dtype, DType::BF16 | DType::F16);
     if !is_half || masters == MasterWeights::None {
         return Ok(None);
     }
-    Ok(Some(match block.var.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => Buffer::CudaF32(super::cuda::new_master(&block.var)?),
-        _ => Buffer::F32(new_master(&block.var)?),
-    }))
+    // A NaN agrees with nothing but a NaN, so all elements are set.
+    let mut values = vec![f32::NAN; block.n];
+    sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)?;
+    Slot::of_f32(&block.var, values).map(Some)
 }
 
 /// Brings the masters of a block to a parameter that somebody else has written.
 pub(crate) fn sync(block: &mut Block) -> Result<()> {
-    match &mut block.state.master {
-        None => Ok(()),
-        Some(Buffer::F32(values)) => sync_master(&block.var, values).map(|_| ()),
-        Some(_) => {
-            let mut values = block.master_values()?.unwrap_or_default();
-            if !sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)? {
-                return Ok(());
-            }
-            let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
-            block.state.master.as_mut().map_or(Ok(()), |master| master.set(&bytes))
-        }
+    let Some(master) = &mut block.state.master else { return Ok(()) };
+    if let Some(CpuStorage::F32(values)) = master.cpu_mut() {
+        return sync_master(&block.var, values).map(|_| ());
+    }
+    let mut values = master.to_f32()?;
+    match sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)? {
+        true => master.write_f32(values),
+        false => Ok(()),
     }
 }

@@ -4,16 +4,16 @@
 //!
 //! | stage | reads | gives |
 //! |---|---|---|
-//! | `statistics` | gradients | [`Sums`](crate::numerics::Sums) of each block |
-//! | `decide` | sums, settings | a [`Decision`](crate::rule::Decision) for each block: phi, or why it is skipped |
+//! | `statistics` | gradients | [`Sums`] of each block |
+//! | `decide` | sums, settings | a [`Decision`] for each block: phi, or why it is skipped |
 //! | `directions`, `adjust` | gradients, state, parameters | decisions again, where the trust clip or a small first step needs the directions |
-//! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`](crate::estimate::StepSums) |
-//! | `change_of_gradient` | both gradients, step sums | an [`Estimate`](crate::estimate::Estimate) |
+//! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`] |
+//! | `change_of_gradient` | both gradients, step sums | an [`Estimate`] |
 //! | `squares`, `perturb`, `probe_sums`, `average_probe` | parameters; both gradients | an estimate by random vectors |
 //!
-//! `optimizer.rs` says what is done and in which order, a backend says how: on the CPU `stages.rs`
-//! hands blocks to the threads of `pool.rs` and `cpu.rs` goes over their elements; on a CUDA device `cuda.rs` launches the
-//! kernels of `kernels/srkl.cu`. The mathematics is in `rule.rs` and `kernels/rule.cuh`.
+//! `engine/host.rs` says what is done and in which order, and a [`Backend`] how: `cpu` hands blocks to threads and goes
+//! over their elements; `cuda` launches the kernels of `kernels/srkl.cu`. Where one CUDA device has all blocks
+//! `engine/device.rs` launches them, and they decide. The mathematics is in `rule.rs` and `kernels/rule.cuh`.
 //!
 //! | word | meaning |
 //! |---|---|
@@ -26,49 +26,257 @@
 //! | run | blocks that are stepped before the statistics of the next ones are known; all of them where a decision needs all |
 //! | small step | the first step, and any other that measures without an estimate to go by |
 
+use std::ops::Range;
+
 use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
 
-use crate::block::Block;
-use crate::params::Group;
-use crate::rule::StepScalars;
+use crate::block::Parameters;
+use crate::estimate::{Estimate, Probe, StepSums};
+use crate::numerics::{Pair, Sums};
+use crate::rule::{Decision, Powers, StepScalars};
 
-pub(crate) mod access;
 pub(crate) mod cpu;
-#[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
-pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda_dropout;
-pub(crate) mod gradient;
-pub(crate) mod mask;
+pub(crate) mod cuda;
 pub(crate) mod masters;
-pub(crate) mod pool;
-pub(crate) mod replace;
-pub(crate) mod simd;
-pub(crate) mod stages;
 
-/// What a step on a device is given.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) struct Inputs<'a> {
-    pub blocks: &'a [Block],
-    /// Where the storages of all variables are, sorted: a gradient must not be one of them.
-    pub storages: &'a [usize],
-    pub groups: &'a [Group],
-    pub grads: &'a GradStore,
-    pub scalars: StepScalars,
-}
-
-/// What a step does beside moving blocks.
+/// What a step is given.
 #[derive(Clone, Copy)]
-pub(crate) struct StepOptions {
+pub(crate) struct Step<'g> {
+    pub grads: &'g GradStore,
+    pub scalars: StepScalars,
     /// Whether curvature is measured along it.
     pub measures: bool,
     /// Whether norms are recorded.
     pub records: bool,
 }
 
-/// What a device has counted, where steps are decided on it.
-pub(crate) struct Counters {
-    pub steps: u64,
-    pub skipped_steps: u64,
-    pub grad_norm: Option<f64>,
+/// What a step asks of its gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GradSums {
+    /// Nothing: they are checked.
+    None,
+    /// Whether all elements are finite: `sum4` is 0, or a NaN.
+    FiniteOnly,
+    /// `sum4`
+    Sum4,
+    /// `sum2` and `sum4`
+    Sum2AndSum4,
+}
+
+/// A block's gradient, after stage 1.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockGradient<'g> {
+    pub gradient: &'g Tensor,
+    pub sums: Sums,
+    /// On the CPU the addresses of its storage and of its first element, to prefetch.
+    pub storage: usize,
+    pub elements: usize,
+}
+
+/// What the host keeps of a block's training, where the host decides.
+#[derive(Clone)]
+pub(crate) struct Tracked {
+    pub powers: Powers,
+    pub estimate: Estimate,
+    /// What the last step left for its measurement, or for telemetry.
+    pub step_sums: StepSums,
+    /// On the CPU its sums of `D^2` over strips, until it is measured.
+    pub strips: Vec<f64>,
+    /// What the last step multiplied the gradient by, unscaling and clipping.
+    pub grad_factor: f64,
+    /// Whether its last step was a small one, for lack of an estimate, or none.
+    pub small: bool,
+    /// How often it was skipped alone.
+    pub skipped: u64,
+    pub last: Option<Last>,
+}
+
+impl Tracked {
+    pub const NEW: Self = Self {
+        powers: Powers::NONE,
+        estimate: Estimate::NONE,
+        step_sums: StepSums { step: 0., direction: 0., along: 0. },
+        strips: vec![],
+        grad_factor: 1.,
+        small: true,
+        skipped: 0,
+        last: None,
+    };
+}
+
+/// What the last step did, if it moved the block.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Last {
+    pub curvature: f64,
+    pub phi: f64,
+    /// `||g||_2`, unscaled, and `||D||_2`, if they were recorded.
+    pub norms: Option<[f64; 2]>,
+}
+
+/// The two gradients of one batch that a measurement reads.
+#[derive(Clone, Copy)]
+pub(crate) struct GradientPair<'g> {
+    pub first: &'g Tensor,
+    pub again: &'g Tensor,
+    /// What both are multiplied by.
+    pub factor: f64,
+}
+
+/// Where stages run that the host decides about: the CPU, or one CUDA device.
+///
+/// The list of blocks is that of the whole optimizer, and a backend passes over those that are elsewhere. What a device
+/// sums up is read by a call of its own, once all backends have begun: they work at the same time.
+pub(crate) trait Backend: Send + Sync {
+    /// Finds and checks the gradients of a run, without summing up anything.
+    ///
+    /// # Errors
+    ///
+    /// Whatever can be wrong with a gradient. Nothing has changed then.
+    fn check(&self, all: &Parameters, grads: &GradStore, run: Range<usize>) -> Result<()>;
+
+    /// Stage 1: finds and checks the gradients of a run, and begins to sum them up.
+    ///
+    /// # Errors
+    ///
+    /// As [`Backend::check`].
+    fn statistics<'g>(
+        &mut self,
+        all: &Parameters,
+        step: Step<'g>,
+        run: Range<usize>,
+        asked: GradSums,
+        gradients: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()>;
+
+    /// Reads what [`Backend::statistics`] has begun.
+    fn read_statistics<'g>(
+        &self,
+        _: &Parameters,
+        _: Step<'g>,
+        _: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes what the host has decided.
+    fn upload_decisions(
+        &mut self,
+        _: &Parameters,
+        _: &[Tracked],
+        _: &[Option<Decision>],
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Sums of `d^2` and `w^2` ([`Directions`](crate::rule::Directions)) of the blocks of a run that something is `given`
+    /// for.
+    fn directions(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        run: Range<usize>,
+        given: &[Option<(&Tensor, Decision)>],
+        measures: bool,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()>;
+
+    /// Stage 3: moves every block of a run that has a gradient and a decision.
+    fn update(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &mut [Tracked],
+        run: Range<usize>,
+        moves: &[Option<(BlockGradient, Decision)>],
+        step: Step,
+    ) -> Result<()>;
+
+    /// Reads how blocks have moved, of a step that measured or recorded norms.
+    fn read_step_sums(&self, _: &mut [Tracked]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Sums of `G^2` and `||G|| ||D||`, with `G` the change of the gradient along the last step. (A device has kept the
+    /// first gradients.)
+    fn change_of_gradient(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        again: Step,
+        given: &[Option<GradientPair>],
+        sums: &mut [Option<Pair>],
+    ) -> Result<()>;
+
+    /// Sums of `w^2` of the blocks that have a gradient and are `wanted`.
+    fn squares(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        wanted: &[Option<()>],
+        sums: &mut [Option<Pair>],
+    ) -> Result<()>;
+
+    /// Keeps those parameters, and perturbs them: `w + size * z`, by the random vectors of number `draw`.
+    fn perturb(
+        &mut self,
+        all: &mut Parameters,
+        wanted: &[Option<()>],
+        size: f64,
+        seed: u64,
+        draw: u64,
+    ) -> Result<()>;
+
+    /// Sums of `(H z)^2`, and of the first gradient's squares.
+    fn probe_sums(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        again: &GradStore,
+        given: &[Option<(GradientPair, f64)>],
+        size: f64,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()>;
+
+    /// `q <- decay q + (1 - decay) (H z)^2`, and the sums of it, after [`Backend::probe_sums`]; `given` has the decay
+    /// beside the gradients.
+    fn average_probe(
+        &mut self,
+        all: &mut Parameters,
+        given: &[Option<(GradientPair, f64)>],
+        size: f64,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()>;
+
+    /// Reads the sums of the last stage that makes pairs of them, for those blocks that are `wanted`.
+    fn read_sums(&self, _wanted: &dyn Fn(usize) -> bool, _: &mut [Option<Pair>]) -> Result<()> {
+        Ok(())
+    }
+
+    /// The squares of each block's parameter as it is.
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()>;
+
+    /// Keeps the parameters that have an average, and puts it in their place.
+    fn swap(&mut self, all: &mut Parameters, tracked: &[Tracked]) -> Result<()>;
+
+    /// Puts back what was kept, if anything was.
+    fn restore(&mut self, all: &mut Parameters) -> Result<()>;
+
+    /// Drops what waits for a measurement, or for being put back.
+    fn release(&mut self, all: &mut Parameters);
+
+    /// Takes settings ahead of the next step.
+    fn upload_settings(&mut self, _: &Parameters, _: StepScalars) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes products of decays, and estimates.
+    fn upload_estimates(&mut self, _: &[Tracked]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes what a product with the Hessian has come to.
+    fn upload_probe(&mut self, _size: f64, _: Probe) -> Result<()> {
+        Ok(())
+    }
 }

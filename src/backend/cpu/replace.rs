@@ -4,10 +4,10 @@ use candle_core::{CpuStorage, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 
 use super::access::{Parameter, cpu_storage, with_storage_mut};
-use super::cpu::{PIECE, splits};
-use super::gradient::FromGradient;
-use crate::block::{Block, Kept};
-use crate::numerics::{Real, random_bits};
+use super::rows::{Exact, StateRows};
+use super::statistics::{PIECE, splits};
+use crate::block::{Backup, Block};
+use crate::numerics::{LANES, Real, random_bits};
 
 /// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
@@ -71,26 +71,30 @@ fn copy(from: &Tensor, to: &Var) -> Result<()> {
 
 /// Puts the average in the place of the parameter.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
-    fn put<P: Parameter>(w: &mut [P], average: Option<&[P::Compute]>) {
-        let put = |(w, average): (&mut [P], &[P::Compute])| {
-            w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+    fn put<P: Parameter>(w: &mut [P], state: Exact<P::Compute>) {
+        let put = |(piece, w): (usize, &mut [P])| {
+            let mut room = Default::default();
+            for (row, w) in w.chunks_mut(LANES).enumerate() {
+                let start = piece * PIECE + row * LANES;
+                let average = state.read(start, w.len(), &mut room).average.unwrap_or_default();
+                w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
+            }
         };
-        let average = average.unwrap_or_default();
         match splits(w.len()) {
-            true => w.par_chunks_mut(PIECE).zip(average.par_chunks(PIECE)).for_each(put),
-            false => put((w, average)),
+            true => w.par_chunks_mut(PIECE).enumerate().for_each(put),
+            false => w.chunks_mut(PIECE).enumerate().for_each(put),
         }
     }
     if block.n == 0 {
         return Ok(());
     }
-    let average = block.state.average.as_ref();
-    with_storage_mut(&block.var, |storage| {
+    let Block { var, state, .. } = block;
+    with_storage_mut(var, |storage| {
         match storage {
-            CpuStorage::F32(w) => put(w, average.and_then(f32::state)),
-            CpuStorage::F64(w) => put(w, average.and_then(f64::state)),
-            CpuStorage::BF16(w) => put(w, average.and_then(f32::state)),
-            CpuStorage::F16(w) => put(w, average.and_then(f32::state)),
+            CpuStorage::F32(w) => put(w, Exact::new(state)),
+            CpuStorage::F64(w) => put(w, Exact::new(state)),
+            CpuStorage::BF16(w) => put(w, Exact::new(state)),
+            CpuStorage::F16(w) => put(w, Exact::new(state)),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         }
         Ok(())
@@ -98,8 +102,8 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
 }
 
 /// Keeps a copy of the parameter as it is.
-pub(crate) fn keep(block: &mut Block) -> Result<()> {
-    let Kept { memory, valid } = &mut block.old;
+pub(crate) fn back_up(block: &mut Block) -> Result<()> {
+    let Backup { memory, valid } = &mut block.backup;
     match memory {
         Some(memory) => copy(&block.var, memory)?,
         None => *memory = Some(Var::from_tensor(&block.var.copy()?)?),
@@ -110,10 +114,10 @@ pub(crate) fn keep(block: &mut Block) -> Result<()> {
 
 /// Puts what was kept back, bit for bit.
 pub(crate) fn restore(block: &mut Block) -> Result<()> {
-    let restored = match block.kept() {
+    let restored = match block.backup() {
         Some(old) => copy(old, &block.var),
         None => Ok(()),
     };
-    block.old.valid = false;
+    block.backup.valid = false;
     restored
 }

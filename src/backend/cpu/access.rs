@@ -5,13 +5,13 @@ use std::cell::Cell;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Var, bail};
 use half::{bf16, f16};
 
-use super::gradient::{FromGradient, Gradient};
+use super::gradient::{Compute, Gradient};
 use crate::block::Block;
 use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 /// A parameter's dtype: how it meets its compute type.
 pub(crate) trait Parameter: Copy + Send + Sync {
-    type Compute: FromGradient;
+    type Compute: Compute;
     fn widen(self) -> Self::Compute;
     /// Rounded to nearest even.
     fn narrow(x: Self::Compute) -> Self;

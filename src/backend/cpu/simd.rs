@@ -11,6 +11,12 @@ pub(crate) trait Kernel {
     fn run(self) -> Self::Output;
 }
 
+#[cfg(test)]
+thread_local! {
+    /// What [`Simd::detect`] gives in this thread, whatever the processor has.
+    pub(crate) static FORCED: std::cell::Cell<Option<Simd>> = const { std::cell::Cell::new(None) };
+}
+
 /// The instruction set that kernels run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Simd {
@@ -28,6 +34,10 @@ pub(crate) struct Avx2Fma(());
 impl Simd {
     /// The best of this processor.
     pub fn detect() -> Self {
+        #[cfg(test)]
+        if let Some(forced) = FORCED.get() {
+            return forced;
+        }
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             return Self::Avx2Fma(Avx2Fma(()));

@@ -3,7 +3,7 @@
 pub const SRKL_CHUNK: u32 = 8192;
 pub const SRKL_LANES: u32 = 1024;
 pub const SRKL_STRIP: u32 = 32;
-pub const SRKL_PROBES: u32 = 32;
+pub const SRKL_MASTER_SAMPLES: u32 = 32;
 pub const SRKL_THREADS: u32 = 128;
 pub const SRKL_CTAS_PER_SM: u32 = 8;
 pub const SRKL_DROPOUT_TILE: u32 = 2048;
@@ -41,7 +41,7 @@ pub const SRKL_INFINITE: u32 = 1;
 pub const SRKL_NOTHING: u32 = 2;
 pub const SRKL_KNOWN: u32 = 1;
 pub const SRKL_LOST: u32 = 2;
-pub const SRKL_AS_IT_WAS: u32 = 4;
+pub const SRKL_UNCHANGED: u32 = 4;
 pub const SRKL_PERTURB: u32 = 0;
 pub const SRKL_SWAP: u32 = 1;
 pub const SRKL_RESTORE_PERTURBED: u32 = 2;
@@ -55,7 +55,7 @@ pub struct SrklBlock {
     pub v: ::std::os::raw::c_ulonglong,
     pub average: ::std::os::raw::c_ulonglong,
     pub q: ::std::os::raw::c_ulonglong,
-    pub old: ::std::os::raw::c_ulonglong,
+    pub backup: ::std::os::raw::c_ulonglong,
     pub n: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
@@ -74,7 +74,7 @@ const _: () = {
     ["Offset of field: SrklBlock::v"][::std::mem::offset_of!(SrklBlock, v) - 24usize];
     ["Offset of field: SrklBlock::average"][::std::mem::offset_of!(SrklBlock, average) - 32usize];
     ["Offset of field: SrklBlock::q"][::std::mem::offset_of!(SrklBlock, q) - 40usize];
-    ["Offset of field: SrklBlock::old"][::std::mem::offset_of!(SrklBlock, old) - 48usize];
+    ["Offset of field: SrklBlock::backup"][::std::mem::offset_of!(SrklBlock, backup) - 48usize];
     ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 56usize];
     ["Offset of field: SrklBlock::first_chunk"]
         [::std::mem::offset_of!(SrklBlock, first_chunk) - 64usize];
@@ -156,7 +156,7 @@ pub struct SrklScalars {
     pub grad_scale: f64,
     pub norm: ::std::os::raw::c_uint,
     pub total: ::std::os::raw::c_uint,
-    pub whole: ::std::os::raw::c_uint,
+    pub after_all: ::std::os::raw::c_uint,
     pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -169,7 +169,8 @@ const _: () = {
         [::std::mem::offset_of!(SrklScalars, grad_scale) - 8usize];
     ["Offset of field: SrklScalars::norm"][::std::mem::offset_of!(SrklScalars, norm) - 16usize];
     ["Offset of field: SrklScalars::total"][::std::mem::offset_of!(SrklScalars, total) - 20usize];
-    ["Offset of field: SrklScalars::whole"][::std::mem::offset_of!(SrklScalars, whole) - 24usize];
+    ["Offset of field: SrklScalars::after_all"]
+        [::std::mem::offset_of!(SrklScalars, after_all) - 24usize];
     ["Offset of field: SrklScalars::pad"][::std::mem::offset_of!(SrklScalars, pad) - 28usize];
 };
 #[repr(C)]
@@ -248,7 +249,7 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklEstimate {
     pub mean: f64,
-    pub own: f64,
+    pub row_sum_sq: f64,
     pub power: f64,
     pub variance: f64,
     pub entered: f64,
@@ -271,7 +272,8 @@ const _: () = {
     ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 144usize];
     ["Alignment of SrklEstimate"][::std::mem::align_of::<SrklEstimate>() - 8usize];
     ["Offset of field: SrklEstimate::mean"][::std::mem::offset_of!(SrklEstimate, mean) - 0usize];
-    ["Offset of field: SrklEstimate::own"][::std::mem::offset_of!(SrklEstimate, own) - 8usize];
+    ["Offset of field: SrklEstimate::row_sum_sq"]
+        [::std::mem::offset_of!(SrklEstimate, row_sum_sq) - 8usize];
     ["Offset of field: SrklEstimate::power"][::std::mem::offset_of!(SrklEstimate, power) - 16usize];
     ["Offset of field: SrklEstimate::variance"]
         [::std::mem::offset_of!(SrklEstimate, variance) - 24usize];
@@ -306,7 +308,7 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklStatistics {
     pub sums: SrklSums,
-    pub take_parameter: ::std::os::raw::c_ulonglong,
+    pub reset_master: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -314,39 +316,40 @@ const _: () = {
     ["Alignment of SrklStatistics"][::std::mem::align_of::<SrklStatistics>() - 8usize];
     ["Offset of field: SrklStatistics::sums"]
         [::std::mem::offset_of!(SrklStatistics, sums) - 0usize];
-    ["Offset of field: SrklStatistics::take_parameter"]
-        [::std::mem::offset_of!(SrklStatistics, take_parameter) - 24usize];
+    ["Offset of field: SrklStatistics::reset_master"]
+        [::std::mem::offset_of!(SrklStatistics, reset_master) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklDecision {
-    pub c: f64,
+    pub grad_factor: f64,
     pub curvature: f64,
     pub phi: f64,
-    pub correction1: f64,
-    pub correction2: f64,
+    pub scale_m: f64,
+    pub scale_v: f64,
     pub average: f64,
     pub powers: SrklPowers,
-    pub step: ::std::os::raw::c_ulonglong,
+    pub moves: ::std::os::raw::c_ulonglong,
     pub small: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 88usize];
     ["Alignment of SrklDecision"][::std::mem::align_of::<SrklDecision>() - 8usize];
-    ["Offset of field: SrklDecision::c"][::std::mem::offset_of!(SrklDecision, c) - 0usize];
+    ["Offset of field: SrklDecision::grad_factor"]
+        [::std::mem::offset_of!(SrklDecision, grad_factor) - 0usize];
     ["Offset of field: SrklDecision::curvature"]
         [::std::mem::offset_of!(SrklDecision, curvature) - 8usize];
     ["Offset of field: SrklDecision::phi"][::std::mem::offset_of!(SrklDecision, phi) - 16usize];
-    ["Offset of field: SrklDecision::correction1"]
-        [::std::mem::offset_of!(SrklDecision, correction1) - 24usize];
-    ["Offset of field: SrklDecision::correction2"]
-        [::std::mem::offset_of!(SrklDecision, correction2) - 32usize];
+    ["Offset of field: SrklDecision::scale_m"]
+        [::std::mem::offset_of!(SrklDecision, scale_m) - 24usize];
+    ["Offset of field: SrklDecision::scale_v"]
+        [::std::mem::offset_of!(SrklDecision, scale_v) - 32usize];
     ["Offset of field: SrklDecision::average"]
         [::std::mem::offset_of!(SrklDecision, average) - 40usize];
     ["Offset of field: SrklDecision::powers"]
         [::std::mem::offset_of!(SrklDecision, powers) - 48usize];
-    ["Offset of field: SrklDecision::step"][::std::mem::offset_of!(SrklDecision, step) - 72usize];
+    ["Offset of field: SrklDecision::moves"][::std::mem::offset_of!(SrklDecision, moves) - 72usize];
     ["Offset of field: SrklDecision::small"][::std::mem::offset_of!(SrklDecision, small) - 80usize];
 };
 #[repr(C)]
@@ -359,9 +362,9 @@ pub struct SrklState {
     pub probe_size: f64,
     pub next_statistics: ::std::os::raw::c_ulonglong,
     pub next_update: ::std::os::raw::c_ulonglong,
-    pub left: ::std::os::raw::c_uint,
+    pub ctas_left: ::std::os::raw::c_uint,
     pub blocks_done: ::std::os::raw::c_uint,
-    pub refused: ::std::os::raw::c_uint,
+    pub found_inf: ::std::os::raw::c_uint,
     pub skipped: ::std::os::raw::c_uint,
     pub has_norm: ::std::os::raw::c_uint,
     pub probe: ::std::os::raw::c_uint,
@@ -385,10 +388,12 @@ const _: () = {
         [::std::mem::offset_of!(SrklState, next_statistics) - 40usize];
     ["Offset of field: SrklState::next_update"]
         [::std::mem::offset_of!(SrklState, next_update) - 48usize];
-    ["Offset of field: SrklState::left"][::std::mem::offset_of!(SrklState, left) - 56usize];
+    ["Offset of field: SrklState::ctas_left"]
+        [::std::mem::offset_of!(SrklState, ctas_left) - 56usize];
     ["Offset of field: SrklState::blocks_done"]
         [::std::mem::offset_of!(SrklState, blocks_done) - 60usize];
-    ["Offset of field: SrklState::refused"][::std::mem::offset_of!(SrklState, refused) - 64usize];
+    ["Offset of field: SrklState::found_inf"]
+        [::std::mem::offset_of!(SrklState, found_inf) - 64usize];
     ["Offset of field: SrklState::skipped"][::std::mem::offset_of!(SrklState, skipped) - 68usize];
     ["Offset of field: SrklState::has_norm"][::std::mem::offset_of!(SrklState, has_norm) - 72usize];
     ["Offset of field: SrklState::probe"][::std::mem::offset_of!(SrklState, probe) - 76usize];
@@ -415,7 +420,7 @@ pub struct SrklTable {
     pub pairs: ::std::os::raw::c_ulonglong,
     pub step_sums: ::std::os::raw::c_ulonglong,
     pub strips: ::std::os::raw::c_ulonglong,
-    pub told: ::std::os::raw::c_ulonglong,
+    pub remaining: ::std::os::raw::c_ulonglong,
     pub skipped: ::std::os::raw::c_ulonglong,
     pub state: ::std::os::raw::c_ulonglong,
     pub block_count: ::std::os::raw::c_ulonglong,
@@ -452,7 +457,8 @@ const _: () = {
     ["Offset of field: SrklTable::step_sums"]
         [::std::mem::offset_of!(SrklTable, step_sums) - 120usize];
     ["Offset of field: SrklTable::strips"][::std::mem::offset_of!(SrklTable, strips) - 128usize];
-    ["Offset of field: SrklTable::told"][::std::mem::offset_of!(SrklTable, told) - 136usize];
+    ["Offset of field: SrklTable::remaining"]
+        [::std::mem::offset_of!(SrklTable, remaining) - 136usize];
     ["Offset of field: SrklTable::skipped"][::std::mem::offset_of!(SrklTable, skipped) - 144usize];
     ["Offset of field: SrklTable::state"][::std::mem::offset_of!(SrklTable, state) - 152usize];
     ["Offset of field: SrklTable::block_count"]

@@ -3,7 +3,6 @@
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
-use crate::block::Buffer;
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
 /// A gradient in CPU memory, in the order of its logical elements.
@@ -29,17 +28,16 @@ pub(crate) struct RowBuffer {
     wide: Vec<f64>,
 }
 
-/// What a row of a gradient becomes in the compute type `Self`.
-pub(crate) trait FromGradient: Real {
+/// A type that is computed in, f32 or f64, and how it lies in memory.
+pub(crate) trait Compute: Real {
     /// The values themselves, where they have this type already.
     fn borrow(values: Values<'_>) -> Option<&[Self]>;
     fn buffer(buffer: &mut RowBuffer) -> &mut [Self];
-    /// The numbers of a block's state, if they are on the CPU.
-    fn state(buffer: &Buffer) -> Option<&[Self]>;
-    fn state_mut(buffer: &mut Buffer) -> Option<&mut [Self]>;
+    /// State of this type.
+    fn numbers_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 }
 
-impl FromGradient for f32 {
+impl Compute for f32 {
     #[inline(always)]
     fn borrow(values: Values<'_>) -> Option<&[f32]> {
         match values {
@@ -52,21 +50,15 @@ impl FromGradient for f32 {
         buffer.narrow.resize(LANES, 0.);
         &mut buffer.narrow
     }
-    fn state(buffer: &Buffer) -> Option<&[f32]> {
-        match buffer {
-            Buffer::F32(values) => Some(values),
-            _ => None,
-        }
-    }
-    fn state_mut(buffer: &mut Buffer) -> Option<&mut [f32]> {
-        match buffer {
-            Buffer::F32(values) => Some(values),
+    fn numbers_mut(storage: &mut CpuStorage) -> Option<&mut [f32]> {
+        match storage {
+            CpuStorage::F32(values) => Some(values),
             _ => None,
         }
     }
 }
 
-impl FromGradient for f64 {
+impl Compute for f64 {
     #[inline(always)]
     fn borrow(values: Values<'_>) -> Option<&[f64]> {
         match values {
@@ -79,15 +71,9 @@ impl FromGradient for f64 {
         buffer.wide.resize(LANES, 0.);
         &mut buffer.wide
     }
-    fn state(buffer: &Buffer) -> Option<&[f64]> {
-        match buffer {
-            Buffer::F64(values) => Some(values),
-            _ => None,
-        }
-    }
-    fn state_mut(buffer: &mut Buffer) -> Option<&mut [f64]> {
-        match buffer {
-            Buffer::F64(values) => Some(values),
+    fn numbers_mut(storage: &mut CpuStorage) -> Option<&mut [f64]> {
+        match storage {
+            CpuStorage::F64(values) => Some(values),
             _ => None,
         }
     }
@@ -127,7 +113,7 @@ impl<'a> Gradient<'a> {
     /// Elements `start..start + len`, converted into `buffer` unless they can be borrowed; `len` is
     /// at most [`LANES`].
     #[inline(always)]
-    pub fn row<'r, C: FromGradient>(
+    pub fn row<'r, C: Compute>(
         &'r self,
         start: usize,
         len: usize,

@@ -10,9 +10,10 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use super::cuda::{FATBIN, is_capturing};
-use super::mask::Mask;
-use crate::cuda::abi;
+use super::abi;
+use super::capture::is_capturing;
+use super::launch::FATBIN;
+use crate::backend::cpu::mask::Mask;
 
 /// The kernel in each context that has used it, by the context's address. Each entry keeps its context, so
 /// the address is of no other one; a device has one context, whoever opens it.
@@ -131,8 +132,8 @@ unsafe fn launch(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::mask::Apply;
-    use crate::backend::simd::Simd;
+    use crate::backend::cpu::mask::Apply;
+    use crate::backend::cpu::simd::Simd;
     use candle_core::Device;
 
     /// Tiles that start past the 2^31st and the 2^32nd element, of a tensor of which only they exist: its

@@ -1,0 +1,368 @@
+//! Sums over a block for what a step needs to know beside its gradient, and for measured curvature.
+
+use std::marker::PhantomData;
+
+use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
+
+use super::super::GradientPair;
+use super::gradient::{Compute, Gradient};
+use super::rows::{Exact, Row, StateRows};
+use super::simd::{Kernel, Simd};
+use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
+use super::update::BlockStep;
+use crate::block::Block;
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sum, tree};
+use crate::params::Direction;
+use crate::rule::Coefficients;
+use crate::state::State;
+
+/// The terms of two sums over a block, or of `a` alone.
+trait Terms: Sync {
+    const BOTH: bool = true;
+
+    /// Writes the terms of elements `start..start + a.len()`.
+    fn row(&self, start: usize, room: &mut InputRows, a: &mut [f64], b: &mut [f64]);
+}
+
+fn pair_sums(n: usize, terms: &impl Terms, simd: Simd, scratch: &mut Scratch) -> Pair {
+    Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+        let start = chunk * CHUNK;
+        simd.run(ChunkPair { terms, start, len: CHUNK.min(n - start), scratch })
+    }))
+}
+
+struct ChunkPair<'a, T> {
+    terms: &'a T,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl<T: Terms> Kernel for ChunkPair<'_, T> {
+    type Output = Pair;
+
+    #[inline(always)]
+    fn run(self) -> Pair {
+        let Self { terms, start, len, scratch } = self;
+        let Scratch { rows: Rows { inputs, terms: [a, b], .. }, lanes: [sum_a, sum_b, _] } =
+            scratch;
+        let (a, b) = (f64::buffer(a), f64::buffer(b));
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+        let (sum_a, sum_b) = (&mut sum_a[..width], &mut sum_b[..width]);
+        sum_a.fill(0.);
+        if T::BOTH {
+            sum_b.fill(0.);
+        }
+        for at in (0..len).step_by(LANES) {
+            let row = LANES.min(len - at);
+            terms.row(start + at, inputs, &mut a[..row], &mut b[..row]);
+            sum_a.iter_mut().zip(&a[..row]).for_each(|(sum, a)| *sum += a);
+            if T::BOTH {
+                sum_b.iter_mut().zip(&b[..row]).for_each(|(sum, b)| *sum += b);
+            }
+        }
+        Pair { a: tree(sum_a), b: if T::BOTH { tree(sum_b) } else { 0. } }
+    }
+}
+
+/// A block's sums of `d^2`, or `(phi d)^2` where elements have their own brakes, and `w^2`: what
+/// [`Directions`](crate::rule::Directions) has of it.
+pub(crate) fn directions(
+    block: &mut Block,
+    gradient: &Tensor,
+    step: BlockStep,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    fn sums<C: Compute>(
+        w: &Gradient,
+        g: &Gradient,
+        state: &mut State,
+        step: BlockStep,
+        simd: Simd,
+        scratch: &mut Scratch,
+    ) -> Pair {
+        let coefficients = step.coefficients::<C>();
+        let terms = DirectionTerms { w, g, state: Exact::new(state), coefficients };
+        let Pair { a, b } = pair_sums(g.len(), &terms, simd, scratch);
+        let scale = coefficients.scale;
+        Pair { a: a * (scale * scale), b }
+    }
+    let (w, w_layout) = block.var.storage_and_layout();
+    let (g, g_layout) = gradient.storage_and_layout();
+    let (w, g) = (&Gradient::new(&w, w_layout)?, &Gradient::new(&g, g_layout)?);
+    Ok(match block.dtype {
+        DType::F64 => sums::<f64>(w, g, &mut block.state, step, simd, scratch),
+        _ => sums::<f32>(w, g, &mut block.state, step, simd, scratch),
+    })
+}
+
+struct DirectionTerms<'a, C, S> {
+    w: &'a Gradient<'a>,
+    g: &'a Gradient<'a>,
+    state: S,
+    coefficients: Coefficients<C>,
+}
+
+impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
+    #[inline(always)]
+    fn row(&self, start: usize, room: &mut InputRows, a: &mut [f64], b: &mut [f64]) {
+        let InputRows { tensors: [w, g], state } = room;
+        let w = self.w.row::<C>(start, a.len(), w);
+        let g = self.g.row::<C>(start, a.len(), g);
+        let Row { m, v, q, .. } = self.state.read(start, a.len(), state);
+        let moments = self.coefficients.moments;
+        match (moments.direction, m, v) {
+            (Direction::Momentum { .. }, Some(m), _) => {
+                for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
+                    *a = moments.first_moment(*m, *g).to_f64();
+                }
+            }
+            (Direction::Adam { .. }, Some(m), Some(v)) => {
+                for (((a, m), v), g) in a.iter_mut().zip(m).zip(v).zip(g) {
+                    let denom = moments.denom(moments.second_moment(*v, *g));
+                    *a = moments.first_moment(*m, *g).div(denom).to_f64();
+                }
+            }
+            _ => a.iter_mut().zip(g).for_each(|(a, g)| *a = g.to_f64()),
+        }
+        if let Some(brake) = self.coefficients.element {
+            for (i, (a, g)) in a.iter_mut().zip(g).enumerate() {
+                let q = q.map_or(0., |q| q[i].to_f64());
+                *a *= brake.element_phi(g.to_f64(), q);
+            }
+        }
+        for ((a, b), w) in a.iter_mut().zip(b).zip(w) {
+            *a *= *a;
+            let w = w.to_f64();
+            *b = w * w;
+        }
+    }
+}
+
+/// [`Curvature::Step`](crate::Curvature::Step): with `G = factor * (again - first)` a block's sum of `G^2`, and that of `||G|| ||D||` over its
+/// strips, of which the update has left the sums of `D^2`.
+pub(crate) fn change_of_gradient(
+    block: &Block,
+    strips: &[f64],
+    pair: GradientPair,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    fn sums<C: Compute>(
+        [first, again]: [&Gradient; 2],
+        (strips, factor): (&[f64], f64),
+        simd: Simd,
+        scratch: &mut Scratch,
+    ) -> Pair {
+        let n = first.len();
+        Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+            let start = chunk * CHUNK;
+            let len = CHUNK.min(n - start);
+            let strips = strips.get(start / STRIP..).unwrap_or_default();
+            simd.run(ChunkChange::<C> {
+                first,
+                again,
+                strips,
+                factor,
+                start,
+                len,
+                scratch,
+                compute: PhantomData,
+            })
+        }))
+    }
+    let (first, first_layout) = pair.first.storage_and_layout();
+    let (again, again_layout) = pair.again.storage_and_layout();
+    let gradients = [&Gradient::new(&first, first_layout)?, &Gradient::new(&again, again_layout)?];
+    let numbers = (strips, pair.factor);
+    Ok(match block.dtype {
+        DType::F64 => sums::<f64>(gradients, numbers, simd, scratch),
+        _ => sums::<f32>(gradients, numbers, simd, scratch),
+    })
+}
+
+/// The sums over elements `start..start + len`, one chunk.
+struct ChunkChange<'a, C> {
+    first: &'a Gradient<'a>,
+    again: &'a Gradient<'a>,
+    /// Of the chunk's strips and those behind.
+    strips: &'a [f64],
+    factor: f64,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+    compute: PhantomData<C>,
+}
+
+impl<C: Compute> Kernel for ChunkChange<'_, C> {
+    type Output = Pair;
+
+    #[inline(always)]
+    fn run(self) -> Pair {
+        let Self { first, again, strips, factor, start, len, scratch, .. } = self;
+        let Scratch { rows, lanes } = scratch;
+        let Rows { inputs: InputRows { tensors: [one, two], .. }, terms: [squares, _], .. } = rows;
+        let [change, bound, _] = lanes;
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+        let change = &mut change[..width];
+        let bound = &mut bound[..CHUNK / STRIP];
+        change.fill(0.);
+        bound.fill(0.);
+        for at in (0..len).step_by(LANES) {
+            let len = LANES.min(len - at);
+            let squares = &mut f64::buffer(squares)[..len];
+            let (one, two) =
+                (first.row::<C>(start + at, len, one), again.row::<C>(start + at, len, two));
+            for ((square, first), again) in squares.iter_mut().zip(one).zip(two) {
+                let difference = factor * (again.to_f64() - first.to_f64());
+                *square = difference * difference;
+            }
+            change.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
+            let strip = at / STRIP;
+            let sums = squares.chunks(STRIP).zip(&strips[strip..]);
+            for (lane, (squares, step)) in bound[strip..].iter_mut().zip(sums) {
+                *lane = strip_sum(squares).sqrt() * step.sqrt();
+            }
+        }
+        Pair { a: tree(change), b: tree(bound) }
+    }
+}
+
+/// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson): a block's sums of `(H z)^2`, with `H z = factor * (again - first) / size`, and of the
+/// squares of its first gradient.
+pub(crate) fn probe_sums(
+    block: &Block,
+    pair: GradientPair,
+    size: f64,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<Pair> {
+    let (first, first_layout) = pair.first.storage_and_layout();
+    let (again, again_layout) = pair.again.storage_and_layout();
+    let first = Gradient::new(&first, first_layout)?;
+    let again = Gradient::new(&again, again_layout)?;
+    let (factor, n) = (pair.factor, block.n);
+    Ok(match block.dtype {
+        DType::F64 => {
+            pair_sums(n, &ProbeTerms::<f64>::new(&first, &again, factor, size), simd, scratch)
+        }
+        _ => pair_sums(n, &ProbeTerms::<f32>::new(&first, &again, factor, size), simd, scratch),
+    })
+}
+
+struct ProbeTerms<'a, C> {
+    first: &'a Gradient<'a>,
+    again: &'a Gradient<'a>,
+    factor: f64,
+    size: f64,
+    compute: PhantomData<fn() -> C>,
+}
+
+impl<'a, C: Compute> ProbeTerms<'a, C> {
+    fn new(first: &'a Gradient<'a>, again: &'a Gradient<'a>, factor: f64, size: f64) -> Self {
+        Self { first, again, factor, size, compute: PhantomData }
+    }
+}
+
+impl<C: Compute> Terms for ProbeTerms<'_, C> {
+    #[inline(always)]
+    fn row(&self, start: usize, room: &mut InputRows, a: &mut [f64], b: &mut [f64]) {
+        let [first, again] = &mut room.tensors;
+        let first = self.first.row::<C>(start, a.len(), first);
+        let again = self.again.row::<C>(start, a.len(), again);
+        for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
+            let product = self.factor * (again.to_f64() - first.to_f64()) / self.size;
+            // As q can hold it.
+            *a = C::from_f64(product * product).to_f64();
+        }
+        // Not finite where the first gradient isn't.
+        b.iter_mut().zip(first).for_each(|(b, first)| *b = first.to_f64() * first.to_f64());
+    }
+}
+
+/// `q <- decay q + (1 - decay) (H z)^2`; returns the sum of q over the block.
+pub(crate) fn average_probe(
+    block: &mut Block,
+    pair: GradientPair,
+    size: f64,
+    decay: f64,
+    scratch: &mut Scratch,
+) -> Result<f64> {
+    fn average<C: Compute>(
+        state: &mut State,
+        terms: &ProbeTerms<C>,
+        n: usize,
+        decay: f64,
+        scratch: &mut Scratch,
+    ) -> f64 {
+        let chunk_sum = |scratch: &mut Scratch, (chunk, mut state): (usize, Exact<C>)| {
+            let Scratch { rows, lanes: [lanes, ..] } = scratch;
+            let Rows { inputs, terms: [a, b], .. } = rows;
+            let (a, b) = (f64::buffer(a), f64::buffer(b));
+            let len = CHUNK.min(n - chunk * CHUNK);
+            let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+            lanes[..width].fill(0.);
+            for at in (0..len).step_by(LANES) {
+                let row = LANES.min(len - at);
+                terms.row(chunk * CHUNK + at, inputs, &mut a[..row], &mut b[..row]);
+                let mut part = state.take(row);
+                let q = part.load(&mut inputs.state).q.unwrap_or_default();
+                for ((lane, q), square) in lanes.iter_mut().zip(q).zip(&*a) {
+                    *q = C::from_f64(decay * q.to_f64() + (1. - decay) * square);
+                    *lane += q.to_f64();
+                }
+                part.store(&inputs.state);
+            }
+            Pair { a: tree(&mut lanes[..width]), b: 0. }
+        };
+        let mut rest = Exact::new(state);
+        let chunks: Vec<_> = (0..n.div_ceil(CHUNK))
+            .map(|chunk| (chunk, rest.take(CHUNK.min(n - chunk * CHUNK))))
+            .collect();
+        let sums: Vec<Pair> = if !splits(n) {
+            chunks.into_iter().map(|item| chunk_sum(scratch, item)).collect()
+        } else {
+            let chunks = chunks.into_par_iter().with_min_len(PIECE / CHUNK);
+            chunks.map_init(Scratch::new, chunk_sum).collect()
+        };
+        Pair::fold(&sums).a
+    }
+    let (first, first_layout) = pair.first.storage_and_layout();
+    let (again, again_layout) = pair.again.storage_and_layout();
+    let first = Gradient::new(&first, first_layout)?;
+    let again = Gradient::new(&again, again_layout)?;
+    let (factor, n) = (pair.factor, block.n);
+    let state = &mut block.state;
+    Ok(match block.dtype {
+        DType::F64 => {
+            let terms = ProbeTerms::<f64>::new(&first, &again, factor, size);
+            average(state, &terms, n, decay, scratch)
+        }
+        _ => {
+            let terms = ProbeTerms::<f32>::new(&first, &again, factor, size);
+            average(state, &terms, n, decay, scratch)
+        }
+    })
+}
+
+/// A block's sum of `w^2`.
+pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Result<f64> {
+    struct Squares<'a, C>(&'a Gradient<'a>, PhantomData<fn() -> C>);
+    impl<C: Compute> Terms for Squares<'_, C> {
+        const BOTH: bool = false;
+
+        #[inline(always)]
+        fn row(&self, start: usize, room: &mut InputRows, a: &mut [f64], _: &mut [f64]) {
+            let w = self.0.row::<C>(start, a.len(), &mut room.tensors[0]);
+            a.iter_mut().zip(w).for_each(|(a, w)| *a = w.to_f64() * w.to_f64());
+        }
+    }
+    let (storage, layout) = block.var.storage_and_layout();
+    let w = Gradient::new(&storage, layout)?;
+    Ok(match block.dtype {
+        DType::F64 => pair_sums(block.n, &Squares::<f64>(&w, PhantomData), simd, scratch).a,
+        _ => pair_sums(block.n, &Squares::<f32>(&w, PhantomData), simd, scratch).a,
+    })
+}

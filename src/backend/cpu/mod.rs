@@ -1,0 +1,434 @@
+//! The stages over a list of blocks, on the CPU: which thread does what, under which locks.
+//!
+//! Large blocks are taken one after the other, each split over the threads; then small ones are
+//! handed to them in batches. With thousands of small tensors the time goes into cache misses: the
+//! way to one gradient leads over a hash table, a tensor, its layout and its storage. So a batch is
+//! taken step by step, one loop per pointer, whose misses overlap, and what an update needs is
+//! prefetched.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
+use rayon::prelude::*;
+
+use self::gradient::Gradient;
+use self::pool::Pool;
+use self::simd::{Simd, prefetch};
+use self::statistics::{PIECE, Scratch};
+use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
+use crate::block::{Block, Parameters, storage_address};
+use crate::numerics::{LANES, Pair, Sums};
+use crate::rule::Decision;
+
+pub(crate) mod access;
+mod curvature;
+pub(crate) mod gradient;
+pub(crate) mod mask;
+mod pool;
+mod replace;
+mod rows;
+pub(crate) mod simd;
+mod statistics;
+mod update;
+
+/// Small blocks are handed to threads in batches of about this many elements, ...
+const BATCH_ELEMENTS: usize = 1 << 15;
+
+/// ... and at most this many blocks.
+const BATCH_BLOCKS: usize = 32;
+
+/// Below this much work, in elements, a step is done sooner than another thread has woken up.
+const PARALLEL_WORK: usize = PIECE;
+
+/// The work of a block beside that of its elements, in elements.
+const BLOCK_WORK: usize = 256;
+
+/// The CPU. Blocks on a CUDA device are passed over.
+pub(crate) struct CpuBackend {
+    simd: Simd,
+    /// The threads of all optimizers, if there is enough work for them. Not those of rayon's global
+    /// pool: candle computes there, holding locks of tensors that a step waits for.
+    pool: Option<Arc<Pool>>,
+}
+
+impl CpuBackend {
+    pub fn new(blocks: &[Block]) -> Result<Self> {
+        let on_cpu = blocks.iter().filter(|block| block.on_cpu);
+        let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
+        let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
+        Ok(Self { simd: Simd::detect(), pool })
+    }
+
+    /// The gradient of every block of a run, with the sums that `read` makes of it; `None` for a block that has no
+    /// gradient, or is frozen.
+    fn gradients<'g>(
+        &self,
+        all: &Parameters,
+        grads: &'g GradStore,
+        run: Range<usize>,
+        read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
+        gradients: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()> {
+        type Batch<'a, 'g> = (&'a [Block], &'a mut [Option<BlockGradient<'g>>]);
+        let find = |scratch: &mut Scratch, (batch, gradients): Batch<'_, 'g>| {
+            let tensor_of = |block: &Block| {
+                let takes_part = block.on_cpu && all.of(block).lr != 0.;
+                grads.get_id(block.id).filter(|_| takes_part)
+            };
+            let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
+            for (block, tensor) in batch.iter().zip(&tensors) {
+                tensor.map_or(Ok(()), |tensor| block.check_gradient(tensor))?;
+            }
+            let locked = |tensor: &Option<&'g Tensor>| tensor.map(Tensor::storage_and_layout);
+            let storages: Vec<_> = tensors.iter().map(locked).collect();
+            for (i, (block, tensor)) in batch.iter().zip(&tensors).enumerate() {
+                let (Some(gradient), Some((storage, layout))) = (tensor, &storages[i]) else {
+                    continue;
+                };
+                let address = storage_address(storage);
+                block.check_alias(address, &all.storages)?;
+                let g = Gradient::new(storage, layout)?;
+                let sums = read(block, &g, scratch);
+                let elements = g.address();
+                gradients[i] = Some(BlockGradient { gradient, sums, storage: address, elements });
+            }
+            Ok(())
+        };
+        let blocks = &all.blocks[run];
+        let size = batch_size(blocks);
+        let batches = blocks.chunks(size).zip(gradients.chunks_mut(size));
+        self.for_each_item(batches.map(|item| (has_large(item.0), item)).collect(), find)
+    }
+
+    /// What `work` makes of every block on the CPU that something is given for.
+    fn each<T: Sync, R: Send>(
+        &self,
+        blocks: &mut [Block],
+        given: &[Option<T>],
+        results: &mut [Option<R>],
+        work: impl Fn(&mut Scratch, &mut Block, usize, &T) -> Result<R> + Sync,
+    ) -> Result<()> {
+        let items = blocks.iter_mut().zip(given).zip(results).enumerate();
+        let items = items.filter_map(|(place, ((block, given), result))| {
+            let given = given.as_ref().filter(|_| block.on_cpu)?;
+            Some((block.n > PIECE, (block, place, given, result)))
+        });
+        self.for_each_item(items.collect(), |scratch, (block, place, given, result)| {
+            *result = Some(work(scratch, block, place, given)?);
+            Ok(())
+        })
+    }
+
+    /// The same of work that has no result.
+    fn each_block<T: Sync>(
+        &self,
+        blocks: &mut [Block],
+        given: &[Option<T>],
+        work: impl Fn(&mut Block, usize, &T) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let mut results = vec![None; blocks.len()];
+        self.each(blocks, given, &mut results, |_, block, place, given| work(block, place, given))
+    }
+
+    /// Runs `work` on every item: on those with a large block in turn, then on the others over the
+    /// threads where they are worth it.
+    ///
+    /// `work` holds a tensor's lock while it waits for the threads to split a large block, and a thread
+    /// that waits takes up other work of its pool, which must not wait for a lock in its turn: hence one
+    /// optimizer at a time is in the pool, and one large block is finished before the next one's lock is
+    /// taken. Whoever reads the parameters meanwhile, or steps them by another optimizer, then waits for a
+    /// lock that is always released.
+    fn for_each_item<T: Send>(
+        &self,
+        items: Vec<(bool, T)>,
+        work: impl Fn(&mut Scratch, T) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let mut scratch = Scratch::new();
+        let Some(turn) = self.pool.as_ref().and_then(|pool| pool.turn()) else {
+            return items.into_iter().try_for_each(|(_, item)| work(&mut scratch, item));
+        };
+        let (large, small): (Vec<_>, Vec<_>) = items.into_iter().partition(|(large, _)| *large);
+        turn.run(|threads| {
+            large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
+            let work = |scratch: &mut Scratch, (_, item)| work(scratch, item);
+            // Each split has working memory of its own, so not too many of them.
+            let least = (small.len() / (8 * threads)).max(1);
+            let small = small.into_par_iter().with_min_len(least);
+            small.try_for_each_init(Scratch::new, work)
+        })
+    }
+}
+
+impl Backend for CpuBackend {
+    fn check(&self, all: &Parameters, grads: &GradStore, run: Range<usize>) -> Result<()> {
+        let mut gradients = vec![None; run.len()];
+        self.gradients(all, grads, run, |_, _, _| Sums::ZERO, &mut gradients)
+    }
+
+    fn statistics<'g>(
+        &mut self,
+        all: &Parameters,
+        step: Step<'g>,
+        run: Range<usize>,
+        asked: GradSums,
+        gradients: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()> {
+        let read = |block: &Block, g: &Gradient, scratch: &mut Scratch| {
+            statistics::sums(g, block.dtype == DType::F64, asked, self.simd, scratch)
+        };
+        self.gradients(all, step.grads, run, read, gradients)
+    }
+
+    fn directions(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        run: Range<usize>,
+        given: &[Option<(&Tensor, Decision)>],
+        _measures: bool,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()> {
+        let Parameters { blocks, groups, .. } = all;
+        let tracked = &tracked[run.clone()];
+        self.each(&mut blocks[run], given, sums, |scratch, block, i, (gradient, decision)| {
+            let params = &groups[block.group].params;
+            let Tracked { powers, estimate, .. } = &tracked[i];
+            let step = update::BlockStep { params, decision, powers, estimate, sums_up: false };
+            curvature::directions(block, gradient, step, self.simd, scratch)
+        })
+    }
+
+    fn update(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &mut [Tracked],
+        run: Range<usize>,
+        moves: &[Option<(BlockGradient, Decision)>],
+        step: Step,
+    ) -> Result<()> {
+        let Parameters { blocks, groups, .. } = all;
+        let (blocks, tracked) = (&mut blocks[run.clone()], &mut tracked[run]);
+        let size = batch_size(blocks);
+        let batches = blocks.chunks_mut(size).zip(tracked.chunks_mut(size));
+        let batches = batches.zip(moves.chunks(size));
+        let batches = batches.map(|item| (has_large(item.0.0), item)).collect();
+        self.for_each_item(batches, |scratch, ((blocks, tracked), moves)| {
+            if size > 1 {
+                for (block, moves) in blocks.iter().zip(moves) {
+                    prefetch_update(block, moves.as_ref().map(|(found, _)| found));
+                }
+            }
+            for ((block, tracked), moves) in blocks.iter_mut().zip(tracked).zip(moves) {
+                let Some((found, decision)) = moves.as_ref().filter(|_| block.on_cpu) else {
+                    continue;
+                };
+                let params = &groups[block.group].params;
+                let sums_up = step.measures && params.measures_steps() || step.records;
+                let Tracked { powers, estimate, .. } = &*tracked;
+                let numbers = update::BlockStep { params, decision, powers, estimate, sums_up };
+                (tracked.step_sums, tracked.strips) =
+                    update::update(block, found.gradient, numbers, self.simd, scratch)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn change_of_gradient(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        _again: Step,
+        given: &[Option<GradientPair>],
+        sums: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.each(&mut all.blocks, given, sums, |scratch, block, place, pair| {
+            let strips = &tracked[place].strips;
+            curvature::change_of_gradient(block, strips, *pair, self.simd, scratch)
+        })
+    }
+
+    fn squares(
+        &mut self,
+        all: &mut Parameters,
+        _step: Step,
+        wanted: &[Option<()>],
+        sums: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.each(&mut all.blocks, wanted, sums, |scratch, block, _, ()| {
+            Ok(Pair { a: curvature::squares(block, self.simd, scratch)?, b: 0. })
+        })
+    }
+
+    fn perturb(
+        &mut self,
+        all: &mut Parameters,
+        wanted: &[Option<()>],
+        size: f64,
+        seed: u64,
+        draw: u64,
+    ) -> Result<()> {
+        self.each_block(&mut all.blocks, wanted, |block, place, ()| {
+            replace::back_up(block)?;
+            replace::perturb(block, place as u64, size, seed, draw)
+        })
+    }
+
+    fn probe_sums(
+        &mut self,
+        all: &mut Parameters,
+        _step: Step,
+        _again: &GradStore,
+        given: &[Option<(GradientPair, f64)>],
+        size: f64,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.each(&mut all.blocks, given, sums, |scratch, block, _, (pair, _)| {
+            curvature::probe_sums(block, *pair, size, self.simd, scratch)
+        })
+    }
+
+    fn average_probe(
+        &mut self,
+        all: &mut Parameters,
+        given: &[Option<(GradientPair, f64)>],
+        size: f64,
+        sums: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.each(&mut all.blocks, given, sums, |scratch, block, _, (pair, decay)| {
+            let a = curvature::average_probe(block, *pair, size, *decay, scratch)?;
+            Ok(Pair { a, b: 0. })
+        })
+    }
+
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()> {
+        let mut scratch = Scratch::new();
+        for (block, sum) in all.blocks.iter().zip(squares).filter(|(b, _)| b.on_cpu) {
+            *sum = Some(curvature::squares(block, self.simd, &mut scratch)?);
+        }
+        Ok(())
+    }
+
+    fn swap(&mut self, all: &mut Parameters, tracked: &[Tracked]) -> Result<()> {
+        let averaged = |tracked: &Tracked| (tracked.powers.average != 1.).then_some(());
+        let given: Vec<_> = tracked.iter().map(averaged).collect();
+        self.each_block(&mut all.blocks, &given, |block, _, ()| {
+            replace::back_up(block)?;
+            replace::swap_average(block)
+        })
+    }
+
+    fn restore(&mut self, all: &mut Parameters) -> Result<()> {
+        // By threads that wait for no other's lock: see `for_each_item`.
+        let every = vec![Some(()); all.blocks.len()];
+        self.each_block(&mut all.blocks, &every, |block, _, ()| replace::restore(block))
+    }
+
+    fn release(&mut self, all: &mut Parameters) {
+        all.blocks.iter_mut().for_each(|block| block.backup.valid = false);
+    }
+}
+
+fn has_large(batch: &[Block]) -> bool {
+    batch.iter().any(|block| block.n > PIECE)
+}
+
+/// How many blocks one thread takes at a time: one, unless they are small.
+fn batch_size(blocks: &[Block]) -> usize {
+    let elements: usize = blocks.iter().map(|block| block.n).sum();
+    (BATCH_ELEMENTS * blocks.len() / elements.max(1)).clamp(1, BATCH_BLOCKS)
+}
+
+/// Brings what the update of a small block needs first into the caches.
+fn prefetch_update(block: &Block, found: Option<&BlockGradient>) {
+    let n = block.n.min(LANES);
+    let bytes = n * block.dtype.size_in_bytes();
+    prefetch(block.storage, 1);
+    prefetch(block.elements, bytes);
+    if let Some(Storage::Cpu(CpuStorage::F32(master))) =
+        block.state.master.as_ref().map(|master| master.storage())
+    {
+        prefetch(master.as_ptr().addr(), n * size_of::<f32>());
+    }
+    if let Some(found) = found {
+        prefetch(found.storage, 1);
+        prefetch(found.elements, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Result, Tensor, Var};
+    use candle_nn::Optimizer;
+    use proptest::prelude::*;
+
+    use super::simd::{self, Simd};
+    use crate::{Beta, NonFinite, ParamsSrkl, Scope, Srkl};
+
+    const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+
+    /// Two steps by the given gradient; the bits of parameter and master, as text.
+    fn train(simd: Simd, params: &ParamsSrkl, w: &Tensor, g: &Tensor) -> Result<String> {
+        let var = Var::from_tensor(w)?;
+        simd::FORCED.set(Some(simd));
+        let mut opt = Srkl::new(vec![var.clone()], params.clone())?;
+        simd::FORCED.set(None);
+        let mut grads = candle_core::backprop::GradStore::default();
+        grads.insert(&var, g.clone());
+        opt.step(&grads)?;
+        opt.step(&grads)?;
+        // f64 holds all four types.
+        let bits = |t: &Tensor| -> Result<Vec<u64>> {
+            Ok(t.to_dtype(DType::F64)?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect())
+        };
+        let master = opt.master("0")?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        Ok(format!("{:?} {master:?} {:?}", bits(var.as_tensor())?, opt.telemetry()?))
+    }
+
+    /// Ordinary numbers, finite ones of any magnitude, or some of any bit pattern among them.
+    fn patterns(n: usize) -> impl Strategy<Value = Vec<f32>> {
+        let any = any::<u32>().prop_map(f32::from_bits);
+        let finite = any.clone().prop_map(|x| if x.is_finite() { x } else { 1. });
+        prop_oneof![
+            2 => proptest::collection::vec(-1f32..1., n),
+            1 => proptest::collection::vec(finite, n),
+            1 => proptest::collection::vec(prop_oneof![4 => -1f32..1., 1 => any], n),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// On a processor without AVX2 both runs are the same and the test says nothing.
+        #[test]
+        fn vector_and_baseline_code_give_the_same_bits(
+            (w, g) in prop_oneof![0..40usize, Just(1025), Just(8193)]
+                .prop_flat_map(|n| (patterns(n), patterns(n))),
+            scope in prop_oneof![
+                2 => Just(Scope::Tensor), 1 => Just(Scope::Global), 1 => Just(Scope::Element)
+            ],
+            max_grad_norm in prop_oneof![Just(None), Just(Some(0.5))],
+            nonfinite in prop_oneof![Just(NonFinite::SkipStep), Just(NonFinite::Propagate)],
+        ) {
+            let params = ParamsSrkl {
+                lr: 0.3,
+                beta: Beta::Fixed(0.2),
+                scope,
+                weight_decay: 0.1,
+                max_grad_norm,
+                nonfinite,
+                ..ParamsSrkl::reference()
+            };
+            for dtype in FLOATS {
+                for grad_dtype in FLOATS {
+                    let tensor = |x: &[f32], dtype| {
+                        Tensor::from_slice(x, x.len(), &Device::Cpu).unwrap().to_dtype(dtype)
+                    };
+                    let (w, g) = (tensor(&w, dtype).unwrap(), tensor(&g, grad_dtype).unwrap());
+                    let run = |simd| train(simd, &params, &w, &g).unwrap();
+                    prop_assert_eq!(run(Simd::Baseline), run(Simd::detect()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Stage 1, statistics: the sums over a block's gradient; and how work on a block is split into chunks.
+//!
+//! Which numbers are added in which order is part of the contract in [`numerics`](crate::numerics).
+
+use std::marker::PhantomData;
+
+use rayon::prelude::*;
+
+use super::super::GradSums;
+use super::gradient::{Compute, Gradient, RowBuffer};
+use super::pool::has_helpers;
+use super::rows::Room;
+use super::simd::{Kernel, Simd};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Sums, pow2, scale_exponent, tree};
+
+/// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
+/// of this size: enough to outweigh the handing over, a whole number of chunks.
+///
+/// Pieces go to the threads of the pool that the step runs in, while the block's lock is held: see
+/// [`Pool`](super::pool::Pool) for why no other work may be there.
+pub(crate) const PIECE: usize = 8 * CHUNK;
+
+/// Whether the work on a block of `n` elements is split.
+pub(crate) fn splits(n: usize) -> bool {
+    n > PIECE && has_helpers()
+}
+
+/// Working memory of one thread. (Not on the stack: threads nest.)
+pub(crate) struct Scratch {
+    pub rows: Rows,
+    /// Lanes of up to three sums.
+    pub lanes: [Vec<f64>; 3],
+}
+
+/// Rows of numbers: what is read, the direction, the terms of two sums.
+#[derive(Default)]
+pub(crate) struct Rows {
+    pub inputs: InputRows,
+    pub d: RowBuffer,
+    pub terms: [RowBuffer; 2],
+}
+
+/// Converted tensors, and decoded state.
+#[derive(Default)]
+pub(crate) struct InputRows {
+    pub tensors: [RowBuffer; 2],
+    pub state: Room,
+}
+
+impl Scratch {
+    pub fn new() -> Self {
+        Self { rows: Rows::default(), lanes: [(); 3].map(|()| vec![0.; LANES]) }
+    }
+}
+
+/// The sums over a block's gradient that are asked for, computed in f64 or (not `wide`) f32.
+pub(crate) fn sums(
+    g: &Gradient,
+    wide: bool,
+    asked: GradSums,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Sums {
+    match (asked, wide) {
+        (GradSums::None, _) => Sums::ZERO,
+        (GradSums::FiniteOnly, false) => finite_sums::<f32>(g, simd, scratch),
+        (GradSums::FiniteOnly, true) => finite_sums::<f64>(g, simd, scratch),
+        (GradSums::Sum4, false) => block_sums::<f32, false>(g, simd, scratch),
+        (GradSums::Sum4, true) => block_sums::<f64, false>(g, simd, scratch),
+        (GradSums::Sum2AndSum4, false) => block_sums::<f32, true>(g, simd, scratch),
+        (GradSums::Sum2AndSum4, true) => block_sums::<f64, true>(g, simd, scratch),
+    }
+}
+
+fn finite_sums<C: Compute>(g: &Gradient, simd: Simd, scratch: &mut Scratch) -> Sums {
+    let finite = each_chunk(g.len(), scratch, |scratch, chunk| {
+        let start = chunk * CHUNK;
+        let len = CHUNK.min(g.len() - start);
+        simd.run(ChunkFinite::<C> { g, start, len, scratch, compute: PhantomData })
+    });
+    let finite = finite.into_iter().all(|finite| finite);
+    Sums { sum4: if finite { 0. } else { f64::NAN }, ..Sums::ZERO }
+}
+
+/// Whether elements `start..start + len` of a gradient are finite.
+struct ChunkFinite<'a, C> {
+    g: &'a Gradient<'a>,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+    compute: PhantomData<C>,
+}
+
+impl<C: Compute> Kernel for ChunkFinite<'_, C> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        let Self { g, start, len, scratch, .. } = self;
+        let InputRows { tensors: [row, _], .. } = &mut scratch.rows.inputs;
+        let mut finite = true;
+        for at in (0..len).step_by(LANES) {
+            let row = g.row::<C>(start + at, LANES.min(len - at), row);
+            // To the end: without branches it is done in vectors.
+            finite &= row.iter().fold(true, |finite, g| finite & g.is_finite());
+        }
+        finite
+    }
+}
+
+fn block_sums<C: Compute, const NORM: bool>(
+    g: &Gradient,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Sums {
+    let chunk_sums = |scratch: &mut Scratch, chunk: usize| {
+        let start = chunk * CHUNK;
+        let len = CHUNK.min(g.len() - start);
+        simd.run(ChunkSums::<C, NORM> { g, start, len, scratch, compute: PhantomData })
+    };
+    if g.len() <= CHUNK {
+        return chunk_sums(scratch, 0);
+    }
+    Sums::fold(&each_chunk(g.len(), scratch, chunk_sums))
+}
+
+/// What `work` makes of every chunk of `n` elements, over threads where they are worth it.
+pub(crate) fn each_chunk<T: Send>(
+    n: usize,
+    scratch: &mut Scratch,
+    work: impl Fn(&mut Scratch, usize) -> T + Sync,
+) -> Vec<T> {
+    let chunks = 0..n.div_ceil(CHUNK);
+    if !splits(n) {
+        return chunks.map(|chunk| work(scratch, chunk)).collect();
+    }
+    let chunks = chunks.into_par_iter().with_min_len(PIECE / CHUNK);
+    chunks.map_init(Scratch::new, |scratch, chunk| work(scratch, chunk)).collect()
+}
+
+/// The sums over elements `start..start + len` of a gradient, one chunk.
+struct ChunkSums<'a, C, const NORM: bool> {
+    g: &'a Gradient<'a>,
+    start: usize,
+    len: usize,
+    scratch: &'a mut Scratch,
+    compute: PhantomData<C>,
+}
+
+impl<C: Compute, const NORM: bool> Kernel for ChunkSums<'_, C, NORM> {
+    type Output = Sums;
+
+    #[inline(always)]
+    fn run(self) -> Sums {
+        let Self { g, start, len, scratch, .. } = self;
+        let Scratch { rows, lanes: [sum2, sum4, _] } = scratch;
+        let InputRows { tensors: [row, _], .. } = &mut rows.inputs;
+        let rows = || (0..len).step_by(LANES).map(|at| (start + at, LANES.min(len - at)));
+
+        let mut exponent = 0;
+        if C::SCALED {
+            let mut max = 0f64;
+            for (at, len) in rows() {
+                for g in g.row::<C>(at, len, row) {
+                    let magnitude = g.to_f64().abs();
+                    if magnitude > max && magnitude < f64::INFINITY {
+                        max = magnitude;
+                    }
+                }
+            }
+            exponent = scale_exponent(max);
+        }
+        let scale = pow2(-exponent);
+
+        let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+        let (sum2, sum4) = (&mut sum2[..width], &mut sum4[..width]);
+        sum4.fill(0.);
+        if NORM {
+            sum2.fill(0.);
+        }
+        for (at, len) in rows() {
+            let row = g.row::<C>(at, len, row);
+            for ((g, sum2), sum4) in row.iter().zip(sum2.iter_mut()).zip(sum4.iter_mut()) {
+                let g = if C::SCALED { g.to_f64() * scale } else { g.to_f64() };
+                let q = g * g;
+                if NORM {
+                    *sum2 += q;
+                }
+                *sum4 = q.mul_add(q, *sum4);
+            }
+        }
+        let sum2 = if NORM { tree(sum2) } else { 0. };
+        Sums { sum2, sum4: tree(sum4), exponent }
+    }
+}

@@ -1,0 +1,311 @@
+//! Stage 3, update: moves the parameters of a block. The mathematics of an element is in [`rule`](crate::rule).
+
+use candle_core::{CpuStorage, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use super::access::{Parameter, agree, samples, with_storage_mut};
+use super::gradient::{Compute, Gradient};
+use super::rows::{Exact, RowMut, StateRows};
+use super::simd::{Kernel, Simd};
+use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
+use crate::block::Block;
+use crate::estimate::{Estimate, StepSums};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, fold, strip_sum, tree};
+use crate::params::{Direction, ParamsSrkl};
+use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, lerp};
+
+/// The numbers of one block's step.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockStep<'a> {
+    pub params: &'a ParamsSrkl,
+    pub decision: &'a Decision,
+    /// Those before the step.
+    pub powers: &'a Powers,
+    pub estimate: &'a Estimate,
+    /// Whether to sum up how the block moves.
+    pub sums_up: bool,
+}
+
+impl BlockStep<'_> {
+    pub fn coefficients<C: Real>(&self) -> Coefficients<C> {
+        let Self { params, decision, powers, estimate, .. } = *self;
+        Coefficients::new(params, decision, powers, estimate)
+    }
+}
+
+/// Moves a block by its gradient, in place. Returns how it has moved, if that is summed up: what a measurement, or
+/// telemetry, needs of it, and the sums of `D^2` over strips.
+pub(crate) fn update(
+    block: &mut Block,
+    gradient: &Tensor,
+    step: BlockStep,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Result<(StepSums, Vec<f64>)> {
+    let mut moved = (StepSums::default(), vec![]);
+    if block.n == 0 {
+        return Ok(moved); // candle refuses to write to an empty tensor.
+    }
+    let (storage, layout) = gradient.storage_and_layout();
+    let g = Gradient::new(&storage, layout)?;
+    let Block { var, state, .. } = block;
+    with_storage_mut(var, |storage| {
+        moved = match storage {
+            CpuStorage::F32(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
+            CpuStorage::F64(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
+            CpuStorage::BF16(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
+            CpuStorage::F16(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
+            _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
+        };
+        Ok(())
+    })?;
+    Ok(moved)
+}
+
+fn block_update<P: Parameter>(
+    w: &mut [P],
+    mut state: Exact<P::Compute>,
+    g: &Gradient,
+    step: BlockStep,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> (StepSums, Vec<f64>) {
+    let n = w.len();
+    let coefficients = step.coefficients();
+    if let Some(master) = &mut state.master
+        && samples(n).any(|i| !agree(w[i], master[i]))
+    {
+        // Overwritten as a whole, it seems, and old fractions of the masters are worth nothing.
+        master.iter_mut().zip(w.iter()).for_each(|(master, w)| *master = w.widen());
+    }
+    let part = Part { w, state };
+    let update = |scratch: &mut Scratch, start, part| {
+        simd.run(Update { start, part, g, coefficients, sums_up: step.sums_up, scratch })
+    };
+    let parts: Vec<Stepped> = if !splits(n) {
+        vec![update(scratch, 0, part)]
+    } else {
+        let pieces = part.pieces(PIECE).into_par_iter().enumerate();
+        let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
+        pieces.map_init(Scratch::new, update).collect()
+    };
+    let chunks: Vec<[f64; 3]> = parts.iter().flat_map(|part| part.chunks.iter().copied()).collect();
+    let strips = parts.into_iter().flat_map(|part| part.strips).collect();
+    let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
+    let scale = coefficients.scale * coefficients.scale;
+    (StepSums { step, direction: direction * scale, along: along * scale }, strips)
+}
+
+/// What the update of a part leaves, if it sums up.
+#[derive(Default)]
+struct Stepped {
+    /// Of every chunk the sums of [`StepSums`], with the direction as it is before its `scale`.
+    chunks: Vec<[f64; 3]>,
+    /// Of every strip the sum of `D^2`.
+    strips: Vec<f64>,
+}
+
+/// Neighbouring elements of a block: the parameter and its state.
+struct Part<'a, P, S> {
+    w: &'a mut [P],
+    state: S,
+}
+
+impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
+    /// The first `len` elements, which are taken off.
+    #[inline(always)]
+    fn take(&mut self, len: usize) -> Self {
+        Self { w: self.w.split_off_mut(..len).unwrap_or_default(), state: self.state.take(len) }
+    }
+
+    fn pieces(mut self, len: usize) -> Vec<Self> {
+        let count = self.w.len().div_ceil(len);
+        (0..count).map(|_| self.take(len.min(self.w.len()))).collect()
+    }
+}
+
+/// The update of the elements of a part, which begins at `start`, that of a chunk.
+struct Update<'a, P: Parameter, S> {
+    start: usize,
+    part: Part<'a, P, S>,
+    g: &'a Gradient<'a>,
+    coefficients: Coefficients<P::Compute>,
+    /// Whether to sum up how it moves.
+    sums_up: bool,
+    scratch: &'a mut Scratch,
+}
+
+impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
+    type Output = Stepped;
+
+    #[inline(always)]
+    fn run(self) -> Stepped {
+        let Self { start, mut part, g, coefficients, sums_up, scratch } = self;
+        let Scratch { rows, lanes } = scratch;
+        let Rows { inputs, d, terms: [squares, _] } = rows;
+        let InputRows { tensors: [row, before], state: room } = inputs;
+        let Coefficients { moments, phi, element, average, .. } = coefficients;
+        let (step_size, decay_factor) = coefficients.step_coefficients(phi);
+        let n = part.w.len();
+        let mut stepped = Stepped::default();
+        for at in (0..n).step_by(LANES) {
+            let Part { w, mut state } = part.take(LANES.min(n - at));
+            let RowMut { mut master, mut m, mut v, average: a, q } = state.load(room);
+            let before = &mut P::Compute::buffer(before)[..w.len()];
+            if sums_up {
+                before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
+            }
+            let g = g.row(start + at, w.len(), row);
+            let d: &[P::Compute] = match (moments.direction, m.as_deref_mut(), v.as_deref_mut()) {
+                (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
+                    // In one loop: it has enough to compute while memory is waited for.
+                    let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
+                        *m = moments.first_moment(*m, g);
+                        *v = moments.second_moment(*v, g);
+                        apply_step(w, m.div(moments.denom(*v)), step_size, decay_factor)
+                    };
+                    let state = m.iter_mut().zip(v).zip(g);
+                    match &mut master {
+                        Some(x) => {
+                            for ((w, x), ((m, v), g)) in w.iter_mut().zip(x.iter_mut()).zip(state) {
+                                *x = step(*x, m, v, *g);
+                                *w = P::narrow(*x);
+                            }
+                        }
+                        None => {
+                            for (w, ((m, v), g)) in w.iter_mut().zip(state) {
+                                *w = P::narrow(step(w.widen(), m, v, *g));
+                            }
+                        }
+                    }
+                    &[]
+                }
+                (Direction::Momentum { .. }, Some(m), _) => {
+                    m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
+                    m
+                }
+                (Direction::Adam { .. }, Some(m), Some(v)) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for (((d, m), v), g) in d.iter_mut().zip(m).zip(v).zip(g) {
+                        *m = moments.first_moment(*m, *g);
+                        *v = moments.second_moment(*v, *g);
+                        *d = m.div(moments.denom(*v));
+                    }
+                    d
+                }
+                _ => g,
+            };
+            match element {
+                None if d.is_empty() => {}
+                None => for_each(w, master.as_deref_mut(), d, |w, d| {
+                    apply_step(w, d, step_size, decay_factor)
+                }),
+                Some(brake) => {
+                    for i in 0..w.len() {
+                        let q = q.as_ref().map_or(0., |q| q[i].to_f64());
+                        let (step_size, decay_factor) =
+                            coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q));
+                        let master = master.as_deref_mut().map(|master| &mut master[i..=i]);
+                        let (w, d) = (&mut w[i..=i], &d[i..=i]);
+                        for_each(w, master, d, |w, d| apply_step(w, d, step_size, decay_factor));
+                    }
+                }
+            }
+            match (a, master) {
+                (None, _) => {}
+                (Some(a), Some(x)) => {
+                    a.iter_mut().zip(x).for_each(|(a, x)| *a = lerp(*a, *x, average));
+                }
+                (Some(a), None) => {
+                    a.iter_mut().zip(&*w).for_each(|(a, w)| *a = lerp(*a, w.widen(), average));
+                }
+            }
+            if sums_up {
+                let len = CHUNK.min(n - at / CHUNK * CHUNK);
+                let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
+                let lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
+                let [step, direction, along] = lanes;
+                if at % CHUNK == 0 {
+                    [&mut *step, direction, along].into_iter().for_each(|lanes| lanes.fill(0.));
+                }
+                let squares = &mut f64::buffer(squares)[..w.len()];
+                step_squares(squares, before, w);
+                step.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
+                stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
+                let is_adam = match (m.as_deref(), v.as_deref()) {
+                    (Some(m), Some(v)) => {
+                        add_adam_direction(direction, along, m, v, &moments);
+                        true
+                    }
+                    (m, _) => {
+                        add_squares(direction, m.unwrap_or(g));
+                        false
+                    }
+                };
+                if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
+                    let (step, direction) = (tree(step), tree(direction));
+                    let along = if is_adam { tree(along) } else { direction };
+                    stepped.chunks.push([step, direction, along]);
+                }
+            }
+            state.store(room);
+        }
+        stepped
+    }
+}
+
+/// The terms of `D^2` of a row: `D` is the step as the parameter took it, rounded to its dtype.
+#[inline(always)]
+fn step_squares<P: Parameter>(squares: &mut [f64], before: &[P::Compute], w: &[P]) {
+    for ((square, before), w) in squares.iter_mut().zip(before).zip(w) {
+        let step = w.widen().to_f64() - before.to_f64();
+        *square = step * step;
+    }
+}
+
+/// Adds the terms of `d^2` and `d m` of a row, of Adam's direction `d = m / P`.
+#[inline(always)]
+fn add_adam_direction<C: Real>(
+    direction: &mut [f64],
+    along: &mut [f64],
+    m: &[C],
+    v: &[C],
+    moments: &Moments<C>,
+) {
+    for (((direction, along), m), v) in direction.iter_mut().zip(along).zip(m).zip(v) {
+        let d = m.div(moments.denom(*v)).to_f64();
+        *direction += d * d;
+        *along += d * m.to_f64();
+    }
+}
+
+/// Adds the terms of `d^2` of a row: of any other direction `d m` is the same.
+#[inline(always)]
+fn add_squares<C: Real>(lanes: &mut [f64], d: &[C]) {
+    for (lane, d) in lanes.iter_mut().zip(d) {
+        *lane += d.to_f64() * d.to_f64();
+    }
+}
+
+/// Steps every element of a row in the compute type, and stores it as the parameter's.
+#[inline(always)]
+fn for_each<P: Parameter>(
+    w: &mut [P],
+    master: Option<&mut [P::Compute]>,
+    g: &[P::Compute],
+    step: impl Fn(P::Compute, P::Compute) -> P::Compute,
+) {
+    match master {
+        Some(master) => {
+            for ((w, master), g) in w.iter_mut().zip(master).zip(g) {
+                *master = step(*master, *g);
+                *w = P::narrow(*master);
+            }
+        }
+        None => {
+            for (w, g) in w.iter_mut().zip(g) {
+                *w = P::narrow(step(w.widen(), *g));
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The launches of `kernels/srkl.cu`, whose launch contract stands at the top of that file.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+use candle_core::cuda_backend::WrapErr;
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
+use cudarc::nvrtc::Ptx;
+
+use super::abi;
+
+/// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
+pub(crate) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
+
+/// CTAs for each multiprocessor: as many as there is room for. (Fewer, so that a gradient is still in L2 when its
+/// block is updated, take up to twice the time on an H100: what is in flight no longer fills its memory's bandwidth.)
+const CTAS_PER_SM: u32 = abi::SRKL_CTAS_PER_SM;
+
+/// The kernels of a device, and how they are launched. Each is given a table, which keeps the launch contract if what it
+/// points to does.
+pub(crate) struct Kernels {
+    stream: Arc<CudaStream>,
+    multiprocessors: u32,
+    step: CudaFunction,
+    step_elements: CudaFunction,
+    step_measuring: CudaFunction,
+    decide: CudaFunction,
+    sums: CudaFunction,
+    replace: CudaFunction,
+    set: CudaFunction,
+}
+
+impl Kernels {
+    pub fn load(stream: &Arc<CudaStream>) -> Result<Self> {
+        let context = stream.context();
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).w()? as u32;
+        let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
+        let load = |name| module.load_function(name).w();
+        Ok(Self {
+            stream: stream.clone(),
+            multiprocessors,
+            step: load("srkl_step")?,
+            step_elements: load("srkl_step_elements")?,
+            step_measuring: load("srkl_step_measuring")?,
+            decide: load("srkl_decide")?,
+            sums: load("srkl_sums")?,
+            replace: load("srkl_replace")?,
+            set: load("srkl_set")?,
+        })
+    }
+
+    /// Stages 1 to 3, those that the table asks for. `elements` says whether elements have their own brakes; if it
+    /// `sums_up`, the update leaves how blocks move in `step_sums`.
+    ///
+    /// # Safety
+    ///
+    /// The contract at the top of kernels/srkl.cu:
+    /// 1. what the table points to is there, in the sizes that abi.h gives, with zeros where the contract asks for
+    ///    them, until the stream has come past this launch;
+    /// 2. the addresses of gradients are those of contiguous tensors on this device of their parameters' sizes, which
+    ///    live as long, and none is of a parameter;
+    /// 3. the addresses of parameters and their state are memory of their own, aligned to 16 bytes;
+    /// 4. all work on these goes to this stream, and one launch with a table follows the other there.
+    pub unsafe fn step(&self, table: &abi::SrklTable, elements: bool, sums_up: bool) -> Result<()> {
+        let step = match (sums_up, elements) {
+            (true, _) => &self.step_measuring,
+            (false, true) => &self.step_elements,
+            (false, false) => &self.step,
+        };
+        // SAFETY: grid and block are as the contract says, the only argument is the table by value, and the caller keeps
+        // the rest.
+        unsafe { self.stream.launch_builder(step).arg(table).launch(self.grid(table)) }.w()?;
+        Ok(())
+    }
+
+    /// Stage 2 alone, where it needs no statistics.
+    ///
+    /// # Safety
+    ///
+    /// As [`Kernels::step`].
+    pub unsafe fn decide(&self, table: &abi::SrklTable) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.decide);
+        // SAFETY: as for `step`; any grid is right.
+        unsafe { launch.arg(table).launch(self.grid(table)) }.w()?;
+        Ok(())
+    }
+
+    /// Sums of the kind `what`.
+    ///
+    /// # Safety
+    ///
+    /// As [`Kernels::step`], and what comes before it by the contract at the top of kernels/curvature.cuh has been
+    /// launched.
+    pub unsafe fn sums(&self, table: &abi::SrklTable, what: u32, delta: f64) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.sums);
+        launch.arg(table).arg(&what).arg(&delta);
+        // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
+        unsafe { launch.launch(self.grid(table)) }.w()?;
+        Ok(())
+    }
+
+    /// Exchanges parameters and what is kept for them.
+    ///
+    /// # Safety
+    ///
+    /// As [`Kernels::step`], by the contract at the top of kernels/replace.cuh, and every block has a backup.
+    pub unsafe fn replace(
+        &self,
+        table: &abi::SrklTable,
+        what: u32,
+        seed: u64,
+        draw: u64,
+    ) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.replace);
+        launch.arg(table).arg(&what).arg(&seed).arg(&draw);
+        // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
+        unsafe { launch.launch(self.grid(table)) }.w()?;
+        Ok(())
+    }
+
+    /// Writes the scalars, in the order of the stream.
+    ///
+    /// # Safety
+    ///
+    /// The table's place for scalars is there until the stream has come past this launch.
+    pub unsafe fn set(&self, table: &abi::SrklTable, scalars: &abi::SrklScalars) -> Result<()> {
+        let config =
+            LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
+        let mut launch = self.stream.launch_builder(&self.set);
+        launch.arg(table).arg(scalars);
+        // SAFETY: the arguments are the kernel's, by value, and it writes to that place alone.
+        unsafe { launch.launch(config) }.w()?;
+        Ok(())
+    }
+
+    /// A CTA a chunk, if there is room for so many.
+    fn grid(&self, table: &abi::SrklTable) -> LaunchConfig {
+        let most = (self.multiprocessors * CTAS_PER_SM) as u64;
+        LaunchConfig {
+            grid_dim: (table.chunk_count.clamp(1, most) as u32, 1, 1),
+            block_dim: (abi::SRKL_THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        }
+    }
+}

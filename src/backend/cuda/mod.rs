@@ -1,0 +1,596 @@
+//! One CUDA device: the stages are launches of the kernels of `kernels/srkl.cu`.
+//!
+//! What a step needs lives on the device: the table of blocks (`table.rs`), the list of work, settings, counters. A step
+//! compares the addresses of gradients with those that the device has, copies them if they differ, and launches
+//! (`launch.rs`). Captures in CUDA graphs are in `capture.rs`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{CudaDevice, Device, Result, Tensor, bail};
+use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
+
+use self::capture::{Captures, SETTINGS_IN_CAPTURE, is_capturing};
+use self::launch::Kernels;
+use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
+use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
+use crate::block::{Parameters, storage_address};
+use crate::estimate::Probe;
+use crate::numerics::{CHUNK, Pair, STRIP};
+use crate::rule::{Decision, StepScalars};
+
+// Made by bindgen from kernels/abi.h.
+#[allow(dead_code, missing_docs, clippy::all)]
+pub(crate) mod abi;
+pub(crate) mod capture;
+pub(crate) mod dropout;
+pub(crate) mod launch;
+pub(crate) mod table;
+
+/// Those blocks of an optimizer that are on one device.
+pub(crate) struct CudaBackend {
+    pub device: CudaDevice,
+    stream: Arc<CudaStream>,
+    kernels: Kernels,
+    /// Their places in the optimizer's list.
+    places: Vec<usize>,
+    /// What the device has: the blocks, the gradients and settings that were sent last.
+    blocks: Vec<abi::SrklBlock>,
+    gradients: Vec<abi::SrklGradient>,
+    pub settings: Settings,
+    pub memory: Memory,
+    pub table: abi::SrklTable,
+    pub captures: Captures,
+    /// Gradients that are read by what follows: an update that the host decides, or a measurement.
+    pub live_gradients: Vec<Tensor>,
+    /// What puts the parameters back that something stands in for.
+    restores: Option<u32>,
+    /// Masters are compared with their parameters in the launch that does statistics.
+    pub has_masters: bool,
+}
+
+/// One for each CUDA device that parameters are on.
+pub(crate) fn devices_of(all: &Parameters) -> Result<Vec<CudaBackend>> {
+    let mut devices: Vec<&CudaDevice> = vec![];
+    for block in &all.blocks {
+        if let Device::Cuda(device) = block.var.device()
+            && !devices.iter().any(|known| block.is_on(known))
+        {
+            devices.push(device);
+        }
+    }
+    devices.into_iter().map(|device| CudaBackend::new(device, all)).collect()
+}
+
+impl CudaBackend {
+    /// Prepares the steps of those blocks that are on `device`.
+    pub fn new(device: &CudaDevice, all: &Parameters) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let l2 = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).w()?;
+        let packed = Packed::new(device, &stream, all, l2 as usize)?;
+        let settings = Settings::new(&all.groups, StepScalars { schedule: 1., grad_scale: 1. });
+        let (blocks, places) = (packed.blocks.clone(), packed.places.clone());
+        let count = blocks.len();
+        let memory = Memory::new(device, packed, &settings)?;
+        let captures = Captures::new(device, &stream, count)?;
+        let live_count = blocks.iter().filter(|block| block.chunk_count > 0).count();
+        let kernels = Kernels::load(&stream)?;
+        // Whatever thread steps, and so whatever its stream is, finds all of this there.
+        stream.synchronize().w()?;
+        Ok(Self {
+            device: device.clone(),
+            kernels,
+            places,
+            has_masters: blocks.iter().any(|block| block.master != 0),
+            blocks,
+            gradients: vec![NO_GRADIENT; count],
+            settings,
+            table: memory.table(&stream, live_count),
+            memory,
+            captures,
+            live_gradients: vec![],
+            restores: None,
+            stream,
+        })
+    }
+
+    /// Whether all of an optimizer's blocks are here.
+    pub fn has_all(&self, all: &Parameters) -> bool {
+        self.places.len() == all.blocks.len()
+    }
+
+    // -- Launches --
+
+    /// The table for some stages, with the gradients at this address.
+    pub fn table_for(&self, stages: u32, gradients: u64) -> abi::SrklTable {
+        abi::SrklTable { stages: stages as u64, gradients, ..self.table }
+    }
+
+    /// Stages 1 to 3, those of them that are asked for; if it `sums_up`, the update leaves how blocks move.
+    pub fn launch_step(&self, stages: u32, gradients: u64, sums_up: bool) -> Result<()> {
+        let own =
+            |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
+        let elements = self.settings.groups.iter().any(own);
+        let table = self.table_for(stages, gradients);
+        // SAFETY:
+        // 1. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
+        //    the contract asks for them, and `memory` keeps it; cudarc frees memory in the order of the stream;
+        // 2. the addresses in `gradients` are of contiguous tensors on this device of the parameter's size
+        //    (`resolve_gradients`), which its callers keep, and none is of a parameter (`check_alias`);
+        // 3. those in `blocks` are what candle has for the variables, as `check_addresses` has just seen, and
+        //    of the state that `Block` keeps; both are memory of their own, which CUDA aligns to 256
+        //    bytes, at offset 0 (`Block::new`);
+        // 4. all launches go to the stream that candle's own work on these tensors goes to, and one follows
+        //    the other there, as long as one thread steps: `Srkl` says so.
+        unsafe { self.kernels.step(&table, elements, sums_up) }
+    }
+
+    /// Stage 2 alone, where it needs no statistics.
+    pub fn launch_decide(&self, gradients: u64) -> Result<()> {
+        // SAFETY: as for `launch_step`.
+        unsafe { self.kernels.decide(&self.table_for(0, gradients)) }
+    }
+
+    /// Sums of the kind `what`; if the device `decides`, it goes on by them itself.
+    pub fn launch_sums(&self, gradients: u64, what: u32, delta: f64, decides: bool) -> Result<()> {
+        let table = self.table_for(if decides { abi::SRKL_DECIDE } else { 0 }, gradients);
+        // SAFETY: as for `launch_step`. Those who call this launch what must come before it, with the gradients alive
+        // and in the table.
+        unsafe { self.kernels.sums(&table, what, delta) }
+    }
+
+    /// Exchanges parameters and what is kept for them.
+    pub fn launch_replace(&mut self, what: u32, seed: u64, draw: u64) -> Result<()> {
+        // SAFETY: as for `launch_step`. Its callers come from settings that have asked for a backup in `new`.
+        unsafe { self.kernels.replace(&self.table, what, seed, draw) }?;
+        self.restores = match what {
+            abi::SRKL_PERTURB => Some(abi::SRKL_RESTORE_PERTURBED),
+            abi::SRKL_SWAP => Some(abi::SRKL_RESTORE_SWAPPED),
+            _ => None,
+        };
+        Ok(())
+    }
+
+    pub fn is_capturing(&self) -> Result<bool> {
+        is_capturing(&self.stream)
+    }
+
+    pub fn refuse_capture(&self, what: &str) -> Result<()> {
+        if self.is_capturing()? {
+            bail!("{what} can't be part of a capture: a replay would not know of it")
+        }
+        Ok(())
+    }
+
+    // -- What the device is sent --
+
+    /// # Errors
+    ///
+    /// A variable whose memory is not where `new` found it.
+    fn check_addresses(&self, all: &Parameters) -> Result<()> {
+        self.places.iter().zip(&self.blocks).try_for_each(|(&place, entry)| {
+            let block = &all.blocks[place];
+            if parameter_address(block, &self.stream)? != entry.w {
+                bail!(
+                    "`{}`: its memory is not where it was when the optimizer was built: something has \
+                     replaced it instead of writing to it; build a new optimizer",
+                    block.name
+                )
+            }
+            Ok(())
+        })
+    }
+
+    /// Finds and checks the gradient of every block. The tensors that come along are what is read: the
+    /// gradients, or contiguous copies of them.
+    pub fn resolve_gradients(
+        &self,
+        all: &Parameters,
+        grads: &GradStore,
+    ) -> Result<(Vec<abi::SrklGradient>, Vec<Tensor>)> {
+        let mut alive = Vec::with_capacity(self.places.len());
+        let mut gradients = Vec::with_capacity(self.places.len());
+        self.check_addresses(all)?;
+        for &place in &self.places {
+            let block = &all.blocks[place];
+            let frozen = all.of(block).lr == 0.;
+            let Some(gradient) = grads.get_id(block.id).filter(|_| !frozen) else {
+                gradients.push(NO_GRADIENT);
+                continue;
+            };
+            block.check_gradient(gradient)?;
+            block.check_alias(storage_address(&gradient.storage_and_layout().0), &all.storages)?;
+            // Without its graph, which may live no longer than the step's caller wants.
+            let gradient = gradient.detach().contiguous()?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let address = address_of(&storage, layout.start_offset(), &self.stream)?;
+            drop(storage);
+            let address = if block.n == 0 { 0 } else { address };
+            let dtype = table::dtype(gradient.dtype())? as u64;
+            gradients.push(abi::SrklGradient { address, dtype });
+            alive.push(gradient);
+        }
+        Ok((gradients, alive))
+    }
+
+    pub fn upload_gradients(&mut self, gradients: Vec<abi::SrklGradient>) -> Result<()> {
+        if gradients != self.gradients {
+            self.upload(&gradients, |memory| &mut memory.gradients)?;
+            self.gradients = gradients;
+        }
+        self.captures.refill(&self.stream)
+    }
+
+    /// First gradients, with the settings of their step. The tensors are what is read.
+    pub fn upload_first(
+        &mut self,
+        all: &Parameters,
+        grads: &GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Tensor>> {
+        let (gradients, alive) = self.resolve_gradients(all, grads)?;
+        self.upload_changed(Settings::new(&all.groups, scalars))?;
+        self.upload_gradients(gradients)?;
+        Ok(alive)
+    }
+
+    /// Second gradients. The tensors are what is read.
+    pub fn upload_again(
+        &mut self,
+        all: &Parameters,
+        grads: &GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Tensor>> {
+        let (again, alive) = self.resolve_gradients(all, grads)?;
+        self.upload_changed(Settings::new(&all.groups, scalars))?;
+        self.upload(&again, |memory| &mut memory.again)?;
+        Ok(alive)
+    }
+
+    /// Records a copy of gradients in a capture, and returns the address that they are copied to.
+    pub fn record_gradients(&mut self, gradients: &[abi::SrklGradient]) -> Result<u64> {
+        self.captures.record(&self.stream, gradients)
+    }
+
+    /// Sends what differs from the settings that the device has.
+    pub fn upload_changed(&mut self, settings: Settings) -> Result<()> {
+        if settings.groups != self.settings.groups {
+            self.upload(&settings.groups, |memory| &mut memory.groups)?;
+            self.settings.groups = settings.groups.clone();
+        }
+        if settings.scalars != self.settings.scalars {
+            // SAFETY: `memory` keeps the place for scalars.
+            unsafe { self.kernels.set(&self.table, &settings.scalars) }?;
+            self.settings.scalars = settings.scalars;
+        }
+        Ok(())
+    }
+
+    /// By cudarc alone: candle's own copy keeps what it has copied while its cache for graphs is on.
+    pub fn upload<T: DeviceRepr>(
+        &mut self,
+        values: &[T],
+        to: impl FnOnce(&mut Memory) -> &mut CudaSlice<T>,
+    ) -> Result<()> {
+        self.stream.memcpy_htod(values, to(&mut self.memory)).w()
+    }
+
+    /// Room for the sums of strips, if a step measures.
+    pub fn make_strips(&mut self, measures: bool) -> Result<()> {
+        if measures && self.memory.strips.is_none() {
+            let count = self.table.chunk_count as usize * (CHUNK / STRIP);
+            let strips = self.device.alloc_zeros(count.max(1))?;
+            self.table.strips = strips.device_ptr(&self.stream).0;
+            self.memory.strips = Some(strips);
+        }
+        Ok(())
+    }
+
+    // -- What is read from the device: each call waits for it --
+
+    /// What the kernels count.
+    pub fn state(&self) -> Result<abi::SrklState> {
+        if self.is_capturing()? {
+            bail!(
+                "counters and telemetry can't be read while the device's stream is being captured"
+            )
+        }
+        Ok(self.device.clone_dtoh(&self.memory.state)?[0])
+    }
+}
+
+/// Stages that the host decides about. The gradients of a step are kept until [`Backend::release`].
+impl Backend for CudaBackend {
+    fn check(&self, all: &Parameters, grads: &GradStore, _: Range<usize>) -> Result<()> {
+        self.resolve_gradients(all, grads).map(|_| ())
+    }
+
+    fn statistics<'g>(
+        &mut self,
+        all: &Parameters,
+        step: Step<'g>,
+        _: Range<usize>,
+        _: GradSums,
+        _: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()> {
+        if self.is_capturing()? {
+            bail!(
+                "a step of parameters on several devices is decided on the host, which waits for them; \
+                 it can't be captured in a CUDA graph"
+            )
+        }
+        self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
+        let record = if step.records { abi::SRKL_RECORD } else { 0 };
+        self.launch_step(abi::SRKL_STATISTICS | record, self.table.gradients, false)
+    }
+
+    fn read_statistics<'g>(
+        &self,
+        all: &Parameters,
+        step: Step<'g>,
+        gradients: &mut [Option<BlockGradient<'g>>],
+    ) -> Result<()> {
+        let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
+        let found = self.places.iter().zip(&self.gradients).zip(statistics);
+        for ((&place, _), statistics) in found.filter(|((_, gradient), _)| gradient.address != 0) {
+            if let Some(gradient) = step.grads.get_id(all.blocks[place].id) {
+                let sums = table::sums(statistics.sums);
+                gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });
+            }
+        }
+        Ok(())
+    }
+
+    fn upload_decisions(
+        &mut self,
+        all: &Parameters,
+        tracked: &[Tracked],
+        decisions: &[Option<Decision>],
+    ) -> Result<()> {
+        let decision = |&place: &usize| match &decisions[place] {
+            Some(decision) => {
+                table::decision(decision, all.of(&all.blocks[place]), &tracked[place])
+            }
+            None => abi::SrklDecision::default(),
+        };
+        let decisions: Vec<_> = self.places.iter().map(decision).collect();
+        self.upload(&decisions, |memory| &mut memory.decisions)
+    }
+
+    fn directions(
+        &mut self,
+        _: &mut Parameters,
+        _: &[Tracked],
+        _: Range<usize>,
+        _: &[Option<(&Tensor, Decision)>],
+        measures: bool,
+        _: &mut [Option<Pair>],
+    ) -> Result<()> {
+        let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
+        self.launch_sums(self.table.gradients, what, 0., false)
+    }
+
+    fn update(
+        &mut self,
+        _: &mut Parameters,
+        _: &mut [Tracked],
+        _: Range<usize>,
+        _: &[Option<(BlockGradient, Decision)>],
+        step: Step,
+    ) -> Result<()> {
+        self.make_strips(step.measures)?;
+        let sums_up = step.measures || step.records;
+        self.launch_step(abi::SRKL_UPDATE, self.table.gradients, sums_up)
+    }
+
+    fn read_step_sums(&self, tracked: &mut [Tracked]) -> Result<()> {
+        let sums = self.device.clone_dtoh(&self.memory.step_sums)?;
+        for (&place, sums) in self.places.iter().zip(sums) {
+            tracked[place].step_sums = table::read_step_sums(sums);
+        }
+        Ok(())
+    }
+
+    fn change_of_gradient(
+        &mut self,
+        all: &mut Parameters,
+        _: &[Tracked],
+        again: Step,
+        _: &[Option<GradientPair>],
+        _: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
+        // The stream's order protects what is read from being written anew.
+        let _alive = self.upload_again(all, again.grads, again.scalars)?;
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0., false)
+    }
+
+    fn squares(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        _: &[Option<()>],
+        _: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
+        self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_SQUARES, 0., false)
+    }
+
+    fn perturb(
+        &mut self,
+        _: &mut Parameters,
+        _: &[Option<()>],
+        _: f64,
+        seed: u64,
+        draw: u64,
+    ) -> Result<()> {
+        self.launch_replace(abi::SRKL_PERTURB, seed, draw)
+    }
+
+    fn probe_sums(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        again: &GradStore,
+        _: &[Option<(GradientPair, f64)>],
+        _: f64,
+        _: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.refuse_capture("a measurement of curvature")?;
+        let alive = self.upload_first(all, step.grads, step.scalars)?;
+        self.live_gradients = self.upload_again(all, again, step.scalars)?;
+        self.live_gradients.extend(alive);
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_PROBE, 0., false)
+    }
+
+    fn average_probe(
+        &mut self,
+        _: &mut Parameters,
+        _: &[Option<(GradientPair, f64)>],
+        _: f64,
+        _: &mut [Option<Pair>],
+    ) -> Result<()> {
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_AVERAGE, 0., false)?;
+        self.live_gradients.clear();
+        Ok(())
+    }
+
+    fn read_sums(&self, wanted: &dyn Fn(usize) -> bool, sums: &mut [Option<Pair>]) -> Result<()> {
+        let pairs = self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?);
+        for (&place, pair) in pairs.filter(|(place, _)| wanted(**place)) {
+            sums[place] = Some(table::read_pair(pair));
+        }
+        Ok(())
+    }
+
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()> {
+        self.refuse_capture("telemetry")?;
+        self.check_addresses(all)?;
+        self.launch_sums(self.table.gradients, abi::SRKL_SUM_PARAMETERS, 0., false)?;
+        for (&place, pair) in self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?) {
+            squares[place] = Some(table::read_pair(pair).a);
+        }
+        Ok(())
+    }
+
+    fn swap(&mut self, all: &mut Parameters, _: &[Tracked]) -> Result<()> {
+        self.refuse_capture("`swap_averaged`")?;
+        self.check_addresses(all)?;
+        self.launch_replace(abi::SRKL_SWAP, 0, 0)
+    }
+
+    fn restore(&mut self, all: &mut Parameters) -> Result<()> {
+        let Some(what) = self.restores else { return Ok(()) };
+        self.check_addresses(all)?;
+        self.launch_replace(what, 0, 0)
+    }
+
+    fn release(&mut self, _: &mut Parameters) {
+        self.live_gradients.clear();
+        self.restores = None;
+    }
+
+    /// # Errors
+    ///
+    /// In a capture, where a replay would set them back each time.
+    fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()> {
+        let settings = Settings::new(&all.groups, scalars);
+        if settings != self.settings && self.is_capturing()? {
+            bail!("{SETTINGS_IN_CAPTURE}")
+        }
+        self.upload_changed(settings)
+    }
+
+    fn upload_estimates(&mut self, tracked: &[Tracked]) -> Result<()> {
+        self.refuse_capture("what is sent for a measurement, `swap_averaged` or `load`")?;
+        let here = self.places.iter().map(|&place| &tracked[place]);
+        let powers: Vec<_> = here.clone().map(|t| table::powers(&t.powers)).collect();
+        let estimates: Vec<_> = here.map(|t| table::estimate(&t.estimate)).collect();
+        self.upload(&powers, |memory| &mut memory.powers)?;
+        self.upload(&estimates, |memory| &mut memory.estimates)
+    }
+
+    fn upload_probe(&mut self, size: f64, probe: Probe) -> Result<()> {
+        let probe = table::probe(probe);
+        let state = abi::SrklState { probe_size: size, probe, ..Default::default() };
+        self.upload(&[state], |memory| &mut memory.state)
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        self.captures.finish(&self.stream);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Var};
+
+    use crate::block::Block;
+    use crate::params::Group;
+    use crate::{MasterWeights, ParamsSrkl};
+
+    /// A chunk that starts past the 2^31st and the 2^32nd element, of a tensor of which no more than that chunk
+    /// exists: its table says that everything lies so much further ahead. Needs a CUDA device.
+    #[test]
+    fn elements_past_32_bits_are_stepped() -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        for dtype in [DType::F32, DType::BF16] {
+            for start in [1u64 << 31, 1 << 32, (1 << 32) + (1 << 31)] {
+                let values: Vec<f32> = (0..5001).map(|i| (i as f32 * 0.37).sin()).collect();
+                let tensor = |x: &[f32]| Tensor::new(x, &device)?.to_dtype(dtype);
+                let step = |start: u64| -> Result<Vec<f32>> {
+                    let var = Var::from_tensor(&tensor(&values)?)?;
+                    let g = tensor(&values)?.affine(0.5, 0.1)?;
+                    // No masters: a step looks at some of all elements of theirs.
+                    let master_weights = MasterWeights::None;
+                    let params = ParamsSrkl { lr: 0.1, master_weights, ..ParamsSrkl::reference() };
+                    let block = Block::new("w".to_string(), var.clone(), 0, &params)?;
+                    let groups = vec![Group { name: "all".to_string(), params }];
+                    let all = Parameters::new(groups, vec![block]);
+                    let mut cuda = CudaBackend::new(device.as_cuda_device()?, &all)?;
+                    let mut grads = GradStore::default();
+                    grads.insert(&var, g);
+                    cuda.launch_shifted(&all, &grads, 0)?;
+                    cuda.shift(start)?;
+                    cuda.launch_shifted(&all, &grads, start)?;
+                    var.to_dtype(DType::F32)?.to_vec1()
+                };
+                assert_eq!(step(0)?, step(start)?, "{dtype:?} {start}");
+            }
+        }
+        Ok(())
+    }
+
+    impl CudaBackend {
+        /// Moves the only block's beginning `by` elements back, and its only chunk as many ahead.
+        fn shift(&mut self, by: u64) -> Result<()> {
+            let block = &self.blocks[0];
+            let size = if block.dtype == abi::SRKL_F32 { 4 } else { 2 };
+            let w = block.w.wrapping_sub(size * by);
+            let moved = abi::SrklBlock { w, n: block.n + by, ..*block };
+            self.device.memcpy_htod(&[moved], &mut self.memory.blocks)?;
+            let chunk = abi::SrklChunk { start: by, block: 0 };
+            self.device.memcpy_htod(&[chunk], &mut self.memory.chunks)
+        }
+
+        /// A step whose gradient is shifted likewise.
+        fn launch_shifted(&mut self, all: &Parameters, grads: &GradStore, by: u64) -> Result<()> {
+            let (mut gradients, _alive) = self.resolve_gradients(all, grads)?;
+            let size = all.blocks[0].dtype.size_in_bytes() as u64;
+            gradients[0].address = gradients[0].address.wrapping_sub(size * by);
+            let scalars = StepScalars { schedule: 1., grad_scale: 1. };
+            self.upload_changed(Settings::new(&all.groups, scalars))?;
+            self.upload_gradients(gradients)?;
+            let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
+            self.launch_step(stages | abi::SRKL_COUNT, self.table.gradients, false)
+        }
+    }
+}

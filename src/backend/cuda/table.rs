@@ -1,0 +1,420 @@
+//! What the kernels know of an optimizer: the table that they are given, the memory that it points to, and how our
+//! structs become those of `abi.rs`.
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::{CudaDevice, DType, Result, Storage, bail};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits};
+
+use super::super::cpu::access::MASTER_SAMPLES;
+use super::super::{Last, Tracked};
+use super::abi;
+use crate::block::{Block, Parameters};
+use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
+use crate::numerics::{CHUNK, LANES, Pair, STRIP, Sums};
+use crate::params::{Curvature, Direction, Group, NonFinite, ParamsSrkl, Scope};
+use crate::rule::{Corrections, Decision, Powers, StepScalars};
+use crate::state::Slot;
+
+// The kernels' copies of our constants.
+const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
+const _: () = assert!(abi::SRKL_LANES as usize == LANES);
+const _: () = assert!(abi::SRKL_STRIP as usize == STRIP);
+const _: () = assert!(abi::SRKL_MASTER_SAMPLES as usize == MASTER_SAMPLES);
+
+macro_rules! device_repr {
+    ($($t:ty),*) => {$(
+        // SAFETY: bindgen made it from the struct that the kernels use, `repr(C)`, of plain numbers.
+        unsafe impl DeviceRepr for $t {}
+        // SAFETY: all of its fields are numbers.
+        unsafe impl ValidAsZeroBits for $t {}
+    )*};
+}
+device_repr!(
+    abi::SrklBlock,
+    abi::SrklGradient,
+    abi::SrklGroup,
+    abi::SrklScalars,
+    abi::SrklChunk,
+    abi::SrklSums,
+    abi::SrklPair,
+    abi::SrklPowers,
+    abi::SrklStepSums,
+    abi::SrklEstimate,
+    abi::SrklStatistics,
+    abi::SrklDecision,
+    abi::SrklState,
+    abi::SrklTable
+);
+
+pub(crate) const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
+
+/// What the settings of an optimizer come to for its kernels.
+#[derive(Clone, PartialEq)]
+pub(crate) struct Settings {
+    pub groups: Vec<abi::SrklGroup>,
+    pub scalars: abi::SrklScalars,
+}
+
+/// What the table points to.
+pub(crate) struct Memory {
+    pub blocks: CudaSlice<abi::SrklBlock>,
+    pub gradients: CudaSlice<abi::SrklGradient>,
+    pub groups: CudaSlice<abi::SrklGroup>,
+    pub scalars: CudaSlice<abi::SrklScalars>,
+    pub chunks: CudaSlice<abi::SrklChunk>,
+    pub chunk_sums: CudaSlice<abi::SrklSums>,
+    pub chunks_done: CudaSlice<u32>,
+    pub ready: CudaSlice<u32>,
+    pub statistics: CudaSlice<abi::SrklStatistics>,
+    pub decisions: CudaSlice<abi::SrklDecision>,
+    pub powers: CudaSlice<abi::SrklPowers>,
+    pub estimates: CudaSlice<abi::SrklEstimate>,
+    pub again: CudaSlice<abi::SrklGradient>,
+    pub chunk_pairs: CudaSlice<abi::SrklPair>,
+    pub pairs: CudaSlice<abi::SrklPair>,
+    pub step_sums: CudaSlice<abi::SrklStepSums>,
+    /// Made for the first step that measures.
+    pub strips: Option<CudaSlice<f64>>,
+    pub remaining: CudaSlice<u32>,
+    /// Room for all parameters as they were, where settings ask for it.
+    pub _backup: Option<CudaSlice<u8>>,
+    pub skipped: CudaSlice<u64>,
+    pub state: CudaSlice<abi::SrklState>,
+}
+
+/// The blocks of one device, as a table has them.
+pub(crate) struct Packed {
+    pub blocks: Vec<abi::SrklBlock>,
+    pub chunks: Vec<abi::SrklChunk>,
+    /// Their places in the optimizer's list.
+    pub places: Vec<usize>,
+    /// Room for all parameters as they were, if settings ask for it.
+    backup: Option<CudaSlice<u8>>,
+}
+
+impl Packed {
+    /// `l2` is the size of the device's second cache, in bytes.
+    pub fn new(
+        device: &CudaDevice,
+        stream: &Arc<CudaStream>,
+        all: &Parameters,
+        l2: usize,
+    ) -> Result<Self> {
+        let (mut places, mut blocks, mut chunks) = (vec![], vec![], vec![]);
+        let mut backup_size = 0;
+        for (place, block) in all.blocks.iter().enumerate().filter(|(_, b)| b.is_on(device)) {
+            let chunk_count = block.n.div_ceil(CHUNK) as u64;
+            // Of the gradient, which L2 must hold beside the parameter and what comes next.
+            let bytes = block.n * block.dtype.size_in_bytes();
+            let address = |slot: &Option<Slot>| match slot {
+                Some(slot) => address_of(slot.storage(), 0, stream),
+                None => Ok(0),
+            };
+            let state = &block.state;
+            let backup = backup_size as u64;
+            backup_size += bytes.next_multiple_of(256);
+            blocks.push(abi::SrklBlock {
+                w: parameter_address(block, stream)?,
+                master: address(&state.master)?,
+                m: address(&state.m)?,
+                v: address(&state.v)?,
+                average: address(&state.average)?,
+                q: address(&state.q)?,
+                backup,
+                n: block.n as u64,
+                first_chunk: chunks.len() as u64,
+                chunk_count,
+                dtype: dtype(block.dtype)?,
+                group: block.group as u32,
+                from_end: (bytes > l2 / 4) as u32,
+                place: place as u32,
+            });
+            let start = |chunk| chunk * CHUNK as u64;
+            let number = places.len() as u64;
+            chunks.extend(
+                (0..chunk_count).map(|chunk| abi::SrklChunk { start: start(chunk), block: number }),
+            );
+            places.push(place);
+        }
+        let keeps = all.any(ParamsSrkl::keeps_parameters);
+        let backup: Option<CudaSlice<u8>> =
+            keeps.then(|| device.alloc_zeros(backup_size.max(1))).transpose()?;
+        for block in &mut blocks {
+            block.backup =
+                backup.as_ref().map_or(0, |backup| backup.device_ptr(stream).0 + block.backup);
+        }
+        Ok(Self { blocks, chunks, places, backup })
+    }
+}
+
+impl Memory {
+    pub fn new(device: &CudaDevice, packed: Packed, settings: &Settings) -> Result<Self> {
+        let Packed { blocks, chunks, backup, .. } = packed;
+        let count = blocks.len();
+        Ok(Self {
+            blocks: device.clone_htod(&blocks)?,
+            gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
+            groups: device.clone_htod(&settings.groups)?,
+            scalars: device.clone_htod(&[settings.scalars])?,
+            chunk_sums: device.alloc_zeros(chunks.len())?,
+            chunks: device.clone_htod(&chunks)?,
+            chunks_done: device.alloc_zeros(count)?,
+            ready: device.alloc_zeros(count)?,
+            statistics: device.alloc_zeros(count)?,
+            decisions: device.alloc_zeros(count)?,
+            powers: device.clone_htod(&vec![powers(&Powers::NONE); count])?,
+            estimates: device.clone_htod(&vec![estimate(&Estimate::NONE); count])?,
+            again: device.clone_htod(&vec![NO_GRADIENT; count])?,
+            chunk_pairs: device.alloc_zeros(chunks.len())?,
+            pairs: device.alloc_zeros(count)?,
+            step_sums: device.alloc_zeros(count)?,
+            strips: None,
+            remaining: device.alloc_zeros(count)?,
+            _backup: backup,
+            skipped: device.alloc_zeros(count)?,
+            state: device.alloc_zeros(1)?,
+        })
+    }
+
+    pub fn table(&self, stream: &CudaStream, live_count: usize) -> abi::SrklTable {
+        abi::SrklTable {
+            blocks: self.blocks.device_ptr(stream).0,
+            gradients: self.gradients.device_ptr(stream).0,
+            groups: self.groups.device_ptr(stream).0,
+            scalars: self.scalars.device_ptr(stream).0,
+            chunks: self.chunks.device_ptr(stream).0,
+            chunk_sums: self.chunk_sums.device_ptr(stream).0,
+            chunks_done: self.chunks_done.device_ptr(stream).0,
+            ready: self.ready.device_ptr(stream).0,
+            statistics: self.statistics.device_ptr(stream).0,
+            decisions: self.decisions.device_ptr(stream).0,
+            powers: self.powers.device_ptr(stream).0,
+            estimates: self.estimates.device_ptr(stream).0,
+            again: self.again.device_ptr(stream).0,
+            chunk_pairs: self.chunk_pairs.device_ptr(stream).0,
+            pairs: self.pairs.device_ptr(stream).0,
+            step_sums: self.step_sums.device_ptr(stream).0,
+            strips: 0,
+            remaining: self.remaining.device_ptr(stream).0,
+            skipped: self.skipped.device_ptr(stream).0,
+            state: self.state.device_ptr(stream).0,
+            block_count: self.blocks.len() as u64,
+            live_count: live_count as u64,
+            chunk_count: self.chunks.len() as u64,
+            stages: 0,
+        }
+    }
+}
+
+impl Settings {
+    pub fn new(groups: &[Group], scalars: StepScalars) -> Self {
+        let any = |holds: fn(&ParamsSrkl) -> bool| groups.iter().any(|group| holds(&group.params));
+        let (norm, total, whole) = (
+            any(ParamsSrkl::uses_norm),
+            any(ParamsSrkl::uses_total),
+            any(ParamsSrkl::waits_for_all),
+        );
+        let scalars = abi::SrklScalars {
+            schedule: scalars.schedule,
+            grad_scale: scalars.grad_scale,
+            norm: norm as u32,
+            total: total as u32,
+            after_all: whole as u32,
+            pad: 0,
+        };
+        Self { groups: groups.iter().map(group).collect(), scalars }
+    }
+}
+
+fn group(group: &Group) -> abi::SrklGroup {
+    let ParamsSrkl { lr, weight_decay, max_grad_norm, nonfinite, .. } = group.params;
+    let (scope, shared) = match group.params.scope {
+        Scope::Tensor => (abi::SRKL_TENSOR, 0),
+        Scope::Global => (abi::SRKL_GLOBAL, 0),
+        Scope::Element => (abi::SRKL_ELEMENT, 0),
+        Scope::Mixed(p) => (abi::SRKL_MIXED, (8. * p) as u32),
+    };
+    let (direction, decay1, decay2, eps) = match group.params.direction {
+        Direction::Gradient => (abi::SRKL_GRADIENT, 1., 1., 0.),
+        Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
+        Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
+    };
+    let (curvature, every, decay, noise) = match group.params.curvature {
+        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 1, 0., 0.),
+        Curvature::Step { every, decay, noise, .. } => (abi::SRKL_STEP, every, decay, noise),
+        Curvature::Hutchinson { every, decay, .. } => (abi::SRKL_HUTCHINSON, every, decay, 0.),
+    };
+    abi::SrklGroup {
+        lr,
+        beta: group.params.beta_value(),
+        weight_decay,
+        max_grad_norm: max_grad_norm.unwrap_or(0.),
+        trust: group.params.trust.unwrap_or(0.),
+        average: group.params.average.unwrap_or(1.),
+        decay1,
+        decay2,
+        eps,
+        decay,
+        every: every as f64,
+        noise,
+        scope,
+        shared,
+        direction,
+        curvature,
+        nonfinite: match nonfinite {
+            NonFinite::SkipStep => abi::SRKL_SKIP_STEP,
+            NonFinite::SkipBlock => abi::SRKL_SKIP_BLOCK,
+            NonFinite::Propagate => abi::SRKL_PROPAGATE,
+        },
+        pad: 0,
+    }
+}
+
+pub(crate) fn powers(powers: &Powers) -> abi::SrklPowers {
+    let Powers { first, second, average } = *powers;
+    abi::SrklPowers { first, second, average }
+}
+
+pub(crate) fn estimate(estimate: &Estimate) -> abi::SrklEstimate {
+    let Counts { taken, nonfinite, unmoved, uninformative, missing } = estimate.counts;
+    abi::SrklEstimate {
+        mean: estimate.mean,
+        row_sum_sq: estimate.own,
+        power: estimate.power,
+        variance: estimate.variance,
+        entered: estimate.entered,
+        curvature: estimate.curvature,
+        last: estimate.last,
+        lowest: estimate.lowest,
+        highest: estimate.highest,
+        in_average: estimate.in_average,
+        infinite: estimate.infinite as u64,
+        still: estimate.still,
+        measured_at: estimate.measured_at,
+        taken,
+        nonfinite,
+        unmoved,
+        uninformative,
+        missing,
+    }
+}
+
+pub(crate) fn read_powers(p: abi::SrklPowers) -> Powers {
+    Powers { first: p.first, second: p.second, average: p.average }
+}
+
+pub(crate) fn read_step_sums(s: abi::SrklStepSums) -> StepSums {
+    StepSums { step: s.step, direction: s.direction, along: s.along }
+}
+
+pub(crate) fn read_pair(pair: abi::SrklPair) -> Pair {
+    Pair { a: pair.a, b: pair.b }
+}
+
+/// What a measurement has left of an estimate, if it was about its block, and whether there is one.
+pub(crate) fn read_remaining(remaining: u32) -> (Option<Left>, bool) {
+    let is = |bit| (remaining & bit != 0).then_some(());
+    let lost = is(abi::SRKL_LOST).map(|()| Left::Lost);
+    let as_it_was = is(abi::SRKL_UNCHANGED).map(|()| Left::AsItWas);
+    let known = is(abi::SRKL_KNOWN).map(|()| Left::Known);
+    (lost.or(as_it_was).or(known), known.is_some())
+}
+
+/// What the last step did to a block, if it moved it; the norms are those that were recorded.
+pub(crate) fn read_decision(
+    d: abi::SrklDecision,
+    skipped: bool,
+    norms: Option<[f64; 2]>,
+) -> Option<Last> {
+    let moved = d.moves != 0 && !skipped;
+    moved.then_some(Last { curvature: d.curvature, phi: d.phi, norms })
+}
+
+/// A decision of the host, with the corrections that it makes at the update.
+pub(crate) fn decision(
+    decision: &Decision,
+    params: &ParamsSrkl,
+    tracked: &Tracked,
+) -> abi::SrklDecision {
+    let Decision { c, curvature, phi, .. } = *decision;
+    let corrections = Corrections::new(params, &tracked.powers);
+    abi::SrklDecision {
+        grad_factor: c,
+        curvature,
+        phi,
+        scale_m: corrections.first,
+        scale_v: corrections.second,
+        average: corrections.average,
+        powers: abi::SrklPowers::default(),
+        moves: 1,
+        small: 0,
+    }
+}
+
+pub(crate) fn probe(probe: Probe) -> u32 {
+    match probe {
+        Probe::Finite => abi::SRKL_FINITE,
+        Probe::Infinite => abi::SRKL_INFINITE,
+        Probe::Nothing => abi::SRKL_NOTHING,
+    }
+}
+
+pub(crate) fn read_estimate(e: abi::SrklEstimate) -> Estimate {
+    Estimate {
+        mean: e.mean,
+        own: e.row_sum_sq,
+        power: e.power,
+        variance: e.variance,
+        entered: e.entered,
+        curvature: e.curvature,
+        last: e.last,
+        lowest: e.lowest,
+        highest: e.highest,
+        in_average: e.in_average,
+        infinite: e.infinite != 0,
+        still: e.still,
+        measured_at: e.measured_at,
+        counts: Counts {
+            taken: e.taken,
+            nonfinite: e.nonfinite,
+            unmoved: e.unmoved,
+            uninformative: e.uninformative,
+            missing: e.missing,
+        },
+    }
+}
+
+pub(crate) fn sums(s: abi::SrklSums) -> Sums {
+    Sums { sum2: s.sum2, sum4: s.sum4, exponent: s.exponent as i32 }
+}
+
+pub(crate) fn dtype(dtype: DType) -> Result<u32> {
+    Ok(match dtype {
+        DType::F32 => abi::SRKL_F32,
+        DType::F64 => abi::SRKL_F64,
+        DType::BF16 => abi::SRKL_BF16,
+        DType::F16 => abi::SRKL_F16,
+        dtype => bail!("expected f32, f64, bf16 or f16, got {dtype:?}"),
+    })
+}
+
+/// The device address of a block's first element.
+pub(crate) fn parameter_address(block: &Block, stream: &CudaStream) -> Result<u64> {
+    let (storage, layout) = block.var.storage_and_layout();
+    address_of(&storage, layout.start_offset(), stream)
+}
+
+/// The device address of element `offset` of a storage.
+pub(crate) fn address_of(storage: &Storage, offset: usize, stream: &CudaStream) -> Result<u64> {
+    let Storage::Cuda(storage) = storage else { bail!("expected a tensor on a CUDA device") };
+    let (address, size) = match &storage.slice {
+        CudaStorageSlice::F32(slice) => (slice.device_ptr(stream).0, 4),
+        CudaStorageSlice::F64(slice) => (slice.device_ptr(stream).0, 8),
+        CudaStorageSlice::BF16(slice) => (slice.device_ptr(stream).0, 2),
+        CudaStorageSlice::F16(slice) => (slice.device_ptr(stream).0, 2),
+        _ => bail!("expected f32, f64, bf16 or f16"),
+    };
+    Ok(address + (offset * size) as u64)
+}

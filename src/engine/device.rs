@@ -1,0 +1,212 @@
+//! Steps that one CUDA device decides, which has all parameters: nothing is waited for, and the counters are there.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, bail};
+
+use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
+use crate::backend::cuda::capture::SETTINGS_IN_CAPTURE;
+use crate::backend::cuda::table::{self, Settings};
+use crate::backend::cuda::{CudaBackend, abi};
+use crate::backend::{Backend, Last, Step};
+use crate::block::Parameters;
+use crate::estimate::Estimate;
+use crate::params::ParamsSrkl;
+use crate::rule::{Powers, StepScalars};
+
+pub(crate) struct Device {
+    cuda: CudaBackend,
+}
+
+impl Device {
+    pub fn new(cuda: CudaBackend) -> Self {
+        Self { cuda }
+    }
+
+    /// Sums of the kind `what`, by which the device goes on itself.
+    fn sum(&self, gradients: u64, what: u32, delta: f64) -> Result<()> {
+        self.cuda.launch_sums(gradients, what, delta, true)
+    }
+
+    /// Of each block what the last measurement has left of its estimate.
+    fn remaining(&self) -> Result<Vec<Remaining>> {
+        let remaining = self.cuda.device.clone_dtoh(&self.cuda.memory.remaining)?;
+        Ok(remaining.into_iter().map(table::read_remaining).collect())
+    }
+}
+
+impl Engine for Device {
+    /// One launch, two where it needs no statistics, or three where it needs the directions; no synchronisation, nothing
+    /// copied to the host.
+    fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
+        let Step { grads, scalars, measures, records } = step;
+        let cuda = &mut self.cuda;
+        // They must live until the last kernel is launched; then the stream's order protects them.
+        let (gradients, alive) = cuda.resolve_gradients(all, grads)?;
+        let settings = Settings::new(&all.groups, scalars);
+        let captured = cuda.is_capturing()?;
+        let gradients = if captured {
+            if measures {
+                bail!(
+                    "a step that measures the curvature can't be captured: capture one where `measuring()` is \
+                     false, and take the others outside of the graph, after `request_measurement`"
+                )
+            }
+            if settings != cuda.settings {
+                bail!("{SETTINGS_IN_CAPTURE}")
+            }
+            cuda.record_gradients(&gradients)?
+        } else {
+            cuda.make_strips(measures)?;
+            cuda.upload_changed(settings)?;
+            cuda.upload_gradients(gradients)?;
+            cuda.table.gradients
+        };
+        let launch = |stages: u32| {
+            let stages = stages | if records { abi::SRKL_RECORD } else { 0 };
+            let sums_up = (measures || records) && stages & abi::SRKL_UPDATE != 0;
+            self.cuda.launch_step(stages, gradients, sums_up)
+        };
+        if measures || all.any(|params| params.trust.is_some()) {
+            launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
+            let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
+            self.sum(gradients, what, 0.)?;
+            launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
+        } else if all.any(ParamsSrkl::uses_sums) || self.cuda.has_masters || records {
+            let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
+            launch(stages | abi::SRKL_COUNT)?;
+        } else {
+            self.cuda.launch_decide(gradients)?;
+            launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
+        }
+        self.cuda.live_gradients = if measures { alive } else { vec![] };
+        Ok(if captured { Outcome::Captured } else { Outcome::Counted })
+    }
+
+    fn observe(
+        &mut self,
+        all: &mut Parameters,
+        again: &GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Remaining>> {
+        self.cuda.refuse_capture("a measurement of curvature")?;
+        let _alive = self.cuda.upload_again(all, again, scalars)?;
+        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_STEP, 0.)?;
+        self.release(all);
+        self.remaining()
+    }
+
+    fn perturb(&mut self, all: &mut Parameters, step: Step, by: Perturbation) -> Result<()> {
+        let Perturbation { delta, seed, draw } = by;
+        self.cuda.refuse_capture("a measurement of curvature")?;
+        let alive = self.cuda.upload_first(all, step.grads, step.scalars)?;
+        self.release(all);
+        self.cuda.live_gradients = alive;
+        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_SQUARES, delta)?;
+        self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw)
+    }
+
+    fn observe_probe(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        again: &GradStore,
+    ) -> Result<Vec<Remaining>> {
+        self.cuda.refuse_capture("a measurement of curvature")?;
+        let alive = self.cuda.upload_first(all, step.grads, step.scalars)?;
+        self.cuda.live_gradients = self.cuda.upload_again(all, again, step.scalars)?;
+        self.cuda.live_gradients.extend(alive);
+        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_PROBE, 0.)?;
+        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_AVERAGE, 0.)?;
+        self.release(all);
+        self.remaining()
+    }
+
+    fn swap(&mut self, all: &mut Parameters) -> Result<()> {
+        self.release(all);
+        self.cuda.swap(all, &[])
+    }
+
+    fn restore(&mut self, all: &mut Parameters) -> Result<()> {
+        self.cuda.restore(all)
+    }
+
+    fn release(&mut self, all: &mut Parameters) {
+        self.cuda.release(all);
+    }
+
+    fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()> {
+        self.cuda.upload_settings(all, scalars)
+    }
+
+    fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()> {
+        let Progress { steps, skipped_steps, blocks } = progress;
+        let state = abi::SrklState { steps, skipped_steps, ..Default::default() };
+        let none = vec![abi::SrklDecision::default(); blocks.len()];
+        let powers: Vec<_> = blocks.iter().map(|(powers, ..)| table::powers(powers)).collect();
+        let estimates: Vec<_> = blocks.iter().map(|(_, e, _)| table::estimate(e)).collect();
+        let skipped: Vec<u64> = blocks.iter().map(|(.., skipped)| *skipped).collect();
+        self.release(all);
+        let cuda = &mut self.cuda;
+        cuda.refuse_capture("what is sent for a measurement, `swap_averaged` or `load`")?;
+        cuda.upload(&powers, |memory| &mut memory.powers)?;
+        cuda.upload(&estimates, |memory| &mut memory.estimates)?;
+        cuda.upload(&none, |memory| &mut memory.decisions)?;
+        cuda.upload(&skipped, |memory| &mut memory.skipped)?;
+        cuda.upload(&[state], |memory| &mut memory.state)
+    }
+
+    fn may_reorder(&self) -> bool {
+        // The table has places.
+        false
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        let state = self.cuda.state()?;
+        Ok(Counters {
+            steps: state.steps,
+            skipped_steps: state.skipped_steps,
+            grad_norm: (state.has_norm != 0).then_some(state.grad_norm),
+        })
+    }
+
+    fn counters_at_hand(&self) -> Option<Counters> {
+        None
+    }
+
+    fn powers(&self) -> Result<Vec<Powers>> {
+        let powers = self.cuda.device.clone_dtoh(&self.cuda.memory.powers)?;
+        Ok(powers.into_iter().map(table::read_powers).collect())
+    }
+
+    fn estimates(&self) -> Result<Vec<Estimate>> {
+        let estimates = self.cuda.device.clone_dtoh(&self.cuda.memory.estimates)?;
+        Ok(estimates.into_iter().map(table::read_estimate).collect())
+    }
+
+    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+        let state = self.cuda.state()?;
+        let (device, memory) = (&self.cuda.device, &self.cuda.memory);
+        let decisions = device.clone_dtoh(&memory.decisions)?;
+        let skipped = device.clone_dtoh(&memory.skipped)?;
+        let norms = match state.recorded != 0 {
+            true => {
+                let c = 1. / state.grad_scale;
+                let statistics = device.clone_dtoh(&memory.statistics)?;
+                let moved = device.clone_dtoh(&memory.step_sums)?.into_iter();
+                let moved = moved.map(|sums| table::read_step_sums(sums).step.sqrt());
+                let grads = statistics.into_iter().map(|s| table::sums(s.sums).norm(c));
+                grads.zip(moved).map(|(grad, moved)| Some([grad, moved])).collect()
+            }
+            false => vec![None; decisions.len()],
+        };
+        let all = decisions.into_iter().zip(norms);
+        let last = all.map(|(d, norms)| table::read_decision(d, state.skipped != 0, norms));
+        Ok(last.zip(skipped).collect())
+    }
+
+    fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>> {
+        let mut squares = vec![None; all.blocks.len()];
+        self.cuda.param_squares(all, &mut squares)?;
+        Ok(squares)
+    }
+}

@@ -1,0 +1,575 @@
+//! Steps that the host decides: of parameters on the CPU, or on several devices.
+
+use std::ops::Range;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
+
+use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, BlockGradient, GradSums, GradientPair, Last, Step, Tracked};
+use crate::block::{Block, Parameters};
+use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
+use crate::numerics::{Pair, Sums};
+use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope};
+use crate::rule::{self, Decision, Directions, Powers, StepScalars};
+
+/// Blocks that need not wait for the whole list are taken in runs of about this many elements, so
+/// that a gradient is still in the caches when it is read again.
+const RUN: usize = 1 << 20;
+
+pub(crate) struct Host {
+    /// Devices first, then the CPU.
+    backends: Vec<Box<dyn Backend>>,
+    on_cpu_alone: bool,
+    tracked: Vec<Tracked>,
+    counters: Counters,
+    /// The first gradients of the last step, if it measures, by block.
+    first: Vec<Option<Tensor>>,
+    /// The size of the last perturbation.
+    probe_size: f64,
+}
+
+impl Host {
+    /// `devices` are those that some of the parameters are on.
+    pub fn new(devices: Vec<Box<dyn Backend>>, all: &Parameters) -> Result<Self> {
+        let on_cpu_alone = devices.is_empty();
+        let mut backends = devices;
+        backends.push(Box::new(CpuBackend::new(&all.blocks)?));
+        Ok(Self {
+            backends,
+            on_cpu_alone,
+            tracked: vec![Tracked::NEW; all.blocks.len()],
+            counters: Counters::default(),
+            first: vec![],
+            probe_size: 0.,
+        })
+    }
+
+    // -- The parts of a step --
+
+    /// The parts of the list that are stepped one after the other: everything at once where a
+    /// decision needs the statistics of all blocks.
+    fn runs(&self, all: &Parameters, measures: bool) -> Vec<Range<usize>> {
+        let whole = all.any(ParamsSrkl::waits_for_all) || measures || !self.on_cpu_alone;
+        let (mut runs, mut start, mut elements) = (vec![], 0, 0);
+        for (i, block) in all.blocks.iter().enumerate() {
+            elements += block.n;
+            if i + 1 == all.blocks.len() || elements >= RUN && !whole {
+                runs.push(start..i + 1);
+                (start, elements) = (i + 1, 0);
+            }
+        }
+        runs
+    }
+
+    /// Stage 1: the gradients of a run, with what is `asked` of them.
+    fn statistics<'g>(
+        &mut self,
+        all: &Parameters,
+        step: Step<'g>,
+        run: Range<usize>,
+        asked: GradSums,
+    ) -> Result<Vec<Option<BlockGradient<'g>>>> {
+        let mut gradients = vec![None; run.len()];
+        for backend in &mut self.backends {
+            backend.statistics(all, step, run.clone(), asked, &mut gradients)?;
+        }
+        for backend in &self.backends {
+            backend.read_statistics(all, step, &mut gradients)?;
+        }
+        Ok(gradients)
+    }
+
+    /// Stage 2: the numbers of each block's step, `None` for a block that is not stepped; or `None`
+    /// if the whole step is skipped.
+    fn decide(
+        &mut self,
+        all: &Parameters,
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        scalars: StepScalars,
+    ) -> Option<Vec<Option<Decision>>> {
+        let (blocks, tracked) = (&all.blocks[run.clone()], &self.tracked[run]);
+        let total = if all.any(ParamsSrkl::uses_total) {
+            let counts = |block, found: &BlockGradient| {
+                let skips_block = all.of(block).nonfinite == NonFinite::SkipBlock;
+                found.sums.curvature(1. / scalars.grad_scale).is_finite() || !skips_block
+            };
+            let in_total = blocks.iter().zip(gradients).map(|(block, found)| match found {
+                Some(found) if counts(block, found) => found.sums,
+                _ => Sums::ZERO,
+            });
+            Sums::fold(&in_total.collect::<Vec<_>>())
+        } else {
+            Sums::ZERO
+        };
+        self.counters.grad_norm =
+            all.any(ParamsSrkl::uses_norm).then(|| total.norm(1. / scalars.grad_scale));
+
+        let mut decisions = Vec::with_capacity(blocks.len());
+        for ((block, tracked), found) in blocks.iter().zip(tracked).zip(gradients) {
+            let params = all.of(block);
+            let decision = found.map(|BlockGradient { sums, .. }| {
+                rule::decide(params, scalars, &sums, &total, &tracked.estimate)
+            });
+            match decision {
+                Some(decision) if !rule::may_step(&decision, params.nonfinite) => {
+                    if params.nonfinite == NonFinite::SkipStep {
+                        return None;
+                    }
+                    decisions.push(None);
+                }
+                decision => decisions.push(decision),
+            }
+        }
+        Some(decisions)
+    }
+
+    /// Stage 2 where it needs the directions of all blocks of a run.
+    fn adjust(
+        &mut self,
+        all: &mut Parameters,
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        decisions: &mut [Option<Decision>],
+        step: Step,
+    ) -> Result<()> {
+        let Step { scalars, measures, .. } = step;
+        for backend in &mut self.backends {
+            backend.upload_decisions(all, &self.tracked, decisions)?;
+        }
+        let blocks = &all.blocks[run.clone()];
+        let by_step = |block: &Block| all.of(block).measures_steps();
+        let small = |block: &Block, decision: &Decision| {
+            measures && by_step(block) && !rule::is_known(decision)
+        };
+        // A small step goes by the directions of all.
+        let any_small = blocks
+            .iter()
+            .zip(&*decisions)
+            .any(|(block, decision)| decision.as_ref().is_some_and(|d| small(block, d)));
+        let needs = |block: &Block| any_small && by_step(block) || all.of(block).trust.is_some();
+        let every = blocks.iter().zip(gradients).zip(&*decisions);
+        let given: Vec<_> = every
+            .map(|((block, found), decision)| {
+                let both = ((*found)?.gradient, (*decision)?);
+                needs(block).then_some(both)
+            })
+            .collect();
+        let mut sums = vec![None; blocks.len()];
+        for backend in &mut self.backends {
+            let tracked = &self.tracked;
+            backend.directions(all, tracked, run.clone(), &given, measures, &mut sums)?;
+        }
+        self.read_sums(&given, &mut sums)?;
+
+        let blocks = &all.blocks[run.clone()];
+        let by_step = |block: &Block| all.of(block).measures_steps();
+        let counted = |(block, sums): (&Block, &Option<Pair>)| sums.filter(|_| by_step(block));
+        let moving: Vec<Option<Pair>> = blocks.iter().zip(&sums).map(counted).collect();
+        let sizes = blocks.iter().zip(&moving).filter(|(_, sums)| sums.is_some());
+        let total_n = sizes.map(|(block, _)| block.n as u64).sum::<u64>() as f64;
+        let total = fold(&moving);
+        let places = run.zip(decisions).zip(sums);
+        for ((place, decision), own) in places {
+            if let (Some(decision), Some(own)) = (decision, own) {
+                let block = &all.blocks[place];
+                let directions = Directions { own, n: block.n as f64, total, total_n };
+                let still = self.tracked[place].estimate.still;
+                rule::adjust(decision, all.of(block), scalars, &directions, still, measures);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stage 3, and what is noted of it.
+    fn update(
+        &mut self,
+        all: &mut Parameters,
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
+        step: Step,
+    ) -> Result<()> {
+        for backend in &mut self.backends {
+            backend.upload_decisions(all, &self.tracked, decisions)?;
+        }
+        let both = gradients.iter().zip(decisions);
+        let moves: Vec<_> = both.map(|(found, decision)| Some(((*found)?, (*decision)?))).collect();
+        for backend in &mut self.backends {
+            backend.update(all, &mut self.tracked, run.clone(), &moves, step)?;
+        }
+        let tracked = &mut self.tracked[run.clone()];
+        for (((block, tracked), found), decision) in
+            all.blocks[run].iter().zip(tracked).zip(gradients).zip(decisions)
+        {
+            tracked.small = decision.is_none_or(|d| d.small);
+            tracked.grad_factor = decision.map_or(1., |d| d.c);
+            tracked.last =
+                decision.map(|d| Last { curvature: d.curvature, phi: d.phi, norms: None });
+            match (found, decision) {
+                (Some(found), Some(_)) => {
+                    if let Some(last) = tracked.last.as_mut().filter(|_| step.records) {
+                        let moved = tracked.step_sums.step.sqrt();
+                        last.norms = Some([found.sums.norm(1. / step.scalars.grad_scale), moved]);
+                    }
+                    tracked.powers = rule::next_powers(&tracked.powers, all.of(block));
+                }
+                (Some(_), None) => tracked.skipped += 1,
+                (None, _) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what devices have summed up for blocks that something was `given` for.
+    fn read_sums<T>(&self, given: &[Option<T>], sums: &mut [Option<Pair>]) -> Result<()> {
+        let wanted = |place: usize| given[place].is_some();
+        self.backends.iter().try_for_each(|backend| backend.read_sums(&wanted, sums))
+    }
+
+    // -- The parts of a measurement --
+
+    /// An error for whatever is wrong with a gradient.
+    fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
+        let every = 0..all.blocks.len();
+        self.backends.iter().try_for_each(|backend| backend.check(all, grads, every.clone()))
+    }
+
+    fn upload_estimates(&mut self) -> Result<()> {
+        let tracked = &self.tracked;
+        self.backends.iter_mut().try_for_each(|backend| backend.upload_estimates(tracked))
+    }
+
+    /// Steps, taken and skipped.
+    fn now(&self) -> u64 {
+        self.counters.steps + self.counters.skipped_steps
+    }
+
+    /// What a measurement has left of each estimate.
+    fn remaining(&self, left: Vec<Option<Left>>) -> Vec<Remaining> {
+        let known = self.tracked.iter().map(|tracked| tracked.estimate.is_known());
+        left.into_iter().zip(known).collect()
+    }
+}
+
+impl Engine for Host {
+    fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
+        let Step { grads, scalars, measures, records } = step;
+        let asked = asked(all, records);
+        let runs = self.runs(all, measures);
+        if runs.len() > 1 {
+            // Whatever can be wrong with a later run is found before the first one is updated.
+            self.check(all, grads)?;
+        }
+        let mut first = vec![];
+        let mut skipped = false;
+        for run in runs {
+            let gradients = self.statistics(all, step, run.clone(), asked)?;
+            let Some(mut decisions) = self.decide(all, run.clone(), &gradients, scalars) else {
+                // Only a run of all blocks has a group that skips steps, so nothing has moved.
+                self.tracked.iter_mut().for_each(|tracked| tracked.last = None);
+                skipped = true;
+                break;
+            };
+            if measures || all.any(|params| params.trust.is_some()) {
+                self.adjust(all, run.clone(), &gradients, &mut decisions, step)?;
+            }
+            if measures {
+                // A run of all blocks.
+                first = first_gradients(all, &gradients, &decisions);
+            }
+            self.update(all, run, &gradients, &decisions, step)?;
+        }
+        if measures {
+            first.resize(all.blocks.len(), None);
+        } else if !self.on_cpu_alone {
+            self.release(all); // Devices keep a step's gradients.
+        }
+        self.first = first;
+        *(if skipped { &mut self.counters.skipped_steps } else { &mut self.counters.steps }) += 1;
+        Ok(Outcome::Counted)
+    }
+
+    fn observe(
+        &mut self,
+        all: &mut Parameters,
+        again: &GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Remaining>> {
+        let first = std::mem::take(&mut self.first);
+        let observed = self.observe_by(all, &first, again, scalars);
+        match observed {
+            Ok(_) => self.release(all),
+            Err(_) => self.first = first,
+        }
+        observed
+    }
+
+    fn perturb(&mut self, all: &mut Parameters, step: Step, by: Perturbation) -> Result<()> {
+        let Perturbation { delta, seed, draw } = by;
+        self.check(all, step.grads)?;
+        self.release(all);
+        let moves = |block: &Block| step.grads.get_id(block.id).is_some() && all.of(block).lr != 0.;
+        let wanted: Vec<_> = all.blocks.iter().map(|block| moves(block).then_some(())).collect();
+        let n: usize = all.blocks.iter().filter(|block| moves(block)).map(|block| block.n).sum();
+        let mut squares = vec![None; wanted.len()];
+        for backend in &mut self.backends {
+            backend.squares(all, step, &wanted, &mut squares)?;
+        }
+        self.read_sums(&wanted, &mut squares)?;
+        let size = rule::probe_size(delta, fold(&squares).a, n as f64);
+        // The CPU first: what fails there fails before a device is asked.
+        let perturbed = self.backends.iter_mut().rev().try_for_each(|backend| {
+            backend.upload_probe(size, Probe::Finite)?;
+            backend.perturb(all, &wanted, size, seed, draw)
+        });
+        if let Err(e) = perturbed {
+            let _ = self.restore(all);
+            return Err(e);
+        }
+        self.probe_size = size;
+        Ok(())
+    }
+
+    fn observe_probe(
+        &mut self,
+        all: &mut Parameters,
+        step: Step,
+        again: &GradStore,
+    ) -> Result<Vec<Remaining>> {
+        let size = self.probe_size;
+        self.check(all, step.grads)?;
+        self.check(all, again)?;
+        let factor = 1. / step.scalars.grad_scale;
+        let decays: Vec<_> = all.blocks.iter().map(|block| probe_decay(all.of(block))).collect();
+        let first = |(block, decay): (&Block, &Option<f64>)| {
+            step.grads.get_id(block.id).filter(|_| decay.is_some())
+        };
+        let first: Vec<_> = all.blocks.iter().zip(&decays).map(first).collect();
+        let both = |((block, first), decay): ((&Block, &Option<_>), &Option<f64>)| {
+            let (first, again) = ((*first)?, again.get_id(block.id)?);
+            Some((GradientPair { first, again, factor }, (*decay)?))
+        };
+        let given: Vec<_> = all.blocks.iter().zip(&first).zip(&decays).map(both).collect();
+
+        let mut squares = vec![None; given.len()];
+        for backend in &mut self.backends {
+            backend.probe_sums(all, step, again, &given, size, &mut squares)?;
+        }
+        self.read_sums(&given, &mut squares)?;
+        let probe = Probe::of(fold(&squares));
+        if probe == Probe::Finite {
+            let mut sums = vec![None; given.len()];
+            for backend in &mut self.backends {
+                backend.upload_probe(size, probe)?;
+                backend.average_probe(all, &given, size, &mut sums)?;
+            }
+            self.read_sums(&given, &mut sums)?;
+            for ((tracked, given), sum) in self.tracked.iter_mut().zip(&given).zip(sums) {
+                if let (Some(Pair { a, .. }), Some((_, decay))) = (sum, given) {
+                    let estimate = &mut tracked.estimate;
+                    estimate.power *= decay;
+                    estimate.own = a / (1. - estimate.power);
+                }
+            }
+        }
+
+        let now = self.now();
+        let own = |tracked: &Tracked| Some(Pair { a: tracked.estimate.own, b: 0. });
+        let total = fold(&self.tracked.iter().map(own).collect::<Vec<_>>()).a;
+        let mut left = vec![None; given.len()];
+        for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
+            let estimate = &mut tracked.estimate;
+            let is_missing = first[place].is_some() && given[place].is_none();
+            estimate.counts.missing += is_missing as u64;
+            let global = all.of(block).scope == Scope::Global;
+            if decays[place].is_some() && (global || given[place].is_some()) {
+                let squared = if global { total } else { estimate.own };
+                left[place] = Some(rule::observe_rows(estimate, probe, squared, now));
+            }
+        }
+        self.release(all);
+        self.upload_estimates()?;
+        Ok(self.remaining(left))
+    }
+
+    fn swap(&mut self, all: &mut Parameters) -> Result<()> {
+        self.release(all);
+        self.upload_estimates()?;
+        let tracked = &self.tracked;
+        let swapped =
+            self.backends.iter_mut().rev().try_for_each(|backend| backend.swap(all, tracked));
+        if let Err(e) = swapped {
+            let _ = self.restore(all);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, all: &mut Parameters) -> Result<()> {
+        let mut restored = Ok(());
+        for backend in &mut self.backends {
+            restored = restored.and(backend.restore(all));
+        }
+        restored
+    }
+
+    fn release(&mut self, all: &mut Parameters) {
+        self.first = vec![];
+        self.backends.iter_mut().for_each(|backend| backend.release(all));
+    }
+
+    fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()> {
+        self.backends.iter_mut().try_for_each(|backend| backend.upload_settings(all, scalars))
+    }
+
+    fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()> {
+        let Progress { steps, skipped_steps, blocks } = progress;
+        self.release(all);
+        self.counters = Counters { steps, skipped_steps, grad_norm: None };
+        let tracked =
+            |(powers, estimate, skipped)| Tracked { powers, estimate, skipped, ..Tracked::NEW };
+        self.tracked = blocks.into_iter().map(tracked).collect();
+        self.upload_estimates()
+    }
+
+    fn may_reorder(&self) -> bool {
+        // The tables of devices have places.
+        self.on_cpu_alone
+    }
+
+    fn counters(&self) -> Result<Counters> {
+        Ok(self.counters)
+    }
+
+    fn counters_at_hand(&self) -> Option<Counters> {
+        Some(self.counters)
+    }
+
+    fn powers(&self) -> Result<Vec<Powers>> {
+        Ok(self.tracked.iter().map(|tracked| tracked.powers).collect())
+    }
+
+    fn estimates(&self) -> Result<Vec<Estimate>> {
+        Ok(self.tracked.iter().map(|tracked| tracked.estimate).collect())
+    }
+
+    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+        let mut tracked = self.tracked.clone();
+        let recorded = |t: &Tracked| t.last.is_some_and(|last| last.norms.is_some());
+        // The host knows nothing of the steps that devices have taken.
+        if tracked.iter().any(recorded) {
+            self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut tracked))?;
+        }
+        let outcome = |t: Tracked| {
+            let mut last = t.last;
+            if let Some(Last { norms: Some([_, step]), .. }) = &mut last {
+                *step = t.step_sums.step.sqrt();
+            }
+            (last, t.skipped)
+        };
+        Ok(tracked.into_iter().map(outcome).collect())
+    }
+
+    fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>> {
+        let mut squares = vec![None; all.blocks.len()];
+        for backend in &self.backends {
+            backend.param_squares(all, &mut squares)?;
+        }
+        Ok(squares)
+    }
+}
+
+impl Host {
+    /// The measurement along a step that had these `first` gradients.
+    fn observe_by<'f>(
+        &mut self,
+        all: &mut Parameters,
+        first: &'f [Option<Tensor>],
+        again: &'f GradStore,
+        scalars: StepScalars,
+    ) -> Result<Vec<Remaining>> {
+        self.check(all, again)?;
+        let every = all.blocks.iter().zip(first).zip(&self.tracked);
+        let both = |((block, first), tracked): ((&Block, &'f Option<Tensor>), &Tracked)| {
+            let (first, again) = (first.as_ref()?, again.get_id(block.id)?);
+            Some(GradientPair { first, again, factor: tracked.grad_factor })
+        };
+        let given: Vec<_> = every.map(both).collect();
+        let step = Step { grads: again, scalars, measures: true, records: false };
+        let mut changes = vec![None; given.len()];
+        for backend in &mut self.backends {
+            backend.change_of_gradient(all, &self.tracked, step, &given, &mut changes)?;
+        }
+        self.read_sums(&given, &mut changes)?;
+        for backend in &self.backends {
+            backend.read_step_sums(&mut self.tracked)?;
+        }
+        let measured = |(tracked, change): (&Tracked, &Option<Pair>)| match change {
+            Some(change) => rule::measured(*change, &tracked.step_sums),
+            None => Measured::default(),
+        };
+        let measured: Vec<Measured> = self.tracked.iter().zip(&changes).map(measured).collect();
+        let total = Measured::fold(&measured);
+
+        let now = self.now();
+        let mut left = vec![None; given.len()];
+        for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
+            let params = all.of(block);
+            let Curvature::Step { every, decay, noise, .. } = params.curvature else { continue };
+            let is_missing = first[place].is_some() && given[place].is_none();
+            tracked.estimate.counts.missing += is_missing as u64;
+            let own = if is_missing { None } else { Some(&measured[place]) };
+            let measured = if params.scope == Scope::Global { Some(&total) } else { own };
+            let averaging = Averaging { every, decay, noise };
+            let (estimate, small) = (&mut tracked.estimate, tracked.small);
+            left[place] = measured
+                .map(|measured| rule::observe_step(estimate, measured, averaging, small, now));
+            tracked.strips = vec![];
+        }
+        Ok(self.remaining(left))
+    }
+}
+
+/// What a step asks of its gradients.
+fn asked(all: &Parameters, records: bool) -> GradSums {
+    if !(all.any(ParamsSrkl::uses_sums) || records) {
+        GradSums::None
+    } else if all.any(ParamsSrkl::uses_norm) || records {
+        GradSums::Sum2AndSum4
+    } else if all.any(ParamsSrkl::uses_sum4) {
+        GradSums::Sum4
+    } else {
+        GradSums::FiniteOnly
+    }
+}
+
+/// The decay of the average of squared row norms, of a block that has one.
+fn probe_decay(params: &ParamsSrkl) -> Option<f64> {
+    match params.curvature {
+        Curvature::Hutchinson { decay, .. } if params.lr != 0. => Some(decay),
+        _ => None,
+    }
+}
+
+/// The gradients that a measurement along the step will need.
+fn first_gradients(
+    all: &Parameters,
+    gradients: &[Option<BlockGradient>],
+    decisions: &[Option<Decision>],
+) -> Vec<Option<Tensor>> {
+    let every = all.blocks.iter().zip(gradients).zip(decisions);
+    every
+        .map(|((block, found), decision)| {
+            let moves = all.of(block).measures_steps() && decision.is_some();
+            found.filter(|_| moves).map(|found| found.gradient.detach())
+        })
+        .collect()
+}
+
+/// The total over all blocks, in order.
+fn fold(sums: &[Option<Pair>]) -> Pair {
+    Pair::fold(&sums.iter().map(|sums| sums.unwrap_or(Pair::ZERO)).collect::<Vec<_>>())
+}

@@ -1,0 +1,187 @@
+//! What is kept of a parameter beside it: where, and in which format.
+
+use std::borrow::Cow;
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Var, bail};
+
+use crate::params::{Curvature, Direction, ParamsSrkl};
+
+/// What a block has beside its parameter: a number an element, where its settings ask for it.
+#[derive(Default)]
+pub(crate) struct State {
+    /// f32 masters of a parameter of 16 bits.
+    pub master: Option<Slot>,
+    /// The first moment of [`Direction::Momentum`] and [`Direction::Adam`].
+    pub m: Option<Slot>,
+    /// The second moment of [`Direction::Adam`].
+    pub v: Option<Slot>,
+    /// The average of the parameter.
+    pub average: Option<Slot>,
+    /// The squared row norms of [`Curvature::Hutchinson`].
+    pub q: Option<Slot>,
+}
+
+/// The names of a block's state, as [`State::named`] and checkpoints have them.
+pub(crate) const STATE: [&str; 5] = ["master", "m", "v", "average", "q"];
+
+/// Whether these settings ask for state of this name; masters depend on the parameter's dtype too.
+pub(crate) fn has_state(params: &ParamsSrkl, name: &str) -> bool {
+    match name {
+        "m" => params.direction != Direction::Gradient,
+        "v" => matches!(params.direction, Direction::Adam { .. }),
+        "average" => params.average.is_some(),
+        "q" => matches!(params.curvature, Curvature::Hutchinson { .. }),
+        _ => false,
+    }
+}
+
+impl State {
+    /// All zeros, and without masters: see `backend/masters.rs`.
+    pub fn new(params: &ParamsSrkl, var: &Var) -> Result<Self> {
+        let zeros = |name| has_state(params, name).then(|| Slot::zeros(var)).transpose();
+        Ok(Self {
+            master: None,
+            m: zeros("m")?,
+            v: zeros("v")?,
+            average: zeros("average")?,
+            q: zeros("q")?,
+        })
+    }
+
+    /// What there is, by name.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, &Slot)> {
+        let Self { master, m, v, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        all.filter_map(|(name, slot)| Some((name, slot.as_ref()?)))
+    }
+
+    pub fn named_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Slot)> {
+        let Self { master, m, v, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        all.filter_map(|(name, slot)| Some((name, slot.as_mut()?)))
+    }
+}
+
+/// One kind of state of one block, on the parameter's device: for each element a number of the compute type.
+///
+/// This is what a format is to the rest of the crate: what memory it takes ([`Slot::storage`]), and as which tensors a
+/// checkpoint has it ([`Slot::tensors`]). How its numbers are loaded and stored stands in `backend/cpu/rows.rs` and
+/// `kernels/state.cuh`.
+pub(crate) struct Slot {
+    /// On a device of one element at least: it has no memory of none.
+    storage: Storage,
+    n: usize,
+}
+
+/// A tensor by which a checkpoint has state, or a part of it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct SavedTensor {
+    /// What its name has behind that of the state.
+    pub suffix: &'static str,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+}
+
+impl Slot {
+    /// Zeros for each element of `var`, in its compute type.
+    pub fn zeros(var: &Var) -> Result<Self> {
+        let n = var.elem_count();
+        let dtype = if var.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let storage = match var.device() {
+            Device::Cpu => Storage::Cpu(match dtype {
+                DType::F64 => CpuStorage::F64(vec![0.; n]),
+                _ => CpuStorage::F32(vec![0.; n]),
+            }),
+            Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&n.max(1).into(), dtype)?),
+            device => bail!("no state on {:?}", device.location()),
+        };
+        Ok(Self { storage, n })
+    }
+
+    /// These numbers, where `var` is.
+    pub fn of_f32(var: &Var, values: Vec<f32>) -> Result<Self> {
+        let mut slot = Self::zeros(var)?;
+        slot.write_f32(values)?;
+        Ok(slot)
+    }
+
+    /// Replaces all of its numbers.
+    pub fn write_f32(&mut self, values: Vec<f32>) -> Result<()> {
+        self.write(CpuStorage::F32(values))
+    }
+
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Its numbers, on the CPU, to be changed.
+    pub fn cpu_mut(&mut self) -> Option<&mut CpuStorage> {
+        match &mut self.storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// The tensors of a checkpoint that are to have it, of a parameter of shape `dims`, in order.
+    pub fn tensors(&self, dims: &[usize]) -> Vec<SavedTensor> {
+        vec![SavedTensor { suffix: "", dtype: self.storage.dtype(), shape: dims.to_vec() }]
+    }
+
+    /// The bytes of each of [`Slot::tensors`], little-endian.
+    pub fn to_bytes(&self) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![match &*self.to_cpu()? {
+            CpuStorage::F32(values) => {
+                values[..self.n].iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+            CpuStorage::F64(values) => {
+                values[..self.n].iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+            other => bail!("no state is of {:?}", other.dtype()),
+        }])
+    }
+
+    /// Replaces all of it by what [`Slot::to_bytes`] has made.
+    pub fn set(&mut self, parts: &[Vec<u8>]) -> Result<()> {
+        let [bytes] = parts else { bail!("expected one tensor, got {}", parts.len()) };
+        let (narrow, _) = bytes.as_chunks::<4>();
+        let (wide, _) = bytes.as_chunks::<8>();
+        self.write(match self.storage.dtype() {
+            DType::F64 => CpuStorage::F64(wide.iter().map(|b| f64::from_le_bytes(*b)).collect()),
+            _ => CpuStorage::F32(narrow.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+        })
+    }
+
+    /// Its numbers as f32, on the CPU.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        match &*self.to_cpu()? {
+            CpuStorage::F32(values) => Ok(values[..self.n].to_vec()),
+            other => bail!("expected state of f32, got {:?}", other.dtype()),
+        }
+    }
+
+    fn to_cpu(&self) -> Result<Cow<'_, CpuStorage>> {
+        Ok(match &self.storage {
+            Storage::Cpu(storage) => Cow::Borrowed(storage),
+            Storage::Cuda(storage) => Cow::Owned(storage.to_cpu_storage()?),
+            Storage::Metal(storage) => Cow::Owned(storage.to_cpu_storage()?),
+        })
+    }
+
+    /// Writes to the memory there is, whose address a device knows.
+    fn write(&mut self, values: CpuStorage) -> Result<()> {
+        if self.n == 0 {
+            return Ok(());
+        }
+        let layout = Layout::contiguous(self.n);
+        match &mut self.storage {
+            Storage::Cpu(storage) => *storage = values,
+            Storage::Cuda(storage) => {
+                let new = storage.device().storage_from_cpu_storage_owned(values)?;
+                new.copy_strided_src(storage, 0, &layout)?;
+            }
+            Storage::Metal(_) => bail!("no state on Metal"),
+        }
+        Ok(())
+    }
+}
