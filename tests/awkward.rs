@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 use candle_srkl::{Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
@@ -35,7 +36,10 @@ fn empty_and_scalar_tensors() -> Result<()> {
             opt.step(&grads([(&empty, empty.zeros_like()?), (&scalar, g)]))?;
             let expected = 2. * (1. - 0.1 / 1.5 * 0.1) - 0.1 / 1.5;
             let got = values(&scalar)?[0];
-            assert!((got - expected).abs() < 0.01, "{dtype:?} {scope:?}: {got}, not {expected}");
+            assert!(
+                abs_diff_eq!(got, expected, epsilon = 0.01),
+                "{dtype:?} {scope:?}: {got}, not {expected}"
+            );
         }
     }
     Ok(())
@@ -329,7 +333,7 @@ fn masters_keep_small_steps() -> Result<()> {
                 opt.step(&grads([(&w, tensor(&[1.], dtype)?)]))?;
             }
             let got = values(&w)?[0];
-            assert!((got - expected).abs() < 0.003, "{dtype:?} {masters:?}: {got}");
+            assert!(abs_diff_eq!(got, expected, epsilon = 0.003), "{dtype:?} {masters:?}: {got}");
         }
     }
     Ok(())
@@ -387,8 +391,8 @@ fn a_loaded_var_map() -> Result<()> {
     opt.step(&grads([(&w, w.zeros_like()?)]))?;
     let decayed = Tensor::new(1. - 0.1 * 0.1, &Device::Cpu)?;
     let expected = tensor(&values(&opt_free(&path)?)?, DType::F64)?.broadcast_mul(&decayed)?;
-    for (got, expected) in values(&w)?.iter().zip(values(&expected)?) {
-        assert!((got - expected).abs() <= expected.abs() / 256., "{got}, not {expected}");
+    for (got, expected) in values(&w)?.into_iter().zip(values(&expected)?) {
+        assert_close(got, expected, 1. / 256.);
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
@@ -153,7 +154,8 @@ fn expect(
 #[track_caller]
 fn assert_near(got: f64, expected: Near, what: impl Fn() -> String) {
     let Near { value, error } = expected;
-    assert!((got - value).abs() <= 1.01 * error, "{}: {got}, not {value} +- {error}", what());
+    let right = abs_diff_eq!(got, value, epsilon = 1.01 * error);
+    assert!(right, "{}: {got}, not {value} +- {error}", what());
 }
 
 struct Case {
@@ -427,7 +429,7 @@ fn without_brake_adam_is_adamw() -> Result<()> {
             adamw.step(&grads([(&theirs, g)]))?;
         }
         for (a, b) in values(&ours)?.iter().zip(values(&theirs)?) {
-            assert!((a - b).abs() < 1e-13, "{a}, not {b}");
+            assert_abs_diff_eq!(*a, b, epsilon = 1e-13);
         }
     }
     Ok(())
@@ -446,7 +448,7 @@ fn without_memory_momentum_is_the_gradient() -> Result<()> {
     };
     let (momentum, gradient) = (run(Direction::Momentum { mu: 0. })?, run(Direction::Gradient)?);
     for (a, b) in momentum.iter().zip(gradient) {
-        assert!((a - b).abs() < 1e-14);
+        assert_abs_diff_eq!(*a, b, epsilon = 1e-14);
     }
     Ok(())
 }
@@ -472,9 +474,10 @@ fn the_trust_clip_in_numbers() -> Result<()> {
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         opt.step(&grads([(&w, tensor(&[10., 24.], DType::F64)?)]))?;
         for ((after, before), g) in values(&w)?.iter().zip(before).zip([10., 24.]) {
-            assert!((before - after - step * g / 26.).abs() < 1e-14, "tau {tau}");
+            let right = abs_diff_eq!(before - after, step * g / 26., epsilon = 1e-14);
+            assert!(right, "tau {tau}");
         }
-        assert!((opt.telemetry()?[0].phi.unwrap() - step / 26.).abs() < 1e-14);
+        assert_abs_diff_eq!(opt.telemetry()?[0].phi.unwrap(), step / 26., epsilon = 1e-14);
     }
     Ok(())
 }

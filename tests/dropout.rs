@@ -4,6 +4,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_srkl::Dropout;
 use candle_srkl::random::{current_seed, with_seed};
@@ -284,7 +285,7 @@ fn the_share_that_is_kept() -> Result<()> {
             with_seed(seed as u64, || kept(&Dropout::new(p), n))?.into_iter().filter(|k| *k);
         let (share, p) = (count.count() as f64 / n as f64, p as f64);
         let error = (p * (1. - p) / n as f64).sqrt();
-        assert!((share - (1. - p)).abs() < 5. * error, "{p}: {share}");
+        assert!(abs_diff_eq!(share, 1. - p, epsilon = 5. * error), "{p}: {share}");
     }
     Ok(())
 }
@@ -310,11 +311,14 @@ fn masks_are_independent() -> Result<()> {
             for b in &all[..i] {
                 assert_ne!(a, b);
                 let same = correlation(a, b, p as f64);
-                assert!(same.abs() < limit, "{p} {i}: {same}");
+                assert!(abs_diff_eq!(same, 0., epsilon = limit), "{p} {i}: {same}");
             }
             for distance in [1, 2, 3, 64, 1024, 4096] {
                 let same = correlation(&a[distance..], a, p as f64);
-                assert!(same.abs() < limit, "{p} {i}, elements {distance} apart: {same}");
+                assert!(
+                    abs_diff_eq!(same, 0., epsilon = limit),
+                    "{p} {i}, elements {distance} apart: {same}"
+                );
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::{abs_diff_eq, abs_diff_ne};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::Optimizer;
@@ -96,11 +97,6 @@ fn minus(x: &[f64], y: &[f64]) -> Vec<f64> {
     x.iter().zip(y).map(|(x, y)| x - y).collect()
 }
 
-#[track_caller]
-fn assert_close(got: f64, exact: f64, relative: f64) {
-    assert!((got - exact).abs() <= relative * exact.abs(), "{got}, not {exact}");
-}
-
 /// What the other tests stand on.
 #[test]
 fn the_exact_hessian_is_symmetric_and_far_from_diagonal() -> Result<()> {
@@ -189,9 +185,9 @@ fn probes_are_unbiased() -> Result<()> {
     // 351 sums of N signs each, five standard deviations.
     let limit = 5. * (N as f64).sqrt();
     for (i, row) in products.iter().enumerate() {
-        assert!(sums[i].abs() < limit, "{i}: {}", sums[i]);
+        assert!(abs_diff_eq!(sums[i], 0., epsilon = limit), "{i}: {}", sums[i]);
         for (j, sum) in row[..i].iter().enumerate() {
-            assert!(sum.abs() < limit, "{i} and {j}: {sum}");
+            assert!(abs_diff_eq!(*sum, 0., epsilon = limit), "{i} and {j}: {sum}");
         }
     }
     Ok(())
@@ -218,7 +214,10 @@ fn block_norms_are_unbiased() -> Result<()> {
             let mean = squares.iter().sum::<f64>() / N as f64;
             let variance = squares.iter().map(|q| (q - mean).powi(2)).sum::<f64>() / N as f64;
             let error = (variance / N as f64).sqrt();
-            assert!((mean - exact).abs() < 4. * error, "{mean} +- {error}, not {exact}");
+            assert!(
+                abs_diff_eq!(mean, exact, epsilon = 4. * error),
+                "{mean} +- {error}, not {exact}"
+            );
             assert!(error < 0.05 * exact, "{error} of {exact} says little");
         }
     }
@@ -286,9 +285,9 @@ fn scopes_and_averages_of_hutchinson() -> Result<()> {
                         // Beside the error of a difference of gradients, that of one of rounded numbers.
                         let relative = 1e-5 * (1. + norm(&r) / r[i]);
                         let rounding = 2. * f64::EPSILON * w[i].abs().max(after[i].abs());
-                        let error = (step[i] - exact).abs();
+                        let allowed = relative * exact.abs() + rounding;
                         assert!(
-                            error <= relative * exact.abs() + rounding,
+                            abs_diff_eq!(step[i], exact, epsilon = allowed),
                             "{scope:?}, decay {decay}: {}, not {exact}",
                             step[i]
                         );
@@ -612,7 +611,7 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
             }
             let step = norm(&minus(&quadratic.w()?, &before.0));
             let of_masters = norm(&minus(&masters(&opt, 2)?, &before.2));
-            differs |= (step / of_masters - 1.).abs() > 1e-3;
+            differs |= abs_diff_ne!(step / of_masters, 1., epsilon = 1e-3);
             let (change, moved) = (minus(&g()?, &before.1), minus(&quadratic.w()?, &before.0));
             let bounds = quadratic
                 .places()

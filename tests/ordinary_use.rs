@@ -10,6 +10,7 @@ mod random;
 
 use std::cell::Cell;
 
+use approx::assert_abs_diff_eq;
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{Dropout, ParamsSrkl, Repeatable, Scope, Srkl};
@@ -528,7 +529,7 @@ fn experts_that_are_not_used_the_second_time() -> Result<()> {
     opt.observe(&grads([(&vars[0], g(1. + 5. * moved)?)]))?;
     let told = opt.measurements()?;
     // Adam's first direction is 1 of a gradient of 1: its scale adds nothing.
-    assert!((told.curvature.unwrap() - 5.).abs() < 1e-6, "{told:?}");
+    assert_abs_diff_eq!(told.curvature.unwrap(), 5., epsilon = 1e-6);
     assert_eq!((told.taken, told.missing), (1, 1));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::assert_abs_diff_eq;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Linear, Module, Optimizer, SGD};
 use candle_srkl::{Beta, ParamsSrkl, Srkl};
@@ -27,10 +28,6 @@ fn gradient() -> impl Strategy<Value = Vec<f64>> {
     let element = (-6f64..6., prop_oneof![Just(-1.), Just(1.), Just(0.)])
         .prop_map(|(exponent, sign): (f64, f64)| sign * 10f64.powf(exponent));
     proptest::collection::vec(element, 1..50)
-}
-
-fn close(x: f64, y: f64, relative: f64) -> bool {
-    (x - y).abs() <= relative * y.abs()
 }
 
 proptest! {
@@ -122,11 +119,11 @@ fn two_cycle_in_numbers() -> Result<()> {
     let params = ParamsSrkl { lr: 1., ..ParamsSrkl::reference() };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     let loss = || (w.sqr()?.sum_all()? * 1.5)?.to_scalar::<f32>().map(f64::from);
-    assert!((loss()? - 1.5e-6).abs() < 1e-12);
+    assert_abs_diff_eq!(loss()?, 1.5e-6, epsilon = 1e-12);
     for _ in 0..200 {
         opt.backward_step(&(w.sqr()?.sum_all()? * 1.5)?)?;
     }
-    assert!((loss()? - 0.8333).abs() < 1e-4, "{}", loss()?);
+    assert_abs_diff_eq!(loss()?, 0.8333, epsilon = 1e-4);
     Ok(())
 }
 
@@ -230,7 +227,7 @@ fn on_steep_ground_it_all_but_stands_still() -> Result<()> {
     let w = var(&[30.], DType::F32)?;
     let params = ParamsSrkl { lr: 0.01, ..ParamsSrkl::reference() };
     let end = descend(&mut Srkl::new(vec![w.clone()], params)?, &w)?;
-    assert!((30. - end - 0.011).abs() < 0.001, "{end}");
+    assert_abs_diff_eq!(30. - end, 0.011, epsilon = 0.001);
     Ok(())
 }
 
@@ -248,7 +245,7 @@ fn without_brake_it_is_gradient_descent() -> Result<()> {
         sgd.step(&grads([(&theirs, g)]))?;
     }
     for (a, b) in values(&ours)?.iter().zip(values(&theirs)?) {
-        assert!((a - b).abs() < 1e-14);
+        assert_abs_diff_eq!(*a, b, epsilon = 1e-14);
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
@@ -70,7 +71,7 @@ fn check_steps(case: Case) -> Result<()> {
             let expected = &blocks[i].0;
             if params.scope != Scope::Element {
                 let got = opt.telemetry()?[i].phi.unwrap();
-                assert!((got - phi).abs() <= 1e-12 * phi, "phi of block {i}: {got}, not {phi}");
+                assert!(close(got, phi, 1e-12), "phi of block {i}: {got}, not {phi}");
             }
             for (k, (&after, &expected)) in after.iter().zip(expected).enumerate() {
                 // Roundings: phi, keep, keep * w, and the sum as it is stored. (In f64 the oracle has
@@ -79,7 +80,7 @@ fn check_steps(case: Case) -> Result<()> {
                 let parts = (expected - w[k]).abs() + 2. * w[k].abs();
                 let allowed = 1.01 * (half_ulp(expected, stored) + eps * parts);
                 assert!(
-                    (after - expected).abs() <= allowed,
+                    abs_diff_eq!(after, expected, epsilon = allowed),
                     "step {step}, block {i} of {dtype:?}, gradient of {grad_dtype:?}, element {k}: \
                      {after}, not {expected} (w {}, g {})",
                     w[k],
@@ -170,9 +171,9 @@ fn curvature_has_no_limits_of_range() -> Result<()> {
         opt.step(&grads([(&w, grad)]))?;
         let t = &opt.telemetry()?[0];
         let (h, phi) = (t.curvature.unwrap(), t.phi.unwrap());
-        assert!((h - exact).abs() <= 1e-6 * exact, "{dtype:?} {:?}..: H {h}, not {exact}", g[0]);
+        assert!(close(h, exact, 1e-6), "{dtype:?} {:?}..: H {h}, not {exact}", g[0]);
         let exact = 1e-3 / (1. + 0.1 * exact);
-        assert!(phi > 0. && (phi - exact).abs() <= 1e-6 * exact, "phi {phi}, not {exact}");
+        assert!(phi > 0. && close(phi, exact, 1e-6), "phi {phi}, not {exact}");
         Ok(())
     };
     for (dtype, exponents) in [
@@ -265,9 +266,9 @@ fn mixed_dtypes_in_one_optimizer() -> Result<()> {
     }
     let clip = 0.5 / norm(&all);
     let exact = clip * clip * curvature(&all);
-    assert!((opt.grad_norm()?.unwrap() - norm(&all)).abs() <= 1e-12 * norm(&all));
+    assert_close(opt.grad_norm()?.unwrap(), norm(&all), 1e-12);
     for t in opt.telemetry()? {
-        assert!((t.curvature.unwrap() - exact).abs() <= 1e-12 * exact);
+        assert_close(t.curvature.unwrap(), exact, 1e-12);
     }
     Ok(())
 }
@@ -300,10 +301,9 @@ fn groups() -> Result<()> {
     opt.set_learning_rate(0.05);
     opt.set_params("default", ParamsSrkl { weight_decay: 0., ..decayed.clone() })?;
     opt.step(&store())?;
-    let close = |x: f64, y: f64| assert!((x - y).abs() < 1e-15, "{x}, not {y}");
-    close(values(&vars[0])?[0], 0.85 * 0.975 - 0.05);
-    close(values(&vars[1])?[0], 0.99 - 0.005);
-    close(values(&vars[2])?[0], 0.85 - 0.05);
+    for (w, expected) in vars.iter().zip([0.85 * 0.975 - 0.05, 0.99 - 0.005, 0.85 - 0.05]) {
+        assert_abs_diff_eq!(values(w)?[0], expected, epsilon = 1e-15);
+    }
     assert_eq!(opt.params("bias"), Some(&slow));
     assert_eq!(opt.params("none"), None);
     Ok(())
@@ -326,7 +326,7 @@ fn clipping_starts_at_the_limit() -> Result<()> {
         opt.step(&grads([(&w, tensor(&g, DType::F64)?)]))?;
         let expected = limit.min(norm(&g));
         let got = norm(&values(&w)?);
-        assert!((got - expected).abs() <= 1e-12 * expected, "{ratio}: {got}, not {expected}");
+        assert!(close(got, expected, 1e-12), "{ratio}: {got}, not {expected}");
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ pub mod training;
 
 use std::ops::Range;
 
+use approx::abs_diff_eq;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, Optimizer, VarMap};
@@ -246,6 +247,16 @@ impl Quadratic {
     pub fn step(&self, opt: &mut Srkl) -> Result<()> {
         measured_step(opt, || self.gradient())
     }
+}
+
+/// Within `relative` of `exact`. (`relative_eq` goes by the larger of the two, which allows more.)
+pub fn close(got: f64, exact: f64, relative: f64) -> bool {
+    abs_diff_eq!(got, exact, epsilon = relative * exact.abs())
+}
+
+#[track_caller]
+pub fn assert_close(got: f64, exact: f64, relative: f64) {
+    assert!(close(got, exact, relative), "{got}, not {exact}");
 }
 
 /// The message of an error that must come and must name all of `parts`.
