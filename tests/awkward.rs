@@ -195,7 +195,7 @@ fn learning_rates_and_scales_out_of_range() -> Result<()> {
 /// Three blocks, of which the middle one has a bad element; what happens to each, by policy.
 #[test]
 fn nonfinite_gradients_by_policy() -> Result<()> {
-    const N: usize = 9001;
+    const N: usize = CHUNK + LANES - 1;
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         for place in [0, N / 2, N - 1] {
             for dtype in FLOATS {
@@ -343,7 +343,7 @@ fn masters_keep_small_steps() -> Result<()> {
 #[test]
 fn overwritten_parameters() -> Result<()> {
     for dtype in [DType::BF16, DType::F16] {
-        for n in [1, 2, 31, 33, 5000, 300_000] {
+        for n in [1, 2, STRIP - 1, STRIP + 1, CHUNK / 2 + 1, LARGE] {
             let w = var(&noise(n, 1., 1), dtype)?;
             let mut opt = Srkl::new(vec![w.clone()], steep())?;
             let grad = || tensor(&noise(n, 0.01, 2), dtype);

@@ -167,7 +167,7 @@ struct Case {
     params: ParamsSrkl,
 }
 
-const AWKWARD: &[usize] = &[0, 1, 3, 1025, 4097, 8193];
+const AWKWARD: &[usize] = &[0, 1, 3, LANES + 1, CHUNK / 2 + 1, CHUNK + 1];
 
 /// Six steps of blocks of all sizes. Each is checked by itself from what was stored before it, within the
 /// roundings of its operations; what the blocks remember is followed from the start. Every block misses
@@ -360,7 +360,7 @@ fn large_tensors() -> Result<()> {
                 average: Some(0.9),
                 ..steep(direction)
             };
-            let sizes = &[300_001, 131_073, 7];
+            let sizes = &[LARGE, PIECE - 1, PIECE, PIECE + 1, 7];
             check(&Case { dtype, grad_dtype: dtype, sizes, with_nan: false, params })?;
         }
     }
@@ -410,8 +410,10 @@ fn a_nan_that_is_let_through_stays() -> Result<()> {
 #[test]
 fn without_brake_adam_is_adamw() -> Result<()> {
     for weight_decay in [0., 0.1] {
-        let (ours, theirs) =
-            (var(&noise(1025, 1., 1), DType::F64)?, var(&noise(1025, 1., 1), DType::F64)?);
+        let (ours, theirs) = (
+            var(&noise(LANES + 1, 1., 1), DType::F64)?,
+            var(&noise(LANES + 1, 1., 1), DType::F64)?,
+        );
         let (lr, beta1, beta2, eps) = (0.01, 0.9, 0.99, 1e-8);
         let params = ParamsSrkl {
             lr,
@@ -424,7 +426,7 @@ fn without_brake_adam_is_adamw() -> Result<()> {
         let adamw = ParamsAdamW { lr, beta1, beta2, eps, weight_decay };
         let mut adamw = AdamW::new(vec![theirs.clone()], adamw)?;
         for salt in 2..52 {
-            let g = tensor(&noise(1025, 0.1, salt), DType::F64)?;
+            let g = tensor(&noise(LANES + 1, 0.1, salt), DType::F64)?;
             srkl.step(&grads([(&ours, g.clone())]))?;
             adamw.step(&grads([(&theirs, g)]))?;
         }
@@ -439,10 +441,10 @@ fn without_brake_adam_is_adamw() -> Result<()> {
 #[test]
 fn without_memory_momentum_is_the_gradient() -> Result<()> {
     let run = |direction| -> Result<Vec<f64>> {
-        let w = var(&noise(1025, 1., 1), DType::F64)?;
+        let w = var(&noise(LANES + 1, 1., 1), DType::F64)?;
         let mut opt = Srkl::new(vec![w.clone()], steep(direction))?;
         for salt in 2..6 {
-            opt.step(&grads([(&w, tensor(&noise(1025, 0.1, salt), DType::F64)?)]))?;
+            opt.step(&grads([(&w, tensor(&noise(LANES + 1, 0.1, salt), DType::F64)?)]))?;
         }
         values(&w)
     };
@@ -486,11 +488,11 @@ fn the_trust_clip_in_numbers() -> Result<()> {
 #[test]
 fn averages_are_swapped_out_after_a_panic() -> Result<()> {
     for dtype in FLOATS {
-        let w = var(&noise(1025, 1., 1), dtype)?;
+        let w = var(&noise(LANES + 1, 1., 1), dtype)?;
         let params = ParamsSrkl { average: Some(0.9), ..steep(MOMENTUM) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for salt in 2..5 {
-            opt.step(&grads([(&w, tensor(&noise(1025, 1., salt), dtype)?)]))?;
+            opt.step(&grads([(&w, tensor(&noise(LANES + 1, 1., salt), dtype)?)]))?;
         }
         // A NaN with a payload, somewhere.
         let mut raw = values(&w)?;

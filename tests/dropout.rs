@@ -252,7 +252,7 @@ fn value_stability_of_values() -> Result<()> {
 #[test]
 fn the_gradient_goes_through_the_same_mask() -> Result<()> {
     for dtype in FLOATS {
-        for n in [1, 2, 4097, 70_001] {
+        for n in [1, 2, CHUNK / 2 + 1, PIECE + 1] {
             let w = Var::from_tensor(&tensor(&noise(3 * n, 1., 5), dtype)?.reshape((n, 3))?)?;
             let (p, seed) = (0.4, n as u64);
             let mask = mask(seed, 0, p, 3 * n);
@@ -419,7 +419,7 @@ fn large_tensors_from_several_threads() {
     std::thread::scope(|scope| {
         for seed in 0..4 {
             scope.spawn(move || {
-                let xs = tensor(&noise(300_001, 1., seed), DType::F32).unwrap();
+                let xs = tensor(&noise(LARGE, 1., seed), DType::F32).unwrap();
                 (0..5).for_each(|_| assert_naive(&xs, seed, 0.2).unwrap());
             });
         }

@@ -340,7 +340,7 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
 /// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip.
 fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 4]) -> f64 {
     let of = |place: &std::ops::Range<usize>| {
-        assert!(place.len() <= 32);
+        assert!(place.len() <= STRIP);
         let [change, step, d, m] = [change, step, d, m].map(|x| &x[place.clone()]);
         (norm(change) * norm(step), dot(step, step) * dot(d, m) / dot(d, d))
     };

@@ -674,8 +674,7 @@ fn parameters_without_a_gradient_so_far() -> Result<()> {
 
 /// Parameters with every kind of bits in them.
 fn awkward_bits(dtype: DType) -> Result<Vec<Var>> {
-    let n = 1025;
-    let plain = var(&noise(n, 1., 1), dtype)?;
+    let plain = var(&noise(LANES + 1, 1., 1), dtype)?;
     let awkward = match dtype {
         DType::F32 => {
             let bits = [0x7fc0_1234u32, 0xffc0_0001, 0x7f80_0001, 0x8000_0000, 1, 0x7f80_0000];
@@ -926,7 +925,7 @@ fn a_measurement_given_up_leaves_nothing_behind() -> Result<()> {
 #[test]
 fn large_blocks_on_any_number_of_threads() -> Result<()> {
     let train = |params: &ParamsSrkl| -> Result<String> {
-        let sizes = [131_073, 300_001];
+        let sizes = [PIECE + 1, LARGE];
         let vars: Vec<Var> = (0..2)
             .map(|i| var(&noise(sizes[i], 0.5, i as u64), DType::F32))
             .collect::<Result<_>>()?;

@@ -9,14 +9,31 @@ use approx::abs_diff_eq;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, Optimizer, VarMap};
+pub use candle_srkl::numerics::{CHUNK, LANES};
 use candle_srkl::{Beta, Curvature, DEFAULT_GROUP, ParamsSrkl, Scope, Srkl};
 use half::{bf16, f16};
 
 pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
 
-/// Sizes around lanes (1024), chunks (8192) and the pieces that threads take (131072).
-pub const SIZES: [usize; 15] =
-    [0, 1, 3, 7, 64, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193, 131_073];
+/// Neighbours that make one sum for the curvature along a step: the contract's.
+pub const STRIP: usize = 32;
+
+/// Elements that a thread takes at once: the CPU path's.
+pub const PIECE: usize = 8 * CHUNK;
+
+/// Several pieces, with a rest that is no whole number of chunks.
+pub const LARGE: usize = 4 * PIECE + CHUNK + 1;
+
+/// Sizes around strips, lanes, halves of chunks, chunks and pieces.
+#[rustfmt::skip]
+pub const SIZES: [usize; 20] = [
+    0, 1, 3, 7,
+    STRIP - 1, STRIP, STRIP + 1, 2 * STRIP,
+    LANES - 1, LANES, LANES + 1,
+    CHUNK / 2 - 1, CHUNK / 2, CHUNK / 2 + 1,
+    CHUNK - 1, CHUNK, CHUNK + 1,
+    PIECE - 1, PIECE, PIECE + 1,
+];
 
 /// A variable that holds `values` rounded to `dtype`.
 pub fn var(values: &[f64], dtype: DType) -> Result<Var> {
