@@ -222,7 +222,7 @@ fn nonfinite_gradients_by_policy() -> Result<()> {
 
 fn check_nonfinite(bad: f64, place: usize, n: usize, dtype: DType, p: ParamsSrkl) -> Result<()> {
     let what = format!("{bad} at {place}, {dtype:?}, {p:?}");
-    let vars: Vec<Var> = (0..3).map(|i| var(&noise(n, 1., i), dtype)).collect::<Result<_>>()?;
+    let vars = noisy_vars(&[n; 3], 1., dtype)?;
     let mut opt = Srkl::new(vars.clone(), p.clone())?;
     let good = |i: u64| noise(n, 0.1, 7 + i);
     let mut middle = good(1);
@@ -232,13 +232,9 @@ fn check_nonfinite(bad: f64, place: usize, n: usize, dtype: DType, p: ParamsSrkl
         (&vars[1], tensor(&middle, dtype)?),
         (&vars[2], tensor(&good(2), dtype)?),
     ]);
-    let state = |opt: &Srkl| -> Result<Vec<_>> {
-        let of = |i: usize| Ok((bits(&vars[i])?, opt.master(&i.to_string())?));
-        (0..3).map(of).collect()
-    };
-    let before = state(&opt)?;
+    let before = all_bits(&vars, &opt)?;
     opt.step(&store)?;
-    let after = state(&opt)?;
+    let after = all_bits(&vars, &opt)?;
     let skipped: Vec<u64> = opt.telemetry()?.iter().map(|t| t.skipped).collect();
     let counters = (opt.steps()?, opt.skipped_steps()?);
     match p.nonfinite {
@@ -251,8 +247,7 @@ fn check_nonfinite(bad: f64, place: usize, n: usize, dtype: DType, p: ParamsSrkl
             // The others move as if the middle block had no gradient.
             assert!(after[1] == before[1], "{what}");
             assert_eq!((counters, skipped), ((1, 0), vec![0, 1, 0]), "{what}");
-            let alone: Vec<Var> =
-                (0..3).map(|i| var(&noise(n, 1., i), dtype)).collect::<Result<_>>()?;
+            let alone = noisy_vars(&[n; 3], 1., dtype)?;
             let mut opt = Srkl::new(alone.clone(), p)?;
             opt.step(&grads([
                 (&alone[0], tensor(&good(0), dtype)?),

@@ -56,7 +56,7 @@ fn state(varmap: &VarMap, opt: &Srkl) -> Result<String> {
         telemetry.sort_by_key(|t| NAMES.iter().position(|(name, _)| *name == t.name));
         telemetry
     }) {
-        let master = opt.master(name)?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        let master = master_bits(opt, name)?;
         let bits = bits(data[*name].as_tensor())?;
         lines.push(format!("{name} {} {bits:x?} {master:x?}", telemetry.skipped));
     }

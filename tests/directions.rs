@@ -176,20 +176,9 @@ fn check(case: &Case) -> Result<()> {
     let Case { dtype, grad_dtype, sizes, with_nan, params } = case;
     let what = format!("{dtype:?}, gradients of {grad_dtype:?}, {params:?}");
     let u = if *dtype == DType::F64 { 1e-15 } else { 2f64.powi(-24) };
-    let vars: Vec<Var> = sizes
-        .iter()
-        .enumerate()
-        .map(|(i, &n)| var(&noise(n, 0.5, i as u64), *dtype))
-        .collect::<Result<_>>()?;
+    let vars = noisy_vars(sizes, 0.5, *dtype)?;
     let mut opt = Srkl::new(vars.clone(), params.clone())?;
-    let stored = if opt.master("0")?.is_some() { DType::F32 } else { *dtype };
-    let state = |opt: &Srkl| -> Result<Vec<Vec<f64>>> {
-        let of = |(i, var): (usize, &Var)| match opt.master(&i.to_string())? {
-            Some(master) => Ok(master.into_iter().map(f64::from).collect()),
-            None => values(var),
-        };
-        vars.iter().enumerate().map(of).collect()
-    };
+    let stored_dtype = if opt.master("0")?.is_some() { DType::F32 } else { *dtype };
     let mut memory: Vec<Memory> = sizes.iter().map(|_| Memory::default()).collect();
     for step in 0..6 {
         let schedule = [0.5, 1., 1.5, 2., 1., 0.1][step];
@@ -198,7 +187,7 @@ fn check(case: &Case) -> Result<()> {
         opt.set_grad_scale(grad_scale)?;
         let mut store = grads([]);
         let mut blocks = vec![];
-        for (i, (var, w)) in vars.iter().zip(state(&opt)?).enumerate() {
+        for (i, (var, w)) in vars.iter().zip(stored(&vars, &opt)?).enumerate() {
             if (step + i) % 5 == 4 {
                 blocks.push((w, None));
                 continue;
@@ -219,7 +208,7 @@ fn check(case: &Case) -> Result<()> {
         let lengths: Vec<f64> = lengths.collect::<Result<_>>()?;
         let expected = expect(params, schedule, grad_scale, &blocks, &lengths, &mut memory, u);
         opt.step(&store)?;
-        let after = state(&opt)?;
+        let after = stored(&vars, &opt)?;
         for (i, (expected, telemetry)) in expected.iter().zip(opt.telemetry()?).enumerate() {
             let block = || format!("step {step}, block {i}, {what}");
             let Some(expected) = expected else {
@@ -237,7 +226,7 @@ fn check(case: &Case) -> Result<()> {
                 assert!(sizes[i] == 0 || params.scope == Scope::Element, "{}", block());
             }
             for (k, (&after, near)) in after[i].iter().zip(&expected.w).enumerate() {
-                let error = near.error + half_ulp(near.value, stored);
+                let error = near.error + half_ulp(near.value, stored_dtype);
                 let near = Near { error, ..*near };
                 assert_near(after, near, || format!("element {k}, {}", block()));
                 if let Some(c) = params.average {
@@ -265,11 +254,7 @@ fn check(case: &Case) -> Result<()> {
 
 /// The parameters are the averages as long as the guard lives, and then themselves again, bit for bit.
 fn check_averages(vars: &[Var], opt: &mut Srkl, memory: &[Memory], what: &str) -> Result<()> {
-    let everything = |opt: &Srkl| -> Result<Vec<_>> {
-        let of = |i: usize| Ok((bits(&vars[i])?, opt.master(&i.to_string())?));
-        (0..vars.len()).map(of).collect()
-    };
-    let before = everything(opt)?;
+    let before = all_bits(vars, opt)?;
     let guard = opt.swap_averaged()?;
     for (i, (var, memory)) in vars.iter().zip(memory).enumerate() {
         if memory.t == 0 {
@@ -283,7 +268,7 @@ fn check_averages(vars: &[Var], opt: &mut Srkl, memory: &[Memory], what: &str) -
         }
     }
     drop(guard);
-    assert!(everything(opt)? == before, "{what}");
+    assert!(all_bits(vars, opt)? == before, "{what}");
     Ok(())
 }
 
@@ -498,10 +483,7 @@ fn averages_are_swapped_out_after_a_panic() -> Result<()> {
         let mut raw = values(&w)?;
         raw[77] = f64::NAN;
         w.set(&(tensor(&raw, dtype)? * -1.)?)?;
-        let before = (
-            bits(&w)?,
-            opt.master("0")?.map(|m| m.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
-        );
+        let before = (bits(&w)?, master_bits(&opt, "0")?);
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             let _guard = opt.swap_averaged().unwrap();
             assert_ne!(bits(&w).unwrap(), before.0);
@@ -509,11 +491,7 @@ fn averages_are_swapped_out_after_a_panic() -> Result<()> {
         }));
         let message = panicked.unwrap_err();
         assert_eq!(message.downcast_ref::<&str>(), Some(&"of the test"));
-        let after = (
-            bits(&w)?,
-            opt.master("0")?.map(|m| m.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
-        );
-        assert_eq!(after, before, "{dtype:?}");
+        assert_eq!((bits(&w)?, master_bits(&opt, "0")?), before, "{dtype:?}");
     }
     Ok(())
 }
@@ -566,7 +544,7 @@ fn state(varmap: &VarMap, opt: &mut Srkl) -> Result<String> {
         opt.measuring(),
     )];
     for (name, _) in NAMES {
-        let master = opt.master(name)?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        let master = master_bits(opt, name)?;
         lines.push(format!("{name} {:x?} {master:x?}", bits(data[name].as_tensor())?));
     }
     if opt.params("default").unwrap().average.is_some() {

@@ -42,15 +42,12 @@ impl Network {
 
     /// The gradient as one vector.
     fn g(&self) -> Result<Vec<f64>> {
-        let grads = self.gradient()?;
-        let each = self.vars.iter().map(|var| values(grads.get(var).unwrap()));
-        Ok(each.collect::<Result<Vec<_>>>()?.concat())
+        as_vector(&self.gradient()?, &self.vars)
     }
 
     /// The parameters as one vector.
     fn w(&self) -> Result<Vec<f64>> {
-        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
-        Ok(each.concat())
+        all_values(&self.vars)
     }
 
     fn set(&self, w: &[f64]) -> Result<()> {
@@ -93,8 +90,10 @@ impl Network {
     }
 }
 
-fn minus(x: &[f64], y: &[f64]) -> Vec<f64> {
-    x.iter().zip(y).map(|(x, y)| x - y).collect()
+/// The gradients of `vars` as one vector.
+fn as_vector(grads: &GradStore, vars: &[Var]) -> Result<Vec<f64>> {
+    let each = vars.iter().map(|var| values(grads.get(var).unwrap()));
+    Ok(each.collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// What the other tests stand on.
@@ -137,9 +136,8 @@ fn probe(network: &Network, opt: &mut Srkl) -> Result<Vec<f64>> {
     perturbed.observe(&network.gradient()?)?;
     assert_eq!(network.w()?, before);
     opt.step(&grads)?;
-    let rms = norm(&before) / (before.len() as f64).sqrt();
     let sign = |moved: &f64| {
-        assert_close(moved.abs(), 1e-6 * rms.max(0.01), 1e-8);
+        assert_close(moved.abs(), 1e-6 * rms(&before).max(0.01), 1e-8);
         moved.signum()
     };
     Ok(moved.iter().map(sign).collect())
@@ -198,7 +196,7 @@ fn probes_are_unbiased() -> Result<()> {
 fn block_norms_are_unbiased() -> Result<()> {
     const N: usize = 3000;
     let network = Network::new()?;
-    let rows: Vec<f64> = network.hessian(&network.w()?)?.iter().map(|row| norm(row)).collect();
+    let rows = row_norms(&network.hessian(&network.w()?)?);
     for scope in [Scope::Tensor, Scope::Global] {
         let mut opt = Srkl::new(network.vars.clone(), hutchinson(0., scope))?;
         opt.set_learning_rate(0.);
@@ -230,7 +228,7 @@ fn row_norms_are_unbiased() -> Result<()> {
     const N: usize = 4000;
     let network = Network::new()?;
     let (w, g) = (network.w()?, network.g()?);
-    let rows: Vec<f64> = network.hessian(&w)?.iter().map(|row| norm(row)).collect();
+    let rows = row_norms(&network.hessian(&w)?);
     // Without a decay to speak of the average weighs all alike.
     let params = hutchinson(1. - 1e-9, Scope::Element);
     let mut opt = Srkl::new(network.vars.clone(), params.clone())?;
@@ -401,6 +399,15 @@ fn braking(measured: &[f64], decay: f64) -> f64 {
     (average.powi(2) + 2. * decay * variance / all).sqrt()
 }
 
+/// A step by a gradient of 1, and, where it measures, the gradient after it on ground of curvature `h`.
+fn step_on(h: f64, w: &Var, opt: &mut Srkl) -> Result<()> {
+    let before = values(w)?[0];
+    measured_step(opt, || {
+        let g = 1. + h * (values(w)?[0] - before);
+        Ok(grads([(w, tensor(&[g], DType::F64)?)]))
+    })
+}
+
 /// The worked number of `braking`, and of a spike.
 #[test]
 fn the_average_in_numbers() -> Result<()> {
@@ -409,10 +416,7 @@ fn the_average_in_numbers() -> Result<()> {
     let mut opt = Srkl::new(vec![w.clone()], along(0.5, Scope::Global, Direction::Gradient))?;
     let mut told = vec![];
     for h in [2., 4., 2., 100., 2.] {
-        let (before, g) = (values(&w)?[0], 1.);
-        opt.step(&grads([(&w, tensor(&[g], DType::F64)?)]))?;
-        let moved = values(&w)?[0] - before;
-        opt.observe(&grads([(&w, tensor(&[g + h * moved], DType::F64)?)]))?;
+        step_on(h, &w, &mut opt)?;
         told.push(opt.measurements()?.curvature.unwrap());
     }
     // Weights 1, 1/2, 1/4, ... into the past: 2; (4 + 1) / 1.5 and a variance of 1/2 (2^2 / 2) / 1.5; and so on. 100
@@ -451,13 +455,11 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
         if t == 14 {
             opt.request_measurement();
         }
-        let (w_before, measuring) = (values(&w)?[0], opt.measuring());
-        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
+        let measuring = opt.measuring();
+        step_on(h, &w, &mut opt)?;
         if !measuring {
             continue;
         }
-        let again = 1. + h * (values(&w)?[0] - w_before);
-        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
         left.push(1. - (1. - decay) * f64::min(1., (t - before) as f64 / every as f64));
         measured.push(h);
         before = t;
@@ -495,10 +497,7 @@ fn measurements_that_are_never_due_again() -> Result<()> {
         let params = ParamsSrkl { curvature, ..along(0., Scope::Global, Direction::Gradient) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for h in [1., 2., 3.] {
-            let before = values(&w)?[0];
-            opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
-            let again = 1. + h * (values(&w)?[0] - before);
-            opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+            step_on(h, &w, &mut opt)?;
         }
         assert_close(opt.measurements()?.curvature.unwrap(), 2., 1e-4);
         assert!(!opt.measuring(), "every {every}");
@@ -534,11 +533,8 @@ fn without_brake(curvature: Curvature, lr: f64, hs: &[f64]) -> Result<Vec<f64>> 
     let params = ParamsSrkl { curvature, lr, beta: Beta::Fixed(0.), ..params };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     let mut told = vec![];
-    for h in hs {
-        let before = values(&w)?[0];
-        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
-        let again = 1. + h * (values(&w)?[0] - before);
-        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+    for &h in hs {
+        step_on(h, &w, &mut opt)?;
         told.push(opt.measurements()?.curvature.unwrap());
     }
     Ok(told)
@@ -596,21 +592,17 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
         let params = along(0., Scope::Global, Direction::Gradient);
         let mut opt = Srkl::new(quadratic.vars.clone(), params)?;
         // As the optimizer is given it: rounded.
-        let g = || -> Result<Vec<f64>> {
-            let grads = quadratic.gradient()?;
-            let each = quadratic.vars.iter().map(|var| values(grads.get(var).unwrap()));
-            Ok(each.collect::<Result<Vec<_>>>()?.concat())
-        };
+        let g = || as_vector(&quadratic.gradient()?, &quadratic.vars);
         let mut exact = None;
         let mut differs = false;
         for _ in 0..6 {
-            let before = (quadratic.w()?, g()?, masters(&opt, 2)?);
+            let before = (quadratic.w()?, g()?, stored(&quadratic.vars, &opt)?.concat());
             quadratic.step(&mut opt)?;
             if let Some(exact) = exact {
                 assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-6);
             }
             let step = norm(&minus(&quadratic.w()?, &before.0));
-            let of_masters = norm(&minus(&masters(&opt, 2)?, &before.2));
+            let of_masters = norm(&minus(&stored(&quadratic.vars, &opt)?.concat(), &before.2));
             differs |= abs_diff_ne!(step / of_masters, 1., epsilon = 1e-3);
             let (change, moved) = (minus(&g()?, &before.1), minus(&quadratic.w()?, &before.0));
             let bounds = quadratic
@@ -622,11 +614,4 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
         assert!(differs, "{dtype:?}: rounding changed no step");
     }
     Ok(())
-}
-
-/// The masters of the first `n` parameters, as one vector.
-fn masters(opt: &Srkl, n: usize) -> Result<Vec<f64>> {
-    let of = |i: usize| Ok(opt.master(&i.to_string())?.unwrap());
-    let all: Vec<Vec<f32>> = (0..n).map(of).collect::<Result<_>>()?;
-    Ok(all.concat().into_iter().map(f64::from).collect())
 }

@@ -119,7 +119,6 @@ fn the_closure_and_the_pieces_give_the_same_bits() -> Result<()> {
 /// `phi = min(s lr, 3e-3 max(RMS(w), 1e-2) / RMS(d))`, RMS over all parameters that move.
 #[test]
 fn the_first_step_is_a_small_one() -> Result<()> {
-    let rms = |x: &[f64]| norm(x) / (x.len() as f64).sqrt();
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
     for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, adam] {
         for (lr, schedule) in [(10., 1.), (1e-4, 1.), (10., 1e-6)] {
@@ -696,17 +695,6 @@ fn awkward_bits(dtype: DType) -> Result<Vec<Var>> {
     Ok(vec![plain, Var::from_tensor(&awkward)?, var(&[], dtype)?])
 }
 
-/// The bits of a parameter and of its masters.
-type Stored = (Vec<u64>, Option<Vec<u32>>);
-
-fn everything(vars: &[Var], opt: &Srkl) -> Result<Vec<Stored>> {
-    let of = |(i, var): (usize, &Var)| {
-        let master = opt.master(&i.to_string())?;
-        Ok((bits(var)?, master.map(|m| m.into_iter().map(f32::to_bits).collect())))
-    };
-    vars.iter().enumerate().map(of).collect()
-}
-
 /// A perturbation is taken back bit for bit: by a measurement, a dropped guard, a closure that fails, and
 /// one that panics.
 #[test]
@@ -723,7 +711,7 @@ fn the_perturbation_is_taken_back() -> Result<()> {
                     Curvature::Hutchinson { every: 1, first: 1, decay: 0., delta: 0.1, seed: 5 };
                 let params = ParamsSrkl { curvature, master_weights: masters, ..hutchinson(1, 1) };
                 let mut opt = Srkl::new(vars.clone(), params)?;
-                let before = everything(&vars, &opt)?;
+                let before = all_bits(&vars, &opt)?;
                 let loss = || vars[0].sqr()?.sum_all();
 
                 // What `perturb` makes of a NaN is its own affair, but not what it leaves.
@@ -734,7 +722,7 @@ fn the_perturbation_is_taken_back() -> Result<()> {
                 } else {
                     assert!(with_nan);
                 }
-                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: dropped");
+                assert_eq!(all_bits(&vars, &opt)?, before, "{dtype:?}: dropped");
 
                 let calls = Cell::new(0);
                 let failing = |how: fn() -> Result<Tensor>| {
@@ -750,14 +738,14 @@ fn the_perturbation_is_taken_back() -> Result<()> {
                     assert_error(failed, &["no memory"]);
                     assert_eq!(calls.get(), 2);
                 }
-                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: failed");
+                assert_eq!(all_bits(&vars, &opt)?, before, "{dtype:?}: failed");
                 assert_eq!(opt.steps()?, 0);
 
                 let panicked = catch_unwind(AssertUnwindSafe(|| {
                     opt.backward_step_with(failing(|| panic!("of the test")))
                 }));
                 assert_eq!(panicked.is_err(), !with_nan || calls.get() == 2);
-                assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: panicked");
+                assert_eq!(all_bits(&vars, &opt)?, before, "{dtype:?}: panicked");
                 assert_eq!(opt.steps()?, 0);
 
                 if !with_nan {
@@ -765,10 +753,10 @@ fn the_perturbation_is_taken_back() -> Result<()> {
                     let perturbed = opt.perturb(&store)?;
                     let again = loss()?.backward()?;
                     perturbed.observe(&again)?;
-                    assert_eq!(everything(&vars, &opt)?, before, "{dtype:?}: measured");
+                    assert_eq!(all_bits(&vars, &opt)?, before, "{dtype:?}: measured");
                     // After all that a step is as ever.
                     opt.step(&store)?;
-                    assert_ne!(everything(&vars, &opt)?, before);
+                    assert_ne!(all_bits(&vars, &opt)?, before);
                 }
             }
         }
@@ -926,9 +914,7 @@ fn a_measurement_given_up_leaves_nothing_behind() -> Result<()> {
 fn large_blocks_on_any_number_of_threads() -> Result<()> {
     let train = |params: &ParamsSrkl| -> Result<String> {
         let sizes = [PIECE + 1, LARGE];
-        let vars: Vec<Var> = (0..2)
-            .map(|i| var(&noise(sizes[i], 0.5, i as u64), DType::F32))
-            .collect::<Result<_>>()?;
+        let vars = noisy_vars(&sizes, 0.5, DType::F32)?;
         let gradients = |salt: u64| -> Result<GradStore> {
             let of = |i: usize| tensor(&noise(sizes[i], 0.1, salt + i as u64), DType::F32);
             Ok(grads([(&vars[0], of(0)?), (&vars[1], of(1)?)]))
@@ -945,11 +931,7 @@ fn large_blocks_on_any_number_of_threads() -> Result<()> {
                 opt.observe(&again)?;
             }
         }
-        let folder = tempfile::tempdir()?;
-        opt.save(folder.path().join("state"))?;
-        let state = candle_core::safetensors::load(folder.path().join("state"), &Device::Cpu)?;
-        let sorted: std::collections::BTreeMap<_, _> = state.into_iter().collect();
-        let state = sorted.values().map(bits).collect::<Result<Vec<_>>>()?;
+        let (_, state) = saved(&mut opt)?;
         let told = opt.telemetry()?;
         let parameters = vars.iter().map(|var| bits(var)).collect::<Result<Vec<_>>>()?;
         let _averaged = opt.swap_averaged()?;
@@ -958,13 +940,12 @@ fn large_blocks_on_any_number_of_threads() -> Result<()> {
     };
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
         let params = ParamsSrkl { average: Some(0.9), ..params };
-        let on = |threads| -> Result<String> {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-            pool.map_err(candle_core::Error::wrap)?.install(|| train(&params))
-        };
-        let one = on(1)?;
+        let one = pool(1)?.install(|| train(&params))?;
         for threads in [2, 3, 7] {
-            assert!(on(threads)? == one, "{threads} threads, {params:?}");
+            assert!(
+                pool(threads)?.install(|| train(&params))? == one,
+                "{threads} threads, {params:?}"
+            );
         }
     }
     Ok(())

@@ -157,18 +157,13 @@ impl Network {
         candle_nn::loss::mse(&layer(2).forward(&hidden)?, &self.y)
     }
 
-    fn weights(&self) -> Result<Vec<f64>> {
-        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
-        Ok(each.concat())
-    }
-
     /// How far 200 steps move the weights.
     fn train(&self, opt: &mut impl Optimizer) -> Result<Vec<f64>> {
-        let before = self.weights()?;
+        let before = all_values(&self.vars)?;
         for _ in 0..200 {
             opt.backward_step(&self.loss()?)?;
         }
-        Ok(self.weights()?.iter().zip(before).map(|(after, before)| after - before).collect())
+        Ok(minus(&all_values(&self.vars)?, &before))
     }
 }
 
@@ -181,7 +176,7 @@ fn at_its_defaults_the_rule_is_sgd_within_a_percent() -> Result<()> {
         let network = Network::new(seed)?;
         let mut srkl = Srkl::new(network.vars.clone(), ParamsSrkl::reference())?;
         let srkl = network.train(&mut srkl)?;
-        let apart: Vec<f64> = sgd.iter().zip(&srkl).map(|(a, b)| a - b).collect();
+        let apart = minus(&sgd, &srkl);
         assert!(norm(&sgd) > 1e-3);
         assert!(norm(&apart) < 0.01 * norm(&sgd), "{} of {}", norm(&apart), norm(&sgd));
         assert!(norm(&apart) > 0.);

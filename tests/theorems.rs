@@ -33,11 +33,6 @@ fn ones(n: usize, shift: f64) -> Matrix {
     (0..n).map(|i| (0..n).map(|j| if i == j { 1. + shift } else { 1. }).collect()).collect()
 }
 
-/// The norms of the rows.
-fn row_norms(matrix: &Matrix) -> Vec<f64> {
-    matrix.iter().map(|row| norm(row)).collect()
-}
-
 /// The largest eigenvalue of `diag(scale) A`, of a positive semidefinite `A`, and its vector.
 fn top_mode(scale: &[f64], matrix: &Matrix) -> (f64, Vec<f64>) {
     let mut x = noise(matrix.len(), 1., 99);
