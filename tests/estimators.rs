@@ -335,7 +335,8 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
     }
 }
 
-/// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip.
+/// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip. (Where `d = m`, the strips of
+/// a block may stand for it.)
 fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 4]) -> f64 {
     let of = |place: &std::ops::Range<usize>| {
         assert!(place.len() <= STRIP);
@@ -382,6 +383,40 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
                 };
             }
             assert!(longest > 0.02, "steps of {longest} of the weights prove little");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn step_curvature_of_blocks_of_any_size() -> Result<()> {
+    // An empty one has none.
+    let sizes = &SIZES[1..];
+    for dtype in [DType::F32, DType::F64] {
+        let vars = noisy_vars(sizes, 1., dtype)?;
+        let before = vars.iter().map(|w| values(w)).collect::<Result<Vec<_>>>()?;
+        let gradients = |salt: u64| -> Result<Vec<Tensor>> {
+            let of = |(i, &n): (usize, &usize)| tensor(&noise(n, 1., salt + i as u64), dtype);
+            sizes.iter().enumerate().map(of).collect()
+        };
+        let (first, second) = (gradients(100)?, gradients(200)?);
+        let first_store = grads(vars.iter().zip(first.iter().cloned()));
+        let params = along(0., Scope::Tensor, Direction::Gradient);
+        let mut opt = Srkl::new(vars.clone(), params)?;
+        opt.step(&first_store)?;
+        let mut estimates = vec![];
+        for (i, &n) in sizes.iter().enumerate() {
+            let step = minus(&values(&vars[i])?, &before[i]);
+            let g = values(&first[i])?;
+            let change = minus(&values(&second[i])?, &g);
+            let strips: Vec<_> =
+                (0..n).step_by(STRIP).map(|start| start..n.min(start + STRIP)).collect();
+            estimates.push(along_step(&strips, [&change, &step, &g, &g]));
+        }
+        opt.observe(&grads(vars.iter().zip(second)))?;
+        opt.step(&first_store)?;
+        for (telemetry, exact) in opt.telemetry()?.iter().zip(estimates) {
+            assert_close(telemetry.curvature.unwrap(), exact, 1e-12);
         }
     }
     Ok(())
