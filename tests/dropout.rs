@@ -253,13 +253,13 @@ fn value_stability_of_values() -> Result<()> {
 fn the_gradient_goes_through_the_same_mask() -> Result<()> {
     for dtype in FLOATS {
         for n in [1, 2, CHUNK / 2 + 1, PIECE + 1] {
-            let w = Var::from_tensor(&tensor(&noise(3 * n, 1., 5), dtype)?.reshape((n, 3))?)?;
+            let w = Var::from_tensor(&noisy_matrix((n, 3), 1., 5, dtype)?)?;
             let (p, seed) = (0.4, n as u64);
             let mask = mask(seed, 0, p, 3 * n);
             let gradient =
                 |loss: Tensor| -> Result<Tensor> { Ok(loss.backward()?.get(&w).unwrap().clone()) };
             // Through a transposition, when other masks have been drawn.
-            let factor = tensor(&noise(3 * n, 1., 6), dtype)?.reshape((3, n))?;
+            let factor = noisy_matrix((3, n), 1., 6, dtype)?;
             let loss = with_seed(seed, || {
                 let y = Dropout::new(p).forward(&w, true)?;
                 kept(&Dropout::new(p), 3)?;
@@ -503,8 +503,8 @@ fn other_dtypes_are_named() -> Result<()> {
 fn a_training_repeats_itself() -> Result<()> {
     use candle_nn::{AdamW, Optimizer};
     let train = |seed: u64| -> Result<Vec<u64>> {
-        let w = Var::from_tensor(&tensor(&noise(64, 1., 1), DType::F32)?.reshape((8, 8))?)?;
-        let x = tensor(&noise(64, 1., 2), DType::F32)?.reshape((8, 8))?;
+        let w = Var::from_tensor(&noisy_matrix((8, 8), 1., 1, DType::F32)?)?;
+        let x = noisy_matrix((8, 8), 1., 2, DType::F32)?;
         let mut opt = AdamW::new_lr(vec![w.clone()], 0.01)?;
         let dropout = Dropout::new(0.3);
         for step in 0..5 {

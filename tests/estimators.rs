@@ -17,9 +17,7 @@ struct Network {
 
 impl Network {
     fn new() -> Result<Self> {
-        let matrix = |rows: usize, columns: usize, salt| {
-            tensor(&noise(rows * columns, 1., salt), DType::F64)?.reshape((rows, columns))
-        };
+        let matrix = |rows, columns, salt| noisy_matrix((rows, columns), 1., salt, DType::F64);
         let vars = vec![
             Var::from_tensor(&matrix(4, 3, 1)?)?,
             var(&noise(4, 0.3, 2), DType::F64)?,

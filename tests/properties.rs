@@ -137,7 +137,7 @@ struct Network {
 impl Network {
     fn new(seed: u64) -> Result<Self> {
         let matrix = |rows, columns, scale, salt| {
-            tensor(&noise(rows * columns, scale, seed + salt), DType::F32)?.reshape((rows, columns))
+            noisy_matrix((rows, columns), scale, seed + salt, DType::F32)
         };
         let vars = vec![
             Var::from_tensor(&matrix(32, 16, 1. / 4., 0)?)?,

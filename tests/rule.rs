@@ -232,14 +232,13 @@ fn layouts_of_gradients() -> Result<()> {
         for scope in [Scope::Tensor, Scope::Element] {
             let params = ParamsSrkl { scope, max_grad_norm: Some(0.1), ..steep() };
             let step = |grad: &Tensor| -> Result<Vec<u64>> {
-                let w = var(&noise(n, 1., 1), dtype)?.reshape((rows, columns))?;
-                let w = Var::from_tensor(&w)?;
+                let w = Var::from_tensor(&noisy_matrix((rows, columns), 1., 1, dtype)?)?;
                 let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
                 opt.step(&grads([(&w, grad.clone())]))?;
                 opt.step(&grads([(&w, grad.clone())]))?;
                 bits(&w)
             };
-            let plain = tensor(&noise(n, 1., 2), dtype)?.reshape((rows, columns))?;
+            let plain = noisy_matrix((rows, columns), 1., 2, dtype)?;
             let expected = step(&plain)?;
 
             let transposed = plain.t()?.contiguous()?.t()?;

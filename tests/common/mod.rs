@@ -122,6 +122,16 @@ pub fn noise(n: usize, scale: f64, salt: u64) -> Vec<f64> {
     (0..n).map(|_| ((0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.) * scale).collect()
 }
 
+/// A matrix of [`noise`].
+pub fn noisy_matrix(
+    (rows, columns): (usize, usize),
+    scale: f64,
+    salt: u64,
+    dtype: DType,
+) -> Result<Tensor> {
+    tensor(&noise(rows * columns, scale, salt), dtype)?.reshape((rows, columns))
+}
+
 /// Variables of these sizes, of [`noise`] that differs from one to the next.
 pub fn noisy_vars(sizes: &[usize], scale: f64, dtype: DType) -> Result<Vec<Var>> {
     let of = |(i, &n): (usize, &usize)| var(&noise(n, scale, i as u64), dtype);
