@@ -468,7 +468,7 @@ fn the_average_in_numbers() -> Result<()> {
         (average.powi(2) + 2. * variance).sqrt(),
     ];
     for (got, exact) in told.iter().zip(exact) {
-        assert_close(*got, exact, 1e-9);
+        assert_close(*got, exact, 1e-12);
     }
     Ok(())
 }
@@ -504,7 +504,7 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
         let squares = measured.windows(2).zip(&weights[1..]).zip(&left[1..]);
         let variance: f64 = squares.map(|((x, w), d)| d * w * (x[1] - x[0]).powi(2) / 2.).sum();
         let exact = (average.powi(2) + 0.7 * variance / all).sqrt();
-        assert_close(opt.measurements()?.curvature.unwrap(), exact, 1e-9);
+        assert_close(opt.measurements()?.curvature.unwrap(), exact, 1e-12);
     }
     assert!(left.contains(&decay) && left.iter().any(|left| *left > 0.8), "{left:?}");
     Ok(())
@@ -544,7 +544,7 @@ fn no_memory() -> Result<()> {
     let curvature = Curvature::Step { every: 20, first: 5, decay: 0., noise: 2. };
     let hs = [1., 5., 3., 4., 2.];
     for (told, h) in without_brake(curvature, 0.1, &hs)?.into_iter().zip(hs) {
-        assert_close(told, h, 1e-9);
+        assert_close(told, h, 1e-12);
     }
     Ok(())
 }
@@ -601,9 +601,9 @@ fn average_of_step_curvature() -> Result<()> {
                 if t > 0 {
                     let exact = braking(&measured, decay);
                     for telemetry in opt.telemetry()? {
-                        assert_close(telemetry.curvature.unwrap(), exact, 1e-9);
+                        assert_close(telemetry.curvature.unwrap(), exact, 1e-12);
                         let phi = 1. / (1. / 0.5 + 0.5 * exact);
-                        assert_close(telemetry.phi.unwrap(), phi, 1e-9);
+                        assert_close(telemetry.phi.unwrap(), phi, 1e-12);
                     }
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
@@ -632,7 +632,7 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
             let before = (quadratic.w()?, g()?, stored(&quadratic.vars, &opt)?.concat());
             quadratic.step(&mut opt)?;
             if let Some(exact) = exact {
-                assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-6);
+                assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-12);
             }
             let step = norm(&minus(&quadratic.w()?, &before.0));
             let of_masters = norm(&minus(&stored(&quadratic.vars, &opt)?.concat(), &before.2));

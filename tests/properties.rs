@@ -208,7 +208,8 @@ fn an_exploding_batch_does_not_throw_it_out() -> Result<()> {
 }
 
 /// The price: where gradients are large and stay so, it all but stands still. On `w^4 / 4` from
-/// w = 30 at lr 0.01, SGD leaves for infinity; the rule has moved by 0.011 after 3000 steps.
+/// w = 30 at lr 0.01, SGD leaves for infinity; the rule has moved by 0.011 after 3000 steps. (In f64: a step is
+/// less than two spacings of an f32.)
 #[test]
 fn on_steep_ground_it_all_but_stands_still() -> Result<()> {
     fn descend(opt: &mut impl Optimizer, w: &Var) -> Result<f64> {
@@ -217,12 +218,12 @@ fn on_steep_ground_it_all_but_stands_still() -> Result<()> {
         }
         Ok(values(w)?[0])
     }
-    let w = var(&[30.], DType::F32)?;
+    let w = var(&[30.], DType::F64)?;
     assert!(!descend(&mut SGD::new(vec![w.clone()], 0.01)?, &w)?.is_finite());
-    let w = var(&[30.], DType::F32)?;
+    let w = var(&[30.], DType::F64)?;
     let params = ParamsSrkl { lr: 0.01, ..ParamsSrkl::reference() };
     let end = descend(&mut Srkl::new(vec![w.clone()], params)?, &w)?;
-    assert_abs_diff_eq!(30. - end, 0.011, epsilon = 0.001);
+    assert_abs_diff_eq!(30. - end, 0.0111, epsilon = 1e-4);
     Ok(())
 }
 
