@@ -56,7 +56,7 @@ fn state(varmap: &VarMap, opt: &Srkl) -> Result<String> {
         telemetry.sort_by_key(|t| NAMES.iter().position(|(name, _)| *name == t.name));
         telemetry
     }) {
-        let master = opt.master(name)?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        let master = master_bits(opt, name)?;
         let bits = bits(data[*name].as_tensor())?;
         lines.push(format!("{name} {} {bits:x?} {master:x?}", telemetry.skipped));
     }
@@ -86,7 +86,7 @@ fn ten_steps_are_five_a_checkpoint_and_five() -> Result<()> {
 
             let mut resumed = model(dtype)?;
             resumed.load(&model_file)?;
-            let mut resumed_opt = Srkl::from_varmap(&resumed, params)?;
+            let mut resumed_opt = Srkl::from_varmap(&resumed, params.clone())?;
             resumed_opt.load(&state_file)?;
             assert_eq!(state(&resumed, &resumed_opt)?, at_five);
             for i in 5..10 {
@@ -97,7 +97,7 @@ fn ten_steps_are_five_a_checkpoint_and_five() -> Result<()> {
             if dtype == DType::BF16 && master_weights == MasterWeights::Auto {
                 let mut cold = model(dtype)?;
                 cold.load(&model_file)?;
-                let mut cold_opt = Srkl::from_varmap(&cold, ParamsSrkl { ..params_of(&opt) })?;
+                let mut cold_opt = Srkl::from_varmap(&cold, params)?;
                 for i in 5..10 {
                     step(&cold, &mut cold_opt, i)?;
                 }
@@ -106,10 +106,6 @@ fn ten_steps_are_five_a_checkpoint_and_five() -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn params_of(opt: &Srkl) -> ParamsSrkl {
-    opt.params("default").unwrap().clone()
 }
 
 /// A saved optimizer of bf16 parameters, and its file.
@@ -180,9 +176,9 @@ const HEADER: [(&str, &str); 13] = [
     ("measured", "0"),
 ];
 
-/// `HEADER` and the entry of `layer.bias`, with some entries replaced, or left out where `None`.
 const NO_ESTIMATE: &str = "0.0 0.0 1.0 0.0 0.0 0.0 0.0 inf 0.0 0 0 0 0 0 0 0 0 0";
 
+/// `HEADER` and the entry of `layer.bias`, with some entries replaced, or left out where `None`.
 fn header<'a>(changes: &[(&'a str, Option<&'a str>)]) -> Vec<(&'a str, &'a str)> {
     let bias = [
         ("parameter.layer.bias", BIAS),

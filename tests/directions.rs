@@ -5,6 +5,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
@@ -153,7 +154,8 @@ fn expect(
 #[track_caller]
 fn assert_near(got: f64, expected: Near, what: impl Fn() -> String) {
     let Near { value, error } = expected;
-    assert!((got - value).abs() <= 1.01 * error, "{}: {got}, not {value} +- {error}", what());
+    let right = abs_diff_eq!(got, value, epsilon = 1.01 * error);
+    assert!(right, "{}: {got}, not {value} +- {error}", what());
 }
 
 struct Case {
@@ -165,7 +167,7 @@ struct Case {
     params: ParamsSrkl,
 }
 
-const AWKWARD: &[usize] = &[0, 1, 3, 1025, 4097, 8193];
+const AWKWARD: &[usize] = &[0, 1, 3, LANES + 1, CHUNK / 2 + 1, CHUNK + 1];
 
 /// Six steps of blocks of all sizes. Each is checked by itself from what was stored before it, within the
 /// roundings of its operations; what the blocks remember is followed from the start. Every block misses
@@ -174,20 +176,9 @@ fn check(case: &Case) -> Result<()> {
     let Case { dtype, grad_dtype, sizes, with_nan, params } = case;
     let what = format!("{dtype:?}, gradients of {grad_dtype:?}, {params:?}");
     let u = if *dtype == DType::F64 { 1e-15 } else { 2f64.powi(-24) };
-    let vars: Vec<Var> = sizes
-        .iter()
-        .enumerate()
-        .map(|(i, &n)| var(&noise(n, 0.5, i as u64), *dtype))
-        .collect::<Result<_>>()?;
+    let vars = noisy_vars(sizes, 0.5, *dtype)?;
     let mut opt = Srkl::new(vars.clone(), params.clone())?;
-    let stored = if opt.master("0")?.is_some() { DType::F32 } else { *dtype };
-    let state = |opt: &Srkl| -> Result<Vec<Vec<f64>>> {
-        let of = |(i, var): (usize, &Var)| match opt.master(&i.to_string())? {
-            Some(master) => Ok(master.into_iter().map(f64::from).collect()),
-            None => values(var),
-        };
-        vars.iter().enumerate().map(of).collect()
-    };
+    let stored_dtype = if opt.master("0")?.is_some() { DType::F32 } else { *dtype };
     let mut memory: Vec<Memory> = sizes.iter().map(|_| Memory::default()).collect();
     for step in 0..6 {
         let schedule = [0.5, 1., 1.5, 2., 1., 0.1][step];
@@ -196,7 +187,7 @@ fn check(case: &Case) -> Result<()> {
         opt.set_grad_scale(grad_scale)?;
         let mut store = grads([]);
         let mut blocks = vec![];
-        for (i, (var, w)) in vars.iter().zip(state(&opt)?).enumerate() {
+        for (i, (var, w)) in vars.iter().zip(stored(&vars, &opt)?).enumerate() {
             if (step + i) % 5 == 4 {
                 blocks.push((w, None));
                 continue;
@@ -217,7 +208,7 @@ fn check(case: &Case) -> Result<()> {
         let lengths: Vec<f64> = lengths.collect::<Result<_>>()?;
         let expected = expect(params, schedule, grad_scale, &blocks, &lengths, &mut memory, u);
         opt.step(&store)?;
-        let after = state(&opt)?;
+        let after = stored(&vars, &opt)?;
         for (i, (expected, telemetry)) in expected.iter().zip(opt.telemetry()?).enumerate() {
             let block = || format!("step {step}, block {i}, {what}");
             let Some(expected) = expected else {
@@ -235,7 +226,7 @@ fn check(case: &Case) -> Result<()> {
                 assert!(sizes[i] == 0 || params.scope == Scope::Element, "{}", block());
             }
             for (k, (&after, near)) in after[i].iter().zip(&expected.w).enumerate() {
-                let error = near.error + half_ulp(near.value, stored);
+                let error = near.error + half_ulp(near.value, stored_dtype);
                 let near = Near { error, ..*near };
                 assert_near(after, near, || format!("element {k}, {}", block()));
                 if let Some(c) = params.average {
@@ -263,11 +254,7 @@ fn check(case: &Case) -> Result<()> {
 
 /// The parameters are the averages as long as the guard lives, and then themselves again, bit for bit.
 fn check_averages(vars: &[Var], opt: &mut Srkl, memory: &[Memory], what: &str) -> Result<()> {
-    let everything = |opt: &Srkl| -> Result<Vec<_>> {
-        let of = |i: usize| Ok((bits(&vars[i])?, opt.master(&i.to_string())?));
-        (0..vars.len()).map(of).collect()
-    };
-    let before = everything(opt)?;
+    let before = all_bits(vars, opt)?;
     let guard = opt.swap_averaged()?;
     for (i, (var, memory)) in vars.iter().zip(memory).enumerate() {
         if memory.t == 0 {
@@ -281,7 +268,7 @@ fn check_averages(vars: &[Var], opt: &mut Srkl, memory: &[Memory], what: &str) -
         }
     }
     drop(guard);
-    assert!(everything(opt)? == before, "{what}");
+    assert!(all_bits(vars, opt)? == before, "{what}");
     Ok(())
 }
 
@@ -358,7 +345,7 @@ fn large_tensors() -> Result<()> {
                 average: Some(0.9),
                 ..steep(direction)
             };
-            let sizes = &[300_001, 131_073, 7];
+            let sizes = &[LARGE, PIECE - 1, PIECE, PIECE + 1, 7];
             check(&Case { dtype, grad_dtype: dtype, sizes, with_nan: false, params })?;
         }
     }
@@ -408,8 +395,10 @@ fn a_nan_that_is_let_through_stays() -> Result<()> {
 #[test]
 fn without_brake_adam_is_adamw() -> Result<()> {
     for weight_decay in [0., 0.1] {
-        let (ours, theirs) =
-            (var(&noise(1025, 1., 1), DType::F64)?, var(&noise(1025, 1., 1), DType::F64)?);
+        let (ours, theirs) = (
+            var(&noise(LANES + 1, 1., 1), DType::F64)?,
+            var(&noise(LANES + 1, 1., 1), DType::F64)?,
+        );
         let (lr, beta1, beta2, eps) = (0.01, 0.9, 0.99, 1e-8);
         let params = ParamsSrkl {
             lr,
@@ -422,12 +411,12 @@ fn without_brake_adam_is_adamw() -> Result<()> {
         let adamw = ParamsAdamW { lr, beta1, beta2, eps, weight_decay };
         let mut adamw = AdamW::new(vec![theirs.clone()], adamw)?;
         for salt in 2..52 {
-            let g = tensor(&noise(1025, 0.1, salt), DType::F64)?;
+            let g = tensor(&noise(LANES + 1, 0.1, salt), DType::F64)?;
             srkl.step(&grads([(&ours, g.clone())]))?;
             adamw.step(&grads([(&theirs, g)]))?;
         }
         for (a, b) in values(&ours)?.iter().zip(values(&theirs)?) {
-            assert!((a - b).abs() < 1e-13, "{a}, not {b}");
+            assert_abs_diff_eq!(*a, b, epsilon = 1e-13);
         }
     }
     Ok(())
@@ -437,16 +426,16 @@ fn without_brake_adam_is_adamw() -> Result<()> {
 #[test]
 fn without_memory_momentum_is_the_gradient() -> Result<()> {
     let run = |direction| -> Result<Vec<f64>> {
-        let w = var(&noise(1025, 1., 1), DType::F64)?;
+        let w = var(&noise(LANES + 1, 1., 1), DType::F64)?;
         let mut opt = Srkl::new(vec![w.clone()], steep(direction))?;
         for salt in 2..6 {
-            opt.step(&grads([(&w, tensor(&noise(1025, 0.1, salt), DType::F64)?)]))?;
+            opt.step(&grads([(&w, tensor(&noise(LANES + 1, 0.1, salt), DType::F64)?)]))?;
         }
         values(&w)
     };
     let (momentum, gradient) = (run(Direction::Momentum { mu: 0. })?, run(Direction::Gradient)?);
     for (a, b) in momentum.iter().zip(gradient) {
-        assert!((a - b).abs() < 1e-14);
+        assert_abs_diff_eq!(*a, b, epsilon = 1e-14);
     }
     Ok(())
 }
@@ -472,9 +461,10 @@ fn the_trust_clip_in_numbers() -> Result<()> {
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         opt.step(&grads([(&w, tensor(&[10., 24.], DType::F64)?)]))?;
         for ((after, before), g) in values(&w)?.iter().zip(before).zip([10., 24.]) {
-            assert!((before - after - step * g / 26.).abs() < 1e-14, "tau {tau}");
+            let right = abs_diff_eq!(before - after, step * g / 26., epsilon = 1e-14);
+            assert!(right, "tau {tau}");
         }
-        assert!((opt.telemetry()?[0].phi.unwrap() - step / 26.).abs() < 1e-14);
+        assert_abs_diff_eq!(opt.telemetry()?[0].phi.unwrap(), step / 26., epsilon = 1e-14);
     }
     Ok(())
 }
@@ -483,20 +473,17 @@ fn the_trust_clip_in_numbers() -> Result<()> {
 #[test]
 fn averages_are_swapped_out_after_a_panic() -> Result<()> {
     for dtype in FLOATS {
-        let w = var(&noise(1025, 1., 1), dtype)?;
+        let w = var(&noise(LANES + 1, 1., 1), dtype)?;
         let params = ParamsSrkl { average: Some(0.9), ..steep(MOMENTUM) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for salt in 2..5 {
-            opt.step(&grads([(&w, tensor(&noise(1025, 1., salt), dtype)?)]))?;
+            opt.step(&grads([(&w, tensor(&noise(LANES + 1, 1., salt), dtype)?)]))?;
         }
         // A NaN with a payload, somewhere.
         let mut raw = values(&w)?;
         raw[77] = f64::NAN;
         w.set(&(tensor(&raw, dtype)? * -1.)?)?;
-        let before = (
-            bits(&w)?,
-            opt.master("0")?.map(|m| m.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
-        );
+        let before = (bits(&w)?, master_bits(&opt, "0")?);
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             let _guard = opt.swap_averaged().unwrap();
             assert_ne!(bits(&w).unwrap(), before.0);
@@ -504,11 +491,7 @@ fn averages_are_swapped_out_after_a_panic() -> Result<()> {
         }));
         let message = panicked.unwrap_err();
         assert_eq!(message.downcast_ref::<&str>(), Some(&"of the test"));
-        let after = (
-            bits(&w)?,
-            opt.master("0")?.map(|m| m.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
-        );
-        assert_eq!(after, before, "{dtype:?}");
+        assert_eq!((bits(&w)?, master_bits(&opt, "0")?), before, "{dtype:?}");
     }
     Ok(())
 }
@@ -561,7 +544,7 @@ fn state(varmap: &VarMap, opt: &mut Srkl) -> Result<String> {
         opt.measuring(),
     )];
     for (name, _) in NAMES {
-        let master = opt.master(name)?.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        let master = master_bits(opt, name)?;
         lines.push(format!("{name} {:x?} {master:x?}", bits(data[name].as_tensor())?));
     }
     if opt.params("default").unwrap().average.is_some() {

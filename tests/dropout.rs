@@ -4,6 +4,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_srkl::Dropout;
 use candle_srkl::random::{current_seed, with_seed};
@@ -251,14 +252,14 @@ fn value_stability_of_values() -> Result<()> {
 #[test]
 fn the_gradient_goes_through_the_same_mask() -> Result<()> {
     for dtype in FLOATS {
-        for n in [1, 2, 4097, 70_001] {
-            let w = Var::from_tensor(&tensor(&noise(3 * n, 1., 5), dtype)?.reshape((n, 3))?)?;
+        for n in [1, 2, CHUNK / 2 + 1, PIECE + 1] {
+            let w = Var::from_tensor(&noisy_matrix((n, 3), 1., 5, dtype)?)?;
             let (p, seed) = (0.4, n as u64);
             let mask = mask(seed, 0, p, 3 * n);
             let gradient =
                 |loss: Tensor| -> Result<Tensor> { Ok(loss.backward()?.get(&w).unwrap().clone()) };
             // Through a transposition, when other masks have been drawn.
-            let factor = tensor(&noise(3 * n, 1., 6), dtype)?.reshape((3, n))?;
+            let factor = noisy_matrix((3, n), 1., 6, dtype)?;
             let loss = with_seed(seed, || {
                 let y = Dropout::new(p).forward(&w, true)?;
                 kept(&Dropout::new(p), 3)?;
@@ -284,7 +285,7 @@ fn the_share_that_is_kept() -> Result<()> {
             with_seed(seed as u64, || kept(&Dropout::new(p), n))?.into_iter().filter(|k| *k);
         let (share, p) = (count.count() as f64 / n as f64, p as f64);
         let error = (p * (1. - p) / n as f64).sqrt();
-        assert!((share - (1. - p)).abs() < 5. * error, "{p}: {share}");
+        assert!(abs_diff_eq!(share, 1. - p, epsilon = 5. * error), "{p}: {share}");
     }
     Ok(())
 }
@@ -310,11 +311,14 @@ fn masks_are_independent() -> Result<()> {
             for b in &all[..i] {
                 assert_ne!(a, b);
                 let same = correlation(a, b, p as f64);
-                assert!(same.abs() < limit, "{p} {i}: {same}");
+                assert!(abs_diff_eq!(same, 0., epsilon = limit), "{p} {i}: {same}");
             }
             for distance in [1, 2, 3, 64, 1024, 4096] {
                 let same = correlation(&a[distance..], a, p as f64);
-                assert!(same.abs() < limit, "{p} {i}, elements {distance} apart: {same}");
+                assert!(
+                    abs_diff_eq!(same, 0., epsilon = limit),
+                    "{p} {i}, elements {distance} apart: {same}"
+                );
             }
         }
     }
@@ -415,7 +419,7 @@ fn large_tensors_from_several_threads() {
     std::thread::scope(|scope| {
         for seed in 0..4 {
             scope.spawn(move || {
-                let xs = tensor(&noise(300_001, 1., seed), DType::F32).unwrap();
+                let xs = tensor(&noise(LARGE, 1., seed), DType::F32).unwrap();
                 (0..5).for_each(|_| assert_naive(&xs, seed, 0.2).unwrap());
             });
         }
@@ -499,8 +503,8 @@ fn other_dtypes_are_named() -> Result<()> {
 fn a_training_repeats_itself() -> Result<()> {
     use candle_nn::{AdamW, Optimizer};
     let train = |seed: u64| -> Result<Vec<u64>> {
-        let w = Var::from_tensor(&tensor(&noise(64, 1., 1), DType::F32)?.reshape((8, 8))?)?;
-        let x = tensor(&noise(64, 1., 2), DType::F32)?.reshape((8, 8))?;
+        let w = Var::from_tensor(&noisy_matrix((8, 8), 1., 1, DType::F32)?)?;
+        let x = noisy_matrix((8, 8), 1., 2, DType::F32)?;
         let mut opt = AdamW::new_lr(vec![w.clone()], 0.01)?;
         let dropout = Dropout::new(0.3);
         for step in 0..5 {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::{abs_diff_eq, abs_diff_ne};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::Optimizer;
@@ -16,9 +17,7 @@ struct Network {
 
 impl Network {
     fn new() -> Result<Self> {
-        let matrix = |rows: usize, columns: usize, salt| {
-            tensor(&noise(rows * columns, 1., salt), DType::F64)?.reshape((rows, columns))
-        };
+        let matrix = |rows, columns, salt| noisy_matrix((rows, columns), 1., salt, DType::F64);
         let vars = vec![
             Var::from_tensor(&matrix(4, 3, 1)?)?,
             var(&noise(4, 0.3, 2), DType::F64)?,
@@ -41,15 +40,12 @@ impl Network {
 
     /// The gradient as one vector.
     fn g(&self) -> Result<Vec<f64>> {
-        let grads = self.gradient()?;
-        let each = self.vars.iter().map(|var| values(grads.get(var).unwrap()));
-        Ok(each.collect::<Result<Vec<_>>>()?.concat())
+        as_vector(&self.gradient()?, &self.vars)
     }
 
     /// The parameters as one vector.
     fn w(&self) -> Result<Vec<f64>> {
-        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
-        Ok(each.concat())
+        all_values(&self.vars)
     }
 
     fn set(&self, w: &[f64]) -> Result<()> {
@@ -92,13 +88,10 @@ impl Network {
     }
 }
 
-fn minus(x: &[f64], y: &[f64]) -> Vec<f64> {
-    x.iter().zip(y).map(|(x, y)| x - y).collect()
-}
-
-#[track_caller]
-fn assert_close(got: f64, exact: f64, relative: f64) {
-    assert!((got - exact).abs() <= relative * exact.abs(), "{got}, not {exact}");
+/// The gradients of `vars` as one vector.
+fn as_vector(grads: &GradStore, vars: &[Var]) -> Result<Vec<f64>> {
+    let each = vars.iter().map(|var| values(grads.get(var).unwrap()));
+    Ok(each.collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// What the other tests stand on.
@@ -141,9 +134,8 @@ fn probe(network: &Network, opt: &mut Srkl) -> Result<Vec<f64>> {
     perturbed.observe(&network.gradient()?)?;
     assert_eq!(network.w()?, before);
     opt.step(&grads)?;
-    let rms = norm(&before) / (before.len() as f64).sqrt();
     let sign = |moved: &f64| {
-        assert_close(moved.abs(), 1e-6 * rms.max(0.01), 1e-8);
+        assert_close(moved.abs(), 1e-6 * rms(&before).max(0.01), 1e-8);
         moved.signum()
     };
     Ok(moved.iter().map(sign).collect())
@@ -189,9 +181,9 @@ fn probes_are_unbiased() -> Result<()> {
     // 351 sums of N signs each, five standard deviations.
     let limit = 5. * (N as f64).sqrt();
     for (i, row) in products.iter().enumerate() {
-        assert!(sums[i].abs() < limit, "{i}: {}", sums[i]);
+        assert!(abs_diff_eq!(sums[i], 0., epsilon = limit), "{i}: {}", sums[i]);
         for (j, sum) in row[..i].iter().enumerate() {
-            assert!(sum.abs() < limit, "{i} and {j}: {sum}");
+            assert!(abs_diff_eq!(*sum, 0., epsilon = limit), "{i} and {j}: {sum}");
         }
     }
     Ok(())
@@ -202,7 +194,7 @@ fn probes_are_unbiased() -> Result<()> {
 fn block_norms_are_unbiased() -> Result<()> {
     const N: usize = 3000;
     let network = Network::new()?;
-    let rows: Vec<f64> = network.hessian(&network.w()?)?.iter().map(|row| norm(row)).collect();
+    let rows = row_norms(&network.hessian(&network.w()?)?);
     for scope in [Scope::Tensor, Scope::Global] {
         let mut opt = Srkl::new(network.vars.clone(), hutchinson(0., scope))?;
         opt.set_learning_rate(0.);
@@ -218,7 +210,10 @@ fn block_norms_are_unbiased() -> Result<()> {
             let mean = squares.iter().sum::<f64>() / N as f64;
             let variance = squares.iter().map(|q| (q - mean).powi(2)).sum::<f64>() / N as f64;
             let error = (variance / N as f64).sqrt();
-            assert!((mean - exact).abs() < 4. * error, "{mean} +- {error}, not {exact}");
+            assert!(
+                abs_diff_eq!(mean, exact, epsilon = 4. * error),
+                "{mean} +- {error}, not {exact}"
+            );
             assert!(error < 0.05 * exact, "{error} of {exact} says little");
         }
     }
@@ -231,7 +226,7 @@ fn row_norms_are_unbiased() -> Result<()> {
     const N: usize = 4000;
     let network = Network::new()?;
     let (w, g) = (network.w()?, network.g()?);
-    let rows: Vec<f64> = network.hessian(&w)?.iter().map(|row| norm(row)).collect();
+    let rows = row_norms(&network.hessian(&w)?);
     // Without a decay to speak of the average weighs all alike.
     let params = hutchinson(1. - 1e-9, Scope::Element);
     let mut opt = Srkl::new(network.vars.clone(), params.clone())?;
@@ -286,9 +281,9 @@ fn scopes_and_averages_of_hutchinson() -> Result<()> {
                         // Beside the error of a difference of gradients, that of one of rounded numbers.
                         let relative = 1e-5 * (1. + norm(&r) / r[i]);
                         let rounding = 2. * f64::EPSILON * w[i].abs().max(after[i].abs());
-                        let error = (step[i] - exact).abs();
+                        let allowed = relative * exact.abs() + rounding;
                         assert!(
-                            error <= relative * exact.abs() + rounding,
+                            abs_diff_eq!(step[i], exact, epsilon = allowed),
                             "{scope:?}, decay {decay}: {}, not {exact}",
                             step[i]
                         );
@@ -338,10 +333,11 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
     }
 }
 
-/// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip.
+/// `sum ||G|| ||D|| / sum ||D||^2 <d, m> / ||d||^2` over these blocks, each of one strip. (Where `d = m`, the strips of
+/// a block may stand for it.)
 fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 4]) -> f64 {
     let of = |place: &std::ops::Range<usize>| {
-        assert!(place.len() <= 32);
+        assert!(place.len() <= STRIP);
         let [change, step, d, m] = [change, step, d, m].map(|x| &x[place.clone()]);
         (norm(change) * norm(step), dot(step, step) * dot(d, m) / dot(d, d))
     };
@@ -390,6 +386,40 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn step_curvature_of_blocks_of_any_size() -> Result<()> {
+    // An empty one has none.
+    let sizes = &SIZES[1..];
+    for dtype in [DType::F32, DType::F64] {
+        let vars = noisy_vars(sizes, 1., dtype)?;
+        let before = vars.iter().map(|w| values(w)).collect::<Result<Vec<_>>>()?;
+        let gradients = |salt: u64| -> Result<Vec<Tensor>> {
+            let of = |(i, &n): (usize, &usize)| tensor(&noise(n, 1., salt + i as u64), dtype);
+            sizes.iter().enumerate().map(of).collect()
+        };
+        let (first, second) = (gradients(100)?, gradients(200)?);
+        let first_store = grads(vars.iter().zip(first.iter().cloned()));
+        let params = along(0., Scope::Tensor, Direction::Gradient);
+        let mut opt = Srkl::new(vars.clone(), params)?;
+        opt.step(&first_store)?;
+        let mut estimates = vec![];
+        for (i, &n) in sizes.iter().enumerate() {
+            let step = minus(&values(&vars[i])?, &before[i]);
+            let g = values(&first[i])?;
+            let change = minus(&values(&second[i])?, &g);
+            let strips: Vec<_> =
+                (0..n).step_by(STRIP).map(|start| start..n.min(start + STRIP)).collect();
+            estimates.push(along_step(&strips, [&change, &step, &g, &g]));
+        }
+        opt.observe(&grads(vars.iter().zip(second)))?;
+        opt.step(&first_store)?;
+        for (telemetry, exact) in opt.telemetry()?.iter().zip(estimates) {
+            assert_close(telemetry.curvature.unwrap(), exact, 1e-12);
+        }
+    }
+    Ok(())
+}
+
 /// The curvature that the brake goes by after these measurements, none of which is a spike: weights fall by `decay`
 /// into the past.
 fn braking(measured: &[f64], decay: f64) -> f64 {
@@ -402,6 +432,15 @@ fn braking(measured: &[f64], decay: f64) -> f64 {
     (average.powi(2) + 2. * decay * variance / all).sqrt()
 }
 
+/// A step by a gradient of 1, and, where it measures, the gradient after it on ground of curvature `h`.
+fn step_on(h: f64, w: &Var, opt: &mut Srkl) -> Result<()> {
+    let before = values(w)?[0];
+    measured_step(opt, || {
+        let g = 1. + h * (values(w)?[0] - before);
+        Ok(grads([(w, tensor(&[g], DType::F64)?)]))
+    })
+}
+
 /// The worked number of `braking`, and of a spike.
 #[test]
 fn the_average_in_numbers() -> Result<()> {
@@ -410,10 +449,7 @@ fn the_average_in_numbers() -> Result<()> {
     let mut opt = Srkl::new(vec![w.clone()], along(0.5, Scope::Global, Direction::Gradient))?;
     let mut told = vec![];
     for h in [2., 4., 2., 100., 2.] {
-        let (before, g) = (values(&w)?[0], 1.);
-        opt.step(&grads([(&w, tensor(&[g], DType::F64)?)]))?;
-        let moved = values(&w)?[0] - before;
-        opt.observe(&grads([(&w, tensor(&[g + h * moved], DType::F64)?)]))?;
+        step_on(h, &w, &mut opt)?;
         told.push(opt.measurements()?.curvature.unwrap());
     }
     // Weights 1, 1/2, 1/4, ... into the past: 2; (4 + 1) / 1.5 and a variance of 1/2 (2^2 / 2) / 1.5; and so on. 100
@@ -432,7 +468,7 @@ fn the_average_in_numbers() -> Result<()> {
         (average.powi(2) + 2. * variance).sqrt(),
     ];
     for (got, exact) in told.iter().zip(exact) {
-        assert_close(*got, exact, 1e-9);
+        assert_close(*got, exact, 1e-12);
     }
     Ok(())
 }
@@ -452,13 +488,11 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
         if t == 14 {
             opt.request_measurement();
         }
-        let (w_before, measuring) = (values(&w)?[0], opt.measuring());
-        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
+        let measuring = opt.measuring();
+        step_on(h, &w, &mut opt)?;
         if !measuring {
             continue;
         }
-        let again = 1. + h * (values(&w)?[0] - w_before);
-        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
         left.push(1. - (1. - decay) * f64::min(1., (t - before) as f64 / every as f64));
         measured.push(h);
         before = t;
@@ -470,7 +504,7 @@ fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
         let squares = measured.windows(2).zip(&weights[1..]).zip(&left[1..]);
         let variance: f64 = squares.map(|((x, w), d)| d * w * (x[1] - x[0]).powi(2) / 2.).sum();
         let exact = (average.powi(2) + 0.7 * variance / all).sqrt();
-        assert_close(opt.measurements()?.curvature.unwrap(), exact, 1e-9);
+        assert_close(opt.measurements()?.curvature.unwrap(), exact, 1e-12);
     }
     assert!(left.contains(&decay) && left.iter().any(|left| *left > 0.8), "{left:?}");
     Ok(())
@@ -496,10 +530,7 @@ fn measurements_that_are_never_due_again() -> Result<()> {
         let params = ParamsSrkl { curvature, ..along(0., Scope::Global, Direction::Gradient) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for h in [1., 2., 3.] {
-            let before = values(&w)?[0];
-            opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
-            let again = 1. + h * (values(&w)?[0] - before);
-            opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+            step_on(h, &w, &mut opt)?;
         }
         assert_close(opt.measurements()?.curvature.unwrap(), 2., 1e-4);
         assert!(!opt.measuring(), "every {every}");
@@ -513,7 +544,7 @@ fn no_memory() -> Result<()> {
     let curvature = Curvature::Step { every: 20, first: 5, decay: 0., noise: 2. };
     let hs = [1., 5., 3., 4., 2.];
     for (told, h) in without_brake(curvature, 0.1, &hs)?.into_iter().zip(hs) {
-        assert_close(told, h, 1e-9);
+        assert_close(told, h, 1e-12);
     }
     Ok(())
 }
@@ -535,11 +566,8 @@ fn without_brake(curvature: Curvature, lr: f64, hs: &[f64]) -> Result<Vec<f64>> 
     let params = ParamsSrkl { curvature, lr, beta: Beta::Fixed(0.), ..params };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     let mut told = vec![];
-    for h in hs {
-        let before = values(&w)?[0];
-        opt.step(&grads([(&w, tensor(&[1.], DType::F64)?)]))?;
-        let again = 1. + h * (values(&w)?[0] - before);
-        opt.observe(&grads([(&w, tensor(&[again], DType::F64)?)]))?;
+    for &h in hs {
+        step_on(h, &w, &mut opt)?;
         told.push(opt.measurements()?.curvature.unwrap());
     }
     Ok(told)
@@ -573,9 +601,9 @@ fn average_of_step_curvature() -> Result<()> {
                 if t > 0 {
                     let exact = braking(&measured, decay);
                     for telemetry in opt.telemetry()? {
-                        assert_close(telemetry.curvature.unwrap(), exact, 1e-9);
+                        assert_close(telemetry.curvature.unwrap(), exact, 1e-12);
                         let phi = 1. / (1. / 0.5 + 0.5 * exact);
-                        assert_close(telemetry.phi.unwrap(), phi, 1e-9);
+                        assert_close(telemetry.phi.unwrap(), phi, 1e-12);
                     }
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
@@ -597,22 +625,18 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
         let params = along(0., Scope::Global, Direction::Gradient);
         let mut opt = Srkl::new(quadratic.vars.clone(), params)?;
         // As the optimizer is given it: rounded.
-        let g = || -> Result<Vec<f64>> {
-            let grads = quadratic.gradient()?;
-            let each = quadratic.vars.iter().map(|var| values(grads.get(var).unwrap()));
-            Ok(each.collect::<Result<Vec<_>>>()?.concat())
-        };
+        let g = || as_vector(&quadratic.gradient()?, &quadratic.vars);
         let mut exact = None;
         let mut differs = false;
         for _ in 0..6 {
-            let before = (quadratic.w()?, g()?, masters(&opt, 2)?);
+            let before = (quadratic.w()?, g()?, stored(&quadratic.vars, &opt)?.concat());
             quadratic.step(&mut opt)?;
             if let Some(exact) = exact {
-                assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-6);
+                assert_close(opt.telemetry()?[0].curvature.unwrap(), exact, 1e-12);
             }
             let step = norm(&minus(&quadratic.w()?, &before.0));
-            let of_masters = norm(&minus(&masters(&opt, 2)?, &before.2));
-            differs |= (step / of_masters - 1.).abs() > 1e-3;
+            let of_masters = norm(&minus(&stored(&quadratic.vars, &opt)?.concat(), &before.2));
+            differs |= abs_diff_ne!(step / of_masters, 1., epsilon = 1e-3);
             let (change, moved) = (minus(&g()?, &before.1), minus(&quadratic.w()?, &before.0));
             let bounds = quadratic
                 .places()
@@ -623,11 +647,4 @@ fn step_curvature_of_rounded_parameters() -> Result<()> {
         assert!(differs, "{dtype:?}: rounding changed no step");
     }
     Ok(())
-}
-
-/// The masters of the first `n` parameters, as one vector.
-fn masters(opt: &Srkl, n: usize) -> Result<Vec<f64>> {
-    let of = |i: usize| Ok(opt.master(&i.to_string())?.unwrap());
-    let all: Vec<Vec<f32>> = (0..n).map(of).collect::<Result<_>>()?;
-    Ok(all.concat().into_iter().map(f64::from).collect())
 }

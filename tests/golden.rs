@@ -10,7 +10,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Beta, ParamsSrkl, Scope, Srkl};
-use common::values;
+use common::{minus, values};
 use serde_json::Value;
 
 /// The error of a parameter that roundings may add up to, relative to the largest of its tensor.
@@ -169,7 +169,7 @@ fn tolerances_are_far_below_a_step() {
         for step in case["steps"].as_array().unwrap() {
             for (i, before) in before.iter_mut().enumerate() {
                 let after = numbers(&step["parameters"][i]);
-                let moves: Vec<f64> = after.iter().zip(&*before).map(|(a, b)| a - b).collect();
+                let moves = minus(&after, before);
                 if step["missing"] == start[i]["name"] {
                     assert_eq!(largest(&moves), 0.);
                 } else {

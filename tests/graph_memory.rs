@@ -16,10 +16,7 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 fn a_measuring_step_peaks_as_a_plain_one() -> Result<()> {
     let (rows, width, depth) = (4096, 64, 12);
     let vars: Vec<Var> = (0..depth)
-        .map(|i| {
-            let w = tensor(&noise(width * width, 0.1, i), DType::F32)?.reshape((width, width))?;
-            Var::from_tensor(&w)
-        })
+        .map(|i| Var::from_tensor(&noisy_matrix((width, width), 0.1, i, DType::F32)?))
         .collect::<Result<_>>()?;
     let x = Tensor::ones((rows, width), DType::F32, &Device::Cpu)?;
     let loss = || -> Result<Tensor> {

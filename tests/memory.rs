@@ -16,7 +16,7 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 /// One test, since the allocator counts all threads.
 #[test]
 fn a_step_allocates_little() -> Result<()> {
-    let large = |dtype: DType| (dtype, vec![3_000_001usize, 70_000, 1]);
+    let large = |dtype: DType| (dtype, vec![3_000_001, PIECE + 1, 1]);
     let lists =
         [large(DType::F32), large(DType::F64), large(DType::BF16), (DType::F32, vec![64; 10_000])];
     for (dtype, sizes) in lists {

@@ -10,6 +10,7 @@ mod random;
 
 use std::cell::Cell;
 
+use approx::assert_abs_diff_eq;
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{Dropout, ParamsSrkl, Repeatable, Scope, Srkl};
@@ -61,8 +62,7 @@ const RANK: usize = 8;
 fn weights(layer: usize, seed: u64) -> Result<Tensor> {
     let (inputs, outputs) = (WIDTHS[layer], WIDTHS[layer + 1]);
     let scale = (2. / inputs as f64).sqrt();
-    tensor(&noise(outputs * inputs, scale, 10 * seed + layer as u64), DType::F32)?
-        .reshape((outputs, inputs))
+    noisy_matrix((outputs, inputs), scale, 10 * seed + layer as u64, DType::F32)
 }
 
 impl Network {
@@ -84,12 +84,11 @@ impl Network {
         for layer in 0..2 {
             let (inputs, outputs) = (WIDTHS[layer], WIDTHS[layer + 1]);
             let salt = 1000 * (seed + 1) + 10 * layer as u64;
-            let a = noise(RANK * inputs, 1. / (inputs as f64).sqrt(), salt);
-            let b = noise(outputs * RANK, size, salt + 1);
-            network
-                .insert(&format!("{layer}.a"), tensor(&a, DType::F32)?.reshape((RANK, inputs))?)?;
-            network
-                .insert(&format!("{layer}.b"), tensor(&b, DType::F32)?.reshape((outputs, RANK))?)?;
+            let scale = 1. / (inputs as f64).sqrt();
+            let a = noisy_matrix((RANK, inputs), scale, salt, DType::F32)?;
+            let b = noisy_matrix((outputs, RANK), size, salt + 1, DType::F32)?;
+            network.insert(&format!("{layer}.a"), a)?;
+            network.insert(&format!("{layer}.b"), b)?;
         }
         Ok(network)
     }
@@ -393,12 +392,8 @@ fn a_product_of_which_one_factor_is_zero() -> Result<()> {
 fn an_embedding_with_rows_that_never_occur() -> Result<()> {
     let (rows, used, width) = (60, 20, 16);
     for lr in [0.03, 1., 10., 1000.] {
-        let embedding = Var::from_tensor(
-            &tensor(&noise(rows * width, 0.1, 1), DType::F32)?.reshape((rows, width))?,
-        )?;
-        let head = Var::from_tensor(
-            &tensor(&noise(rows * width, 0.1, 2), DType::F32)?.reshape((rows, width))?,
-        )?;
+        let of = |salt| Var::from_tensor(&noisy_matrix((rows, width), 0.1, salt, DType::F32)?);
+        let (embedding, head) = (of(1)?, of(2)?);
         let before = bits(&embedding)?;
         let params = ParamsSrkl { lr, ..ParamsSrkl::braked_adam() };
         let mut opt = Srkl::new(vec![embedding.clone(), head.clone()], params)?;
@@ -528,7 +523,7 @@ fn experts_that_are_not_used_the_second_time() -> Result<()> {
     opt.observe(&grads([(&vars[0], g(1. + 5. * moved)?)]))?;
     let told = opt.measurements()?;
     // Adam's first direction is 1 of a gradient of 1: its scale adds nothing.
-    assert!((told.curvature.unwrap() - 5.).abs() < 1e-6, "{told:?}");
+    assert_abs_diff_eq!(told.curvature.unwrap(), 5., epsilon = 1e-6);
     assert_eq!((told.taken, told.missing), (1, 1));
     Ok(())
 }

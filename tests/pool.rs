@@ -1,10 +1,13 @@
 //! The threads of many optimizers: those of one.
 #![cfg(target_os = "linux")]
 
+mod common;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{ParamsSrkl, Srkl};
+use common::{LARGE, pool};
 
 /// Of this process, as the kernel counts them.
 fn threads() -> usize {
@@ -16,11 +19,10 @@ fn threads() -> usize {
 /// One test, since the kernel counts all threads of the process.
 #[test]
 fn many_optimizers_share_their_threads() -> Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build();
-    let pool = pool.map_err(candle_core::Error::wrap)?;
+    let pool = pool(5)?;
     let before = threads();
     // Enough for threads, in one piece and in many.
-    let large = Var::zeros(300_000, DType::F32, &Device::Cpu)?;
+    let large = Var::zeros(LARGE, DType::F32, &Device::Cpu)?;
     let small: Vec<Var> =
         (0..400).map(|_| Var::zeros(3, DType::F32, &Device::Cpu)).collect::<Result<_>>()?;
     let mut optimizers = vec![];

@@ -54,10 +54,9 @@ fn state(vars: &[Var], opt: &mut Srkl, order: &[usize]) -> Result<Vec<String>> {
         vec![format!("{} {} {:?}", opt.steps()?, opt.skipped_steps()?, opt.grad_norm()?)];
     for (i, var) in vars.iter().enumerate() {
         let place = order.iter().position(|j| *j == i).unwrap();
-        let (told, master) = (&told[place], opt.master(&place.to_string())?);
+        let (told, master) = (&told[place], master_bits(opt, &place.to_string())?);
         assert_eq!(told.name, place.to_string());
         let told = format!("{:?} {:?} {}", told.phi, told.curvature, told.skipped);
-        let master = master.map(|m| m.into_iter().map(f32::to_bits).collect::<Vec<_>>());
         lines.push(format!("{i} {told} {:x?} {master:x?}", bits(var)?));
     }
     if opt.params("default").unwrap().average.is_some() {
@@ -65,25 +64,6 @@ fn state(vars: &[Var], opt: &mut Srkl, order: &[usize]) -> Result<Vec<String>> {
         vars.iter().try_for_each(|var| bits(var).map(|bits| lines.push(format!("{bits:x?}"))))?;
     }
     Ok(lines)
-}
-
-/// What a file says.
-type Contents = (BTreeMap<String, String>, BTreeMap<String, Vec<u8>>);
-
-fn contents(path: &Path) -> Result<Contents> {
-    let bytes = std::fs::read(path)?;
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let metadata = header.metadata().clone().unwrap().into_iter().collect();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
-    let tensors = tensors.iter().map(|(name, tensor)| (name.to_string(), tensor.data().to_vec()));
-    Ok((metadata, tensors.collect()))
-}
-
-/// All of an optimizer's state.
-fn saved(opt: &mut Srkl) -> Result<Contents> {
-    let file = tempfile::NamedTempFile::new()?;
-    opt.save(file.path())?;
-    contents(file.path())
 }
 
 /// The file with other metadata.

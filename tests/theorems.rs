@@ -5,6 +5,7 @@
 
 mod common;
 
+use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result};
 use candle_nn::Optimizer;
 use candle_srkl::{Beta, Curvature, Direction, ParamsSrkl, Scope, Srkl};
@@ -30,11 +31,6 @@ fn diagonal(h: &[f64]) -> Matrix {
 /// `[1 .. 1]' [1 .. 1] + shift I`
 fn ones(n: usize, shift: f64) -> Matrix {
     (0..n).map(|i| (0..n).map(|j| if i == j { 1. + shift } else { 1. }).collect()).collect()
-}
-
-/// The norms of the rows.
-fn row_norms(matrix: &Matrix) -> Vec<f64> {
-    matrix.iter().map(|row| norm(row)).collect()
 }
 
 /// The largest eigenvalue of `diag(scale) A`, of a positive semidefinite `A`, and its vector.
@@ -99,8 +95,9 @@ proptest! {
         quadratic.step(&mut opt)?;
         for ((after, w), h) in quadratic.w()?.iter().zip(&w).zip(&h) {
             let braked = lr * h / (1. + gamma * lr * h.abs());
-            let error = (after - (1. - braked) * w).abs();
-            prop_assert!(error <= 1e-12 * w.abs() * (1. + braked.abs()), "{after} of {w}, h {h}");
+            let allowed = 1e-12 * w.abs() * (1. + braked.abs());
+            let right = abs_diff_eq!(*after, (1. - braked) * w, epsilon = allowed);
+            prop_assert!(right, "{after} of {w}, h {h}");
         }
     }
 
@@ -222,7 +219,7 @@ fn least_ratio(quadratic: &Quadratic, opt: &Srkl) -> Result<f64> {
         let got = telemetry.curvature.unwrap();
         if exact > 0. {
             let ratio = got / exact;
-            assert!((ratio * ratio - 1.).abs() < 0.16, "{got}, not {exact}");
+            assert!(abs_diff_eq!(ratio * ratio, 1., epsilon = 0.16), "{got}, not {exact}");
             least = f64::min(least, ratio);
         } else {
             assert_eq!(got, 0.);
@@ -300,7 +297,7 @@ fn p2_is_sharp() -> Result<()> {
         let inverse: Vec<f64> =
             spread(&quadratic, &block_norms(&quadratic)).iter().map(|d| 1. / d).collect();
         let (top, _) = top_mode(&inverse, &quadratic.matrix);
-        assert!((top - root).abs() < 1e-12, "{top}, not {root}");
+        assert_abs_diff_eq!(top, root, epsilon = 1e-12);
 
         let lr = 1000.;
         let mut opt = settled(&quadratic, lr, Scope::Tensor)?;
@@ -335,7 +332,7 @@ fn p3_the_diagonal_alone_diverges_and_the_global_norm_converges() -> Result<()> 
     let exact = norm(&row_norms(&quadratic.matrix));
     for telemetry in opt.telemetry()? {
         let ratio = telemetry.curvature.unwrap() / exact;
-        assert!((ratio * ratio - 1.).abs() < 0.16, "{ratio}");
+        assert_abs_diff_eq!(ratio * ratio, 1., epsilon = 0.16);
     }
     for _ in 0..20_000 {
         quadratic.step(&mut opt)?;
@@ -392,8 +389,9 @@ proptest! {
         for ((after, w), r) in quadratic.w()?.iter().zip(&w).zip(&h) {
             let mixed = r.powf(1. - p) * norm(&h).powf(p);
             let braked = lr * r / (1. + gamma * lr * mixed);
-            let error = (after - (1. - braked) * w).abs();
-            prop_assert!(error <= 1e-12 * w.abs() * (1. + braked), "{after} of {w}");
+            let allowed = 1e-12 * w.abs() * (1. + braked);
+            let right = abs_diff_eq!(*after, (1. - braked) * w, epsilon = allowed);
+            prop_assert!(right, "{after} of {w}");
         }
     }
 }
@@ -555,8 +553,8 @@ proptest! {
             quadratic.step(&mut opt)?;
             let telemetry = opt.telemetry()?.remove(0);
             let (got, phi) = (telemetry.curvature.unwrap(), telemetry.phi.unwrap());
-            prop_assert!((got - h).abs() <= exact * h, "{got}, not {h}");
-            prop_assert!((phi - 1. / (1. / lr + got / 2.)).abs() <= 1e-12 * phi);
+            prop_assert!(close(got, h, exact), "{got}, not {h}");
+            prop_assert!(close(phi, 1. / (1. / lr + got / 2.), 1e-12));
         }
     }
 }

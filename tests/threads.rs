@@ -1,5 +1,7 @@
 //! A step beside other users of the parameters, in other threads: nobody waits for ever.
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -8,6 +10,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
+use common::{LARGE, bits, grads, noise, pool, tensor, var};
 use rayon::prelude::*;
 
 /// Fails if `work` takes minutes, which only a deadlock does.
@@ -80,14 +83,10 @@ fn two_optimizers_of_the_same_variables() {
 fn a_step_and_forward_passes_in_one_pool() {
     for threads in [1, 3] {
         within_minutes(move || {
-            let pool_of = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                pool.map_err(candle_core::Error::wrap)
-            };
             let (vars, store) = model()?;
             let build = || Srkl::new(vars.clone(), ParamsSrkl::reference());
-            let mut opt = pool_of(threads)?.install(build)?;
-            let pool = pool_of(3)?;
+            let mut opt = pool(threads)?.install(build)?;
+            let pool = pool(3)?;
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 for _ in 0..4 {
@@ -107,8 +106,7 @@ fn a_step_and_forward_passes_in_one_pool() {
 
 /// Optimizers that share one pool: of variables of their own, of some that others have too, and of common ones.
 fn optimizers(count: usize) -> Result<Vec<(Srkl, GradStore, Vec<Var>)>> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
-    let pool = pool.map_err(candle_core::Error::wrap)?;
+    let pool = pool(4)?;
     let (common, common_store) = model()?;
     let made = (0..count).map(|i| {
         let (mut vars, store) = model()?;
@@ -161,8 +159,7 @@ fn several_optimizers_on_threads_of_their_own() {
 #[test]
 fn several_optimizers_on_threads_of_rayon() {
     within_minutes(|| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build();
-        let pool = pool.map_err(candle_core::Error::wrap)?;
+        let pool = pool(3)?;
         let mut all = optimizers(7)?;
         let x = Tensor::ones((16, 1000), DType::F32, &Device::Cpu)?;
         for _ in 0..40 {
@@ -183,36 +180,23 @@ fn several_optimizers_on_threads_of_rayon() {
 /// Beside others, without its turn in the pool, a step gives the same bits as alone.
 #[test]
 fn the_same_bits_beside_others() -> Result<()> {
-    let bits = |vars: &[Var]| -> Result<Vec<Vec<u32>>> {
-        let of = |var: &Var| var.flatten_all()?.to_vec1::<f32>();
-        let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect();
-        vars.iter().map(|var| Ok(bits(of(var)?))).collect()
-    };
-    let make = || -> Result<Vec<(Srkl, GradStore, Vec<Var>)>> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
-        let pool = pool.map_err(candle_core::Error::wrap)?;
-        let one = |i: usize| {
-            let values = |salt: usize| -> Vec<f32> {
-                (0..300_001).map(|j| ((j * 37 + salt * 11) % 1001) as f32 / 500. - 1.).collect()
-            };
-            let var = Var::from_vec(values(i), 300_001, &Device::Cpu)?;
-            let mut store = GradStore::default();
-            store.insert(&var, Tensor::from_vec(values(i + 5), 300_001, &Device::Cpu)?);
+    let make = || -> Result<Vec<(Srkl, GradStore, Var)>> {
+        let pool = pool(4)?;
+        let one = |i: u64| {
+            let w = var(&noise(LARGE, 1., i), DType::F32)?;
+            let store = grads([(&w, tensor(&noise(LARGE, 1., i + 5), DType::F32)?)]);
             let params = ParamsSrkl { max_grad_norm: Some(1.), ..ParamsSrkl::reference() };
-            let opt = pool.install(|| Srkl::new(vec![var.clone()], params))?;
-            Ok((opt, store, vec![var]))
+            let opt = pool.install(|| Srkl::new(vec![w.clone()], params))?;
+            Ok((opt, store, w))
         };
         (0..4).map(one).collect()
     };
-    let step = |(opt, store, _): &mut (Srkl, GradStore, Vec<Var>)| {
-        (0..20).try_for_each(|_| opt.step(store))
-    };
+    let step =
+        |(opt, store, _): &mut (Srkl, GradStore, Var)| (0..20).try_for_each(|_| opt.step(store));
     let (mut alone, mut beside) = (make()?, make()?);
     let start = bits(&alone[0].2)?;
     alone.iter_mut().try_for_each(step)?;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
-    let pool = pool.map_err(candle_core::Error::wrap)?;
-    pool.install(|| beside.par_iter_mut().with_max_len(1).try_for_each(step))?;
+    pool(4)?.install(|| beside.par_iter_mut().with_max_len(1).try_for_each(step))?;
     assert_ne!(bits(&alone[0].2)?, start);
     for ((_, _, alone), (_, _, beside)) in alone.iter().zip(&beside) {
         assert!(bits(alone)? == bits(beside)?);

@@ -12,7 +12,7 @@ fn tied(dtype: DType) -> Result<(VarMap, Var)> {
     let varmap = VarMap::new();
     for (i, name) in ["head", "middle"].into_iter().enumerate() {
         let w = varmap.get((3, 4), name, Init::Const(0.), dtype, &Device::Cpu)?;
-        w.slice_set(&tensor(&noise(12, 1., i as u64), dtype)?.reshape((3, 4))?, 0, 0)?;
+        w.slice_set(&noisy_matrix((3, 4), 1., i as u64, dtype)?, 0, 0)?;
     }
     let mut data = varmap.data().lock().unwrap();
     let shared = data["head"].clone();
@@ -32,8 +32,8 @@ fn step(varmap: &VarMap, opt: &mut Srkl, salt: u64) -> Result<()> {
     let data = varmap.data().lock().unwrap();
     let mut store = grads([]);
     for (i, name) in ["head", "middle"].into_iter().enumerate() {
-        let grad = tensor(&noise(12, 1., 10 * salt + i as u64), data[name].dtype())?;
-        store.insert(&data[name], grad.reshape((3, 4))?);
+        let grad = noisy_matrix((3, 4), 1., 10 * salt + i as u64, data[name].dtype())?;
+        store.insert(&data[name], grad);
     }
     opt.step(&store)
 }
@@ -52,7 +52,7 @@ fn a_variable_of_several_names_is_one_parameter() -> Result<()> {
         let mut alone_opt = Srkl::new(vec![alone.clone()], momentum())?;
         for salt in 0..3 {
             step(&varmap, &mut opt, salt)?;
-            let grad = tensor(&noise(12, 1., 10 * salt), dtype)?.reshape((3, 4))?;
+            let grad = noisy_matrix((3, 4), 1., 10 * salt, dtype)?;
             alone_opt.step(&grads([(&alone, grad)]))?;
         }
         assert_eq!(bits(&shared)?, bits(&alone)?);

@@ -1,21 +1,43 @@
-//! What the tests share: tensors of any dtype, and the rule written in f64 from its formula.
+//! What the tests share: tensors of any dtype, and what goes by formulas in f64.
 #![allow(dead_code)] // Each test file uses its part.
 
 pub mod training;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
+use approx::abs_diff_eq;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Init, Optimizer, VarMap};
-use candle_srkl::{Beta, Curvature, DEFAULT_GROUP, ParamsSrkl, Scope, Srkl};
+pub use candle_srkl::numerics::{CHUNK, LANES};
+use candle_srkl::{Curvature, DEFAULT_GROUP, Srkl};
 use half::{bf16, f16};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use safetensors::SafeTensors;
 
 pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
 
-/// Sizes around lanes (1024), chunks (8192) and the pieces that threads take (131072).
-pub const SIZES: [usize; 15] =
-    [0, 1, 3, 7, 64, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193, 131_073];
+/// Neighbours that make one sum for the curvature along a step: the contract's.
+pub const STRIP: usize = 32;
+
+/// Elements that a thread takes at once: the CPU path's.
+pub const PIECE: usize = 8 * CHUNK;
+
+/// Several pieces, with a rest that is no whole number of chunks.
+pub const LARGE: usize = 4 * PIECE + CHUNK + 1;
+
+/// Sizes around strips, lanes, halves of chunks, chunks and pieces.
+#[rustfmt::skip]
+pub const SIZES: [usize; 20] = [
+    0, 1, 3, 7,
+    STRIP - 1, STRIP, STRIP + 1, 2 * STRIP,
+    LANES - 1, LANES, LANES + 1,
+    CHUNK / 2 - 1, CHUNK / 2, CHUNK / 2 + 1,
+    CHUNK - 1, CHUNK, CHUNK + 1,
+    PIECE - 1, PIECE, PIECE + 1,
+];
 
 /// A variable that holds `values` rounded to `dtype`.
 pub fn var(values: &[f64], dtype: DType) -> Result<Var> {
@@ -31,6 +53,22 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
 }
 
+/// The values of all of `vars`, as one vector.
+pub fn all_values(vars: &[Var]) -> Result<Vec<f64>> {
+    let each: Vec<Vec<f64>> = vars.iter().map(|var| values(var)).collect::<Result<_>>()?;
+    Ok(each.concat())
+}
+
+/// What a step goes by and writes: the masters of the parameters that have some, the others themselves. `vars` is the
+/// list that `opt` was made of.
+pub fn stored(vars: &[Var], opt: &Srkl) -> Result<Vec<Vec<f64>>> {
+    let of = |(i, var): (usize, &Var)| match opt.master(&i.to_string())? {
+        Some(master) => Ok(master.into_iter().map(f64::from).collect()),
+        None => values(var),
+    };
+    vars.iter().enumerate().map(of).collect()
+}
+
 /// The bits of a tensor, so that -0 is not +0 and a NaN is itself.
 pub fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
     let tensor = tensor.flatten_all()?;
@@ -41,6 +79,19 @@ pub fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
         DType::F16 => tensor.to_vec1::<f16>()?.into_iter().map(|x| x.to_bits() as u64).collect(),
         dtype => panic!("no bits of {dtype:?}"),
     })
+}
+
+pub fn master_bits(opt: &Srkl, name: &str) -> Result<Option<Vec<u32>>> {
+    Ok(opt.master(name)?.map(|master| master.into_iter().map(f32::to_bits).collect()))
+}
+
+/// The bits of a parameter and of its masters.
+pub type Bits = (Vec<u64>, Option<Vec<u32>>);
+
+/// Those of each parameter. `vars` is the list that `opt` was made of.
+pub fn all_bits(vars: &[Var], opt: &Srkl) -> Result<Vec<Bits>> {
+    let of = |(i, var): (usize, &Var)| Ok((bits(var)?, master_bits(opt, &i.to_string())?));
+    vars.iter().enumerate().map(of).collect()
 }
 
 /// Half the distance between neighbours of `x` in `dtype`, at least that of the smallest normal.
@@ -71,6 +122,22 @@ pub fn noise(n: usize, scale: f64, salt: u64) -> Vec<f64> {
     (0..n).map(|_| ((0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.) * scale).collect()
 }
 
+/// A matrix of [`noise`].
+pub fn noisy_matrix(
+    (rows, columns): (usize, usize),
+    scale: f64,
+    salt: u64,
+    dtype: DType,
+) -> Result<Tensor> {
+    tensor(&noise(rows * columns, scale, salt), dtype)?.reshape((rows, columns))
+}
+
+/// Variables of these sizes, of [`noise`] that differs from one to the next.
+pub fn noisy_vars(sizes: &[usize], scale: f64, dtype: DType) -> Result<Vec<Var>> {
+    let of = |(i, &n): (usize, &usize)| var(&noise(n, scale, i as u64), dtype);
+    sizes.iter().enumerate().map(of).collect()
+}
+
 /// `||g * g||_2`, as it is defined.
 pub fn curvature(g: &[f64]) -> f64 {
     // By the largest element, so that nothing overflows.
@@ -85,6 +152,10 @@ pub fn norm(g: &[f64]) -> f64 {
     sum(g.iter().map(|g| g * g)).sqrt()
 }
 
+pub fn rms(x: &[f64]) -> f64 {
+    norm(x) / (x.len() as f64).sqrt()
+}
+
 /// Kahan's sum: right to the last digits for any number of positive terms.
 fn sum(terms: impl Iterator<Item = f64>) -> f64 {
     let (mut sum, mut lost) = (0., 0.);
@@ -95,38 +166,6 @@ fn sum(terms: impl Iterator<Item = f64>) -> f64 {
         sum = next;
     }
     sum
-}
-
-/// One step of the rule on a list of blocks in f64, from the formula alone; `schedule` is its `s`.
-pub fn oracle(
-    params: &ParamsSrkl,
-    schedule: f64,
-    grad_scale: f64,
-    blocks: &mut [(Vec<f64>, Vec<f64>)],
-) -> Vec<f64> {
-    let all: Vec<f64> = blocks.iter().flat_map(|(_, g)| g.iter().map(|g| g / grad_scale)).collect();
-    let clip = match params.max_grad_norm {
-        Some(max) if norm(&all) > max => max / norm(&all),
-        _ => 1.,
-    };
-    let all: Vec<f64> = all.iter().map(|g| g * clip).collect();
-    let beta = match params.beta {
-        Beta::Fixed(beta) => beta,
-        Beta::Tied(gamma) => gamma * params.lr,
-        other => panic!("no such beta here: {other:?}"),
-    };
-    let phi_at = |h: f64| schedule * params.lr / (1. + beta * h);
-    let mut phis = vec![];
-    for (w, g) in blocks {
-        let g: Vec<f64> = g.iter().map(|g| g / grad_scale * clip).collect();
-        let h = if params.scope == Scope::Global { curvature(&all) } else { curvature(&g) };
-        phis.push(phi_at(h));
-        for (w, g) in w.iter_mut().zip(&g) {
-            let phi = if params.scope == Scope::Element { phi_at(g * g) } else { phi_at(h) };
-            *w = (1. - phi * params.weight_decay) * *w - phi * g;
-        }
-    }
-    phis
 }
 
 /// One step of a loop of one's own: `gradient`, of the same batch each time it is called, is asked for
@@ -149,6 +188,10 @@ pub fn measured_step(opt: &mut Srkl, gradient: impl Fn() -> Result<GradStore>) -
     Ok(())
 }
 
+pub fn minus(x: &[f64], y: &[f64]) -> Vec<f64> {
+    x.iter().zip(y).map(|(x, y)| x - y).collect()
+}
+
 pub fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
@@ -158,6 +201,11 @@ pub type Matrix = Vec<Vec<f64>>;
 
 pub fn times(matrix: &Matrix, x: &[f64]) -> Vec<f64> {
     matrix.iter().map(|row| dot(row, x)).collect()
+}
+
+/// The norms of the rows.
+pub fn row_norms(matrix: &Matrix) -> Vec<f64> {
+    matrix.iter().map(|row| norm(row)).collect()
 }
 
 /// A symmetric matrix of these eigenvalues, its axes turned at random.
@@ -216,8 +264,7 @@ impl Quadratic {
     }
 
     pub fn w(&self) -> Result<Vec<f64>> {
-        let each: Vec<Vec<f64>> = self.vars.iter().map(|v| values(v)).collect::<Result<_>>()?;
-        Ok(each.concat())
+        all_values(&self.vars)
     }
 
     pub fn set(&self, w: &[f64]) -> Result<()> {
@@ -248,6 +295,16 @@ impl Quadratic {
     }
 }
 
+/// Within `relative` of `exact`. (`relative_eq` goes by the larger of the two, which allows more.)
+pub fn close(got: f64, exact: f64, relative: f64) -> bool {
+    abs_diff_eq!(got, exact, epsilon = relative * exact.abs())
+}
+
+#[track_caller]
+pub fn assert_close(got: f64, exact: f64, relative: f64) {
+    assert!(close(got, exact, relative), "{got}, not {exact}");
+}
+
 /// The message of an error that must come and must name all of `parts`.
 #[track_caller]
 pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
@@ -258,6 +315,29 @@ pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "{part:?} is not in {message:?}");
     }
+}
+
+pub fn pool(threads: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new().num_threads(threads).build().map_err(Error::wrap)
+}
+
+/// What is in a checkpoint: its metadata, and the bytes of its tensors.
+pub type Contents = (BTreeMap<String, String>, BTreeMap<String, Vec<u8>>);
+
+pub fn contents(path: &Path) -> Result<Contents> {
+    let bytes = std::fs::read(path)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)?;
+    let metadata = header.metadata().clone().unwrap().into_iter().collect();
+    let tensors = SafeTensors::deserialize(&bytes)?;
+    let tensors = tensors.iter().map(|(name, tensor)| (name.to_string(), tensor.data().to_vec()));
+    Ok((metadata, tensors.collect()))
+}
+
+/// What `opt` saves.
+pub fn saved(opt: &mut Srkl) -> Result<Contents> {
+    let file = tempfile::NamedTempFile::new()?;
+    opt.save(file.path())?;
+    contents(file.path())
 }
 
 /// The parameters of `model`: of every rank, and an empty one.

@@ -1,13 +1,10 @@
 //! A training that meets whatever a step can meet, on any devices, and all that it leaves behind.
 
-use std::collections::BTreeMap;
-
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Curvature, ParamsSrkl, Srkl};
-use safetensors::SafeTensors;
 
-use super::{FLOATS, bits, grads, tensor};
+use super::{FLOATS, bits, grads, saved, tensor};
 
 /// Steps of a training.
 pub const STEPS: u64 = 6;
@@ -219,20 +216,13 @@ fn telemetry(opt: &Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
 }
 
 fn state(opt: &mut Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("state");
-    opt.save(&path)?;
-    let bytes = std::fs::read(path)?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a checkpoint");
-    let metadata: BTreeMap<_, _> = header.metadata().clone().into_iter().flatten().collect();
+    let (metadata, tensors) = saved(opt)?;
     for (key, value) in metadata {
         let bits = value.bytes().map(u64::from).collect();
         left.push(Left { kind: Kind::Metadata, place: format!("step {step}, {key}"), bits });
     }
-    let tensors = SafeTensors::deserialize(&bytes).expect("a checkpoint");
-    let tensors: BTreeMap<_, _> = tensors.tensors().into_iter().collect();
-    for (name, tensor) in tensors {
-        let bits = tensor.data().iter().map(|byte| u64::from(*byte)).collect();
+    for (name, bytes) in tensors {
+        let bits = bytes.into_iter().map(u64::from).collect();
         left.push(Left { kind: Kind::State, place: format!("step {step}, {name}"), bits });
     }
     Ok(())
