@@ -331,7 +331,7 @@ fn imports(code: &str, word: &str, root: &str) -> Vec<String> {
             // One level: names within further braces are of the module before them.
             Some(list) => {
                 let list = list.split('}').next().unwrap_or_default().split(',');
-                let names = list.map(|text| name(text)).filter(|name| !name.is_empty());
+                let names = list.map(name).filter(|name| !name.is_empty());
                 all.extend(names.map(|name| {
                     let item = join(&folder, &name);
                     if is_module(&item) { item } else { folder.clone() }

@@ -1,7 +1,7 @@
 //! Who decides a step, and counts it: the host, or the one CUDA device that has all parameters.
 
-use candle_core::backprop::GradStore;
 use candle_core::Result;
+use candle_core::backprop::GradStore;
 
 use crate::backend::{Last, Step};
 use crate::block::Parameters;

@@ -1,6 +1,8 @@
 //! What the tests share: tensors of any dtype, and what goes by formulas in f64.
 #![allow(dead_code)] // Each test file uses its part.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod training;
 
 use std::collections::BTreeMap;

@@ -9,6 +9,13 @@ use super::{FLOATS, bits, grads, saved, tensor};
 /// Steps of a training.
 pub const STEPS: u64 = 6;
 
+/// The parameters that something is done with.
+const FROZEN: usize = 4;
+const NOT_FINITE: usize = 5;
+const ZERO_GRADIENT: usize = 6;
+const NOT_FINITE_AGAIN: usize = 7;
+const OVERWRITTEN: usize = 8;
+
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
@@ -85,10 +92,10 @@ fn gradients(
     // Not finite at the first, a middle or the last element; 0 altogether.
     let places = [0, n / 2, n - 1];
     match (step, i) {
-        (1, 5) => first[places[(choice % 3) as usize]] = f64::NAN,
-        (2, 5) => first[places[(choice % 3) as usize]] = f64::INFINITY,
-        (3, 7) => second[places[(choice % 3) as usize]] = f64::NEG_INFINITY,
-        (_, 6) => first.fill(0.),
+        (1, NOT_FINITE) => first[places[(choice % 3) as usize]] = f64::NAN,
+        (2, NOT_FINITE) => first[places[(choice % 3) as usize]] = f64::INFINITY,
+        (3, NOT_FINITE_AGAIN) => second[places[(choice % 3) as usize]] = f64::NEG_INFINITY,
+        (_, ZERO_GRADIENT) => first.fill(0.),
         _ => {}
     }
     let first = laid_out(&first, dtype, choice / 512, device)?;
@@ -119,7 +126,9 @@ pub fn train(
             .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
                 name.len() > 1
             })
-            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| name == "4")
+            .group("frozen", ParamsSrkl { lr: 0., ..params.clone() }, |name, _| {
+                name == FROZEN.to_string()
+            })
             .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
     };
     let mut opt = build()?;
@@ -145,8 +154,9 @@ pub fn train(
                 opt.load(folder.path().join("state"))?;
             }
             3 => {
-                let other = uniform(vars[8].elem_count(), 2., seed);
-                vars[8].set(&tensor(&other, vars[8].dtype())?.to_device(on(8))?)?;
+                let var = &vars[OVERWRITTEN];
+                let other = uniform(var.elem_count(), 2., seed);
+                var.set(&tensor(&other, var.dtype())?.to_device(var.device())?)?;
             }
             // Neither moves nor measures along the step.
             4 => opt.set_learning_rate(0.),

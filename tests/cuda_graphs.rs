@@ -1,0 +1,281 @@
+//! Captures of steps in CUDA graphs.
+//!
+//! Needs a CUDA device: `cargo test --release --features cuda`. While one thread captures, the others may not make a
+//! device: cudarc then synchronises the whole context, which the driver refuses, and ends the capture. So these tests
+//! take turns.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{Curvature, Dropout, ParamsSrkl, Srkl};
+use common::cuda::{model, state, step};
+use common::*;
+use cudarc::driver::CudaGraph;
+use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+
+/// A test's turn to use the GPU.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A device whose work can be captured: with a stream of its own, and no events, which candle would wait
+/// for.
+fn capturable() -> Result<Device> {
+    let device = Device::new_cuda_with_stream(0)?;
+    // SAFETY: all work of these tests on the device goes to its one stream.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}
+
+/// Runs `work` in a capture.
+fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<(CudaGraph, Result<()>)> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    stream.synchronize().w()?;
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let outcome = work();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).w()?.expect("a graph");
+    Ok((graph, outcome))
+}
+
+/// How many nodes of each kind a graph has.
+fn nodes(graph: &CudaGraph) -> BTreeMap<String, usize> {
+    let mut count = 0;
+    let mut kinds = BTreeMap::new();
+    // SAFETY: the graph is alive; the first call gives the number of nodes, for which the second has room,
+    // and every one of them is asked for its kind.
+    unsafe {
+        let ask = |at, count: &mut usize| sys::cuGraphGetNodes(graph.cu_graph(), at, count);
+        assert_eq!(ask(std::ptr::null_mut(), &mut count), sys::CUresult::CUDA_SUCCESS);
+        let mut list = vec![std::ptr::null_mut(); count];
+        assert_eq!(ask(list.as_mut_ptr(), &mut count), sys::CUresult::CUDA_SUCCESS);
+        for node in list {
+            let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+            assert_eq!(sys::cuGraphNodeGetType(node, &mut kind), sys::CUresult::CUDA_SUCCESS);
+            *kinds.entry(format!("{kind:?}")).or_default() += 1;
+        }
+    }
+    kinds
+}
+
+/// A network, what it learns, and its optimizer.
+struct Learner {
+    vars: Vec<Var>,
+    x: Tensor,
+    opt: Srkl,
+}
+
+impl Learner {
+    fn new(device: &Device) -> Result<Self> {
+        let params = ParamsSrkl {
+            lr: 0.1,
+            weight_decay: 0.01,
+            max_grad_norm: Some(0.5),
+            ..ParamsSrkl::reference()
+        };
+        Self::with(params, device)
+    }
+
+    fn with(params: ParamsSrkl, device: &Device) -> Result<Self> {
+        let matrix = |rows: usize, columns: usize, salt| {
+            tensor(&noise(rows * columns, 0.3, salt), DType::F32)?
+                .reshape((rows, columns))?
+                .to_device(device)
+        };
+        let vars = vec![
+            Var::from_tensor(&matrix(12, 40, 1)?)?,
+            Var::from_tensor(&matrix(1, 40, 2)?)?,
+            Var::from_tensor(&matrix(40, 3, 3)?)?,
+        ];
+        Ok(Self { opt: Srkl::new(vars.clone(), params)?, vars, x: matrix(16, 12, 4)? })
+    }
+
+    /// Forward, backward and step, of a loss that is scaled by 4.
+    fn train(&mut self) -> Result<()> {
+        let Self { vars, x, opt } = self;
+        opt.backward_step_with(|| {
+            let h = x.matmul(&vars[0])?.broadcast_add(&vars[1])?.tanh()?;
+            h.matmul(&vars[2])?.sqr()?.mean_all()? * 4.
+        })?;
+        Ok(())
+    }
+
+    fn state(&self) -> Result<String> {
+        state(&self.vars, &self.opt)
+    }
+}
+
+/// A whole training step, captured once and replayed, with another learning rate and gradient scale between
+/// replays, and an eager step in the middle.
+#[test]
+fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    let (mut eager, mut replayed) = (Learner::new(&device)?, Learner::new(&device)?);
+    eager.train()?;
+    replayed.train()?;
+    let before = replayed.state()?;
+    let (graph, captured) = capture(&device, || replayed.train())?;
+    captured?;
+    assert_eq!(replayed.state()?, before, "a capture runs nothing");
+    for step in 0..6 {
+        for learner in [&mut eager, &mut replayed] {
+            if step == 2 {
+                learner.opt.set_learning_rate(0.03);
+            }
+            if step == 3 {
+                learner.opt.set_grad_scale(4.)?;
+            }
+        }
+        eager.train()?;
+        match step {
+            4 => replayed.train()?,
+            _ => graph.launch().w()?,
+        }
+        assert_eq!(eager.state()?, replayed.state()?, "step {step}");
+    }
+    assert_eq!(replayed.opt.steps()?, 7);
+    Ok(())
+}
+
+/// Steps that measure are taken outside of the graph, the others replayed.
+#[test]
+fn measuring_steps_between_replays() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9, noise: 1.5 };
+    let params = ParamsSrkl { curvature, average: Some(0.9), ..ParamsSrkl::braked_adam() };
+    for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
+        let records = params.trust.is_none();
+        let mut eager = Learner::with(params.clone(), &device)?;
+        let mut replayed = Learner::with(params, &device)?;
+        eager.opt.record_norms(records);
+        replayed.opt.record_norms(records);
+        for _ in 0..2 {
+            eager.train()?;
+            replayed.train()?;
+        }
+        let (graph, captured) = capture(&device, || replayed.train())?;
+        captured?;
+        for step in 2..10 {
+            if step % 4 == 0 {
+                replayed.opt.request_measurement();
+                replayed.train()?;
+            } else {
+                graph.launch().w()?;
+            }
+            eager.train()?;
+            assert_eq!(eager.state()?, replayed.state()?, "step {step}");
+            let told = replayed.opt.telemetry()?;
+            assert_eq!(eager.opt.telemetry()?, told, "step {step}");
+            assert_eq!(told[0].step_norm.is_some(), records);
+        }
+        assert_eq!(eager.opt.measurements()?.taken, 4);
+        let grads = grads(replayed.vars.iter().map(|var| (var, var.ones_like().unwrap())));
+        let (_, refused) = capture(&device, || {
+            replayed.opt.request_measurement();
+            replayed.opt.step(&grads)
+        })?;
+        let error = refused.expect_err("a measurement in a capture").to_string();
+        assert!(error.contains("can't be captured"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_capture_cannot_have_is_named() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let (vars, mut opt) = model(&device)?;
+    step(&vars, &mut opt, 9)?;
+    let grads = grads(vars.iter().map(|var| (var, var.ones_like().unwrap())));
+    let before = state(&vars, &opt)?;
+    let expect = |result: Result<()>, text: &str| {
+        let error = result.expect_err(text).to_string();
+        assert!(error.contains(text), "{error}");
+    };
+    capture(&device, || {
+        expect(opt.steps().map(|_| ()), "being captured");
+        opt.set_learning_rate(0.01);
+        expect(opt.step(&grads), "settings have changed inside a capture");
+        opt.set_learning_rate(0.1);
+        opt.step(&grads)?;
+        expect(opt.step(&grads), "without one outside");
+        Ok(())
+    })?
+    .1?;
+    assert_eq!(state(&vars, &opt)?, before);
+
+    let on_cpu = var(&[1.], DType::F32)?;
+    let mut mixed = Srkl::new(vec![vars[0].clone(), on_cpu], ParamsSrkl::reference())?;
+    capture(&device, || {
+        expect(mixed.step(&grads), "several devices");
+        Ok(())
+    })?
+    .1
+}
+
+/// One launch and one copy, whatever the number of tensors; nothing is allocated, waited for or copied back.
+#[test]
+fn a_step_is_one_launch() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    for count in [1, 10, 3000, 100_000] {
+        let mut vars = vec![];
+        let mut store = grads([]);
+        for _ in 0..count {
+            let var = Var::from_tensor(&Tensor::ones(3, DType::F32, &device)?)?;
+            store.insert(&var, var.ones_like()?);
+            vars.push(var);
+        }
+        let mut opt = Srkl::new(vars, ParamsSrkl::reference())?;
+        opt.step(&store)?;
+        let (graph, captured) = capture(&device, || opt.step(&store))?;
+        captured?;
+        let expected = [("CU_GRAPH_NODE_TYPE_KERNEL", 1), ("CU_GRAPH_NODE_TYPE_MEMCPY", 1)];
+        assert_eq!(nodes(&graph), expected.map(|(k, n)| (k.to_string(), n)).into(), "{count}");
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_in_a_capture_is_refused() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    let w = Var::from_tensor(&Tensor::ones(100, DType::F32, &device)?)?;
+    let dropout = Dropout::new(0.5);
+    let loss = dropout.forward(&w, true)?.sum_all()?;
+    loss.backward()?;
+    let before = bits(&w.to_device(&Device::Cpu)?)?;
+    let refused = |result: Result<()>| {
+        assert_error(result, &["dropout", "capture", "repeat one mask"]);
+    };
+    let (_, outcome) = capture(&device, || {
+        refused(dropout.forward(&w, true).map(|_| ()));
+        // Where there is nothing to draw there is nothing to refuse.
+        dropout.forward(&w, false)?;
+        Dropout::new(0.).forward(&w, true)?;
+        Ok(())
+    })?;
+    outcome?;
+    let (_, outcome) = capture(&device, || {
+        refused(loss.backward().map(|_| ()));
+        Ok(())
+    })?;
+    outcome?;
+    assert_eq!(bits(&w.to_device(&Device::Cpu)?)?, before);
+    // Afterwards it goes on.
+    let kept = dropout.forward(&w, true)?.sum_all()?.to_scalar::<f32>()?;
+    assert!((40. ..160.).contains(&kept));
+    Ok(())
+}
