@@ -1,4 +1,5 @@
-//! Compiles the CUDA kernels with nvcc, for feature `cuda`.
+//! Compiles the CUDA kernels with nvcc, for feature `cuda`, and makes `abi.rs` of `kernels/abi.h` anew, for
+//! feature `bindgen`.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -35,6 +36,8 @@ const OLDEST_CUDA: u32 = 12;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    #[cfg(feature = "bindgen")]
+    abi();
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
@@ -47,6 +50,23 @@ fn main() {
     if let Err(message) = compile() {
         println!("cargo::error={message}");
     }
+}
+
+/// What `src/backend/cuda/abi.rs` must be, for `tests/abi.rs`.
+#[cfg(feature = "bindgen")]
+fn abi() {
+    println!("cargo::rerun-if-changed=kernels/abi.h");
+    let bindings = bindgen::builder()
+        .header("kernels/abi.h")
+        .allowlist_item("Srkl.*|SRKL_.*")
+        .derive_default(true)
+        .derive_partialeq(true)
+        .generate_comments(false)
+        .rust_target(env!("CARGO_PKG_RUST_VERSION").parse().unwrap())
+        .rust_edition(bindgen::RustEdition::Edition2024)
+        .generate()
+        .unwrap();
+    bindings.write_to_file(Path::new(&env::var_os("OUT_DIR").unwrap()).join("abi.rs")).unwrap();
 }
 
 fn compile() -> Result<(), String> {
