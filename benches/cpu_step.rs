@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Curvature, NonFinite, ParamsSrkl, Srkl};
+use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
 use criterion::{BenchmarkId, Criterion};
 use lists::List;
 use rayon::prelude::*;
@@ -124,8 +124,8 @@ const PLAIN_2: &str = "plain loop, 2 threads";
 
 /// Measures once, at the first step, or at every step.
 fn measured(params: ParamsSrkl, every: u64) -> ParamsSrkl {
-    let curvature = Curvature::Step { every, first: 1, decay: 0.95, noise: 2. };
-    ParamsSrkl { curvature, ..params }
+    let measure = Measure { every, first: 1, ..Measure::default() };
+    ParamsSrkl { measure, ..params }
 }
 
 fn main() -> anyhow::Result<()> {

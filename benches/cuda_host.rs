@@ -11,7 +11,7 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Measure, ParamsSrkl, Srkl};
 use clap::Parser;
 
 /// Counts the host's time of one optimizer step on the first CUDA device.
@@ -70,8 +70,8 @@ fn main() -> Result<()> {
 /// Braked Adam over as many parameters on the device, which has measured the curvature of `sum w^2 / 2` and measures
 /// no more, and these. It was measured on the CPU, so that there is an estimate also where kernels don't run.
 fn measured(tensors: usize, options: &Options, device: &Device) -> Result<(Srkl, Vec<Var>)> {
-    let curvature = Curvature::Step { every: u64::MAX, first: 1, decay: 0.95, noise: 2. };
-    let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+    let measure = Measure { every: u64::MAX, first: 1, ..Measure::default() };
+    let params = ParamsSrkl { measure, ..ParamsSrkl::braked_adam() };
     let mut on_cpu = vec![];
     for _ in 0..tensors {
         on_cpu.push(Var::ones(options.elements, DType::F32, &Device::Cpu)?);

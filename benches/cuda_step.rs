@@ -21,7 +21,7 @@ use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Curvature, NonFinite, ParamsSrkl, Srkl};
+use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
 use clap::Parser;
 use cudarc::driver::CudaStream;
 use cudarc::driver::sys::CUevent_flags;
@@ -141,7 +141,7 @@ fn settings(preset: &str, policy: &str) -> ParamsSrkl {
         "reference" => ParamsSrkl::reference(),
         // Measures at its first step alone.
         _ => ParamsSrkl {
-            curvature: Curvature::Step { every: u64::MAX, first: 1, decay: 0.95, noise: 2. },
+            measure: Measure { every: u64::MAX, first: 1, ..Measure::default() },
             ..ParamsSrkl::braked_adam()
         },
     };

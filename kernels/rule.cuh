@@ -116,26 +116,26 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
 
 // The direction of an element, and its state.
 template <typename C> struct Moments {
-    C decay1, one_minus_decay1_c, decay2, one_minus_decay2, c, scale_v, eps;
+    C decay1, one_minus_decay1_factor, decay2, one_minus_decay2, grad_factor, scale_v, eps;
 
     __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
         from_f64(p.decay1, decay1);
-        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.grad_factor), one_minus_decay1_c);
+        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.grad_factor), one_minus_decay1_factor);
         from_f64(p.decay2, decay2);
         from_f64(__dsub_rn(1., p.decay2), one_minus_decay2);
-        from_f64(decision.grad_factor, c);
+        from_f64(decision.grad_factor, grad_factor);
         from_f64(decision.scale_v, scale_v);
         from_f64(p.eps, eps);
     }
 
-    // `m <- mu m + (1 - mu) c g`
+    // `m <- mu m + (1 - mu) grad_factor g`
     __device__ C first_moment(C m, C g) const {
-        return canonical(mul_add(g, one_minus_decay1_c, mul(decay1, m)));
+        return canonical(mul_add(g, one_minus_decay1_factor, mul(decay1, m)));
     }
 
-    // `v <- beta2 v + (1 - beta2) (c g)^2`
+    // `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
     __device__ C second_moment(C v, C g) const {
-        g = mul(c, g);
+        g = mul(grad_factor, g);
         return canonical(mul_add(mul(one_minus_decay2, g), g, mul(decay2, v)));
     }
 
@@ -157,7 +157,7 @@ struct BlockStep {
     }
 };
 
-// The brake of an element with gradient `g`: of `(c g)^2`, or of `r^(1 - p) * R^p` with
+// The brake of an element with gradient `g`: of `(grad_factor g)^2`, or of `r^(1 - p) * R^p` with
 // `r = sqrt(row_scale * q)`.
 __device__ inline double element_phi(const BlockStep &block_step, double g, double q) {
     double curvature;

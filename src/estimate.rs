@@ -9,7 +9,7 @@ pub(crate) struct Estimate {
     /// `Step`: the average of H, uncorrected. `Hutchinson`: H squared, corrected.
     pub mean: f64,
     /// `Hutchinson`: the sum of q over the block, corrected, whatever the scope.
-    pub own: f64,
+    pub row_sum_sq: f64,
     /// The product of the average's decays: 1 before the first measurement.
     pub power: f64,
     /// `Step`: the average of half the squared differences of neighbouring measurements, uncorrected.
@@ -128,7 +128,7 @@ pub(crate) enum Left {
     /// The step was too small: there is none, and the next one measures.
     Lost,
     /// It says nothing, and there is what there was.
-    AsItWas,
+    Unchanged,
 }
 
 /// What a product with the Hessian came to.
@@ -155,7 +155,7 @@ impl Probe {
 impl Estimate {
     pub const NONE: Self = Self {
         mean: 0.,
-        own: 0.,
+        row_sum_sq: 0.,
         power: 1.,
         variance: 0.,
         entered: 0.,
@@ -208,36 +208,48 @@ impl Estimate {
 
     /// Whether a checkpoint may have it.
     pub fn is_valid(&self, curvature: Curvature) -> bool {
-        let Self { mean, own, power, in_average, .. } = *self;
+        let Self { mean, row_sum_sq, power, in_average, .. } = *self;
         let Self { variance, entered, curvature: h, last, lowest, highest, .. } = *self;
         // A block may have the rows of others alone.
-        let by_others = matches!(curvature, Curvature::Hutchinson { .. }) && own == 0.;
-        [mean, own, variance, entered, h, last, lowest, highest].iter().all(|number| *number >= 0.)
+        let by_others = matches!(curvature, Curvature::Hutchinson(_)) && row_sum_sq == 0.;
+        [mean, row_sum_sq, variance, entered, h, last, lowest, highest]
+            .iter()
+            .all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
             && (power < 1. || in_average == 0 || by_others)
     }
 
     /// As a checkpoint has it.
     pub fn to_text(self) -> String {
-        let Self { mean, own, power, variance, entered, curvature, last, .. } = self;
+        let Self { mean, row_sum_sq, power, variance, entered, curvature, last, .. } = self;
         let Self { lowest, highest, .. } = self;
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let (in_average, infinite, still) = (self.in_average, self.infinite as u8, self.still);
         format!(
-            "{mean:?} {own:?} {power:?} {variance:?} {entered:?} {curvature:?} {last:?} {lowest:?} {highest:?} \
+            "{mean:?} {row_sum_sq:?} {power:?} {variance:?} {entered:?} {curvature:?} {last:?} {lowest:?} {highest:?} \
              {in_average} {infinite} {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
             self.measured_at
         )
     }
 
     pub fn from_numbers(numbers: [f64; 18]) -> Self {
-        let [mean, own, power, variance, entered, curvature, last, lowest, highest, counts @ ..] =
-            numbers;
+        let [
+            mean,
+            row_sum_sq,
+            power,
+            variance,
+            entered,
+            curvature,
+            last,
+            lowest,
+            highest,
+            counts @ ..,
+        ] = numbers;
         let [in_average, infinite, still, measured_at, counts @ ..] = counts.map(|n| n as u64);
         let [taken, nonfinite, unmoved, uninformative, missing] = counts;
         Self {
             mean,
-            own,
+            row_sum_sq,
             power,
             variance,
             entered,
@@ -256,16 +268,16 @@ impl Estimate {
     /// From a checkpoint of version 1. What it has of curvature along steps was measured by another formula, and
     /// counts as nothing.
     pub fn from_version_1(numbers: [f64; 7], curvature: Curvature) -> Self {
-        let [mean, own, power, infinite, counts @ ..] = numbers;
+        let [mean, row_sum_sq, power, infinite, counts @ ..] = numbers;
         let [taken, nonfinite, uninformative] = counts.map(|count| count as u64);
-        if !matches!(curvature, Curvature::Hutchinson { .. }) {
+        if !matches!(curvature, Curvature::Hutchinson(_)) {
             return Self::NONE;
         }
         let last = mean.sqrt();
         let range = if taken > 0 { (last, last) } else { (f64::INFINITY, 0.) };
         Self {
             mean,
-            own,
+            row_sum_sq,
             power,
             curvature: last,
             last,

@@ -50,6 +50,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+mod averages;
 mod backend;
 mod block;
 mod builder;
@@ -68,13 +69,15 @@ mod schedule;
 mod state;
 mod telemetry;
 
+pub use averages::Averaged;
 pub use builder::SrklBuilder;
 pub use dropout::Dropout;
 pub use estimate::Measurements;
-pub use measuring::{Averaged, Perturbed};
+pub use measuring::Perturbed;
 pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{
-    Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
+    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
+    Repeatable, Scope, StepCurvature,
 };
 pub use telemetry::BlockTelemetry;
 

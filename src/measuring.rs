@@ -13,7 +13,7 @@ use crate::engine::{Perturbation, Remaining};
 use crate::estimate::{Left, Measurements};
 use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
-use crate::params::{Curvature, ParamsSrkl, Repeatable};
+use crate::params::{Curvature, Measure, ParamsSrkl, Repeatable};
 use crate::random;
 use crate::schedule::{MeasureSchedule, MeasureState};
 
@@ -242,6 +242,50 @@ impl Srkl {
         !measured && can && (requested || blind || asked < first || step_calls % every == 0)
     }
 
+    /// When curvature is measured; `None` if no group measures it.
+    pub fn measure(&self) -> Option<Measure> {
+        let measured = |params: &&ParamsSrkl| MeasureSchedule::of(params).is_some();
+        self.all
+            .groups
+            .iter()
+            .map(|group| &group.params)
+            .find(measured)
+            .map(|params| params.measure)
+    }
+
+    /// Replaces [`ParamsSrkl::measure`] of all groups, from the next step on.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{Measure, ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w], ParamsSrkl::braked_adam())?;
+    /// opt.set_measure(Measure { every: 50, ..Measure::default() })?;
+    /// assert_eq!(opt.measure().map(|measure| measure.every), Some(50));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A step that waits for its measurement, or settings out of range. The old ones stay.
+    pub fn set_measure(&mut self, measure: Measure) -> Result<()> {
+        self.refuse_pending()?;
+        measure.validate()?;
+        let old: Vec<Measure> = self.all.groups.iter().map(|group| group.params.measure).collect();
+        self.all.groups.iter_mut().for_each(|group| group.params.measure = measure);
+        if let Err(e) = self.upload_settings() {
+            for (group, old) in self.all.groups.iter_mut().zip(old) {
+                group.params.measure = old;
+            }
+            return Err(e);
+        }
+        self.measure_schedule =
+            MeasureSchedule::of_all(self.all.groups.iter().map(|group| &group.params))?;
+        Ok(())
+    }
+
     /// Makes the next step one that measures. For those who replay captured steps, which the optimizer does
     /// not see, and which can't measure. (Before replays ask [`Srkl::measuring`] too: it is true where a measurement
     /// has left no estimate.)
@@ -432,7 +476,7 @@ impl Srkl {
             any |= known;
             lost |= left == Some(Left::Lost);
             // A block without a direction has nothing to be measured by, and waits for the next time.
-            block.known = known || left == Some(Left::AsItWas);
+            block.known = known || left == Some(Left::Unchanged);
         }
         self.measure_state.blind = !any || lost;
     }
@@ -489,52 +533,5 @@ impl Drop for Perturbed<'_> {
             // Fails with its device alone.
             let _ = self.restore();
         }
-    }
-}
-
-/// Parameters are their averages while this lives: see [`Srkl::swap_averaged`]. Dropping it puts the training
-/// weights back, bit for bit.
-#[derive(Debug)]
-#[must_use = "dropping it puts the training weights back"]
-pub struct Averaged<'a> {
-    opt: &'a mut Srkl,
-}
-
-impl Drop for Averaged<'_> {
-    fn drop(&mut self) {
-        // Fails with its device alone.
-        let _ = self.opt.engine.restore(&mut self.opt.all);
-    }
-}
-
-impl Srkl {
-    /// Puts the averages ([`ParamsSrkl::average`]) in the place of the parameters, rounded to their dtype, until
-    /// the guard is dropped. A parameter that has not been stepped yet stays as it is.
-    ///
-    /// ```
-    /// # use candle_core::{Device, Var};
-    /// # use candle_srkl::{ParamsSrkl, Srkl};
-    /// # use candle_nn::Optimizer;
-    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
-    /// let params = ParamsSrkl { average: Some(0.98), ..ParamsSrkl::braked_adam() };
-    /// let mut opt = Srkl::new(vec![w.clone()], params)?;
-    /// opt.backward_step_with(|| w.sqr()?.sum_all())?;
-    /// {
-    ///     let _averaged = opt.swap_averaged()?;
-    ///     let validation = w.sqr()?.sum_all()?;
-    /// }
-    /// # Ok::<(), candle_core::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// No group with an average, or a step that waits for its measurement.
-    pub fn swap_averaged(&mut self) -> Result<Averaged<'_>> {
-        if !self.all.groups.iter().any(|group| group.params.average.is_some()) {
-            bail!("`swap_averaged`: no group has an average; set `average` in its settings")
-        }
-        self.refuse_pending()?;
-        self.engine.swap(&mut self.all)?;
-        Ok(Averaged { opt: self })
     }
 }

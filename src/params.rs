@@ -24,6 +24,7 @@ use candle_core::{Result, bail};
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct ParamsSrkl {
     /// Learning rate, the rule's alpha ("baseline velocity"): the brake `phi` on flat ground, where
     /// `H = 0`. Finite, 0 or above; the reference's is 1e-3. A group of `lr` 0 is frozen: its gradients are
@@ -37,6 +38,8 @@ pub struct ParamsSrkl {
     pub direction: Direction,
     /// What `H` is. The reference's is [`Curvature::GradSquare`].
     pub curvature: Curvature,
+    /// When curvature is measured, where it is. All groups that measure must agree in it.
+    pub measure: Measure,
     /// How strongly curvature brakes. The reference's is `Beta::Fixed(0.1)`.
     pub beta: Beta,
     /// Over which elements the curvature `H` is one number. The reference's is [`Scope::Tensor`].
@@ -72,7 +75,6 @@ pub struct ParamsSrkl {
     /// computes the same loss twice. Default [`Repeatable::Check`].
     ///
     /// [`Srkl::backward_step_with`]: crate::Srkl::backward_step_with
-    #[cfg_attr(feature = "serde", serde(default))]
     pub repeatable: Repeatable,
 }
 
@@ -109,12 +111,8 @@ pub enum Direction {
 /// What the curvature `H` is, and how it comes to be known.
 ///
 /// [`Step`](Self::Step) and [`Hutchinson`](Self::Hutchinson) measure it by a second gradient of the
-/// same batch, on each of the `first` steps and on every `every`-th after them:
-/// [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups of one optimizer
-/// may differ in `decay` and `noise`, but those that measure must agree in the kind, `every`, `first`, `delta` and
-/// `seed` (which can't be changed later where there are several). Steps are counted from 0, skipped ones too,
-/// and `every` divides the numbers of those that measure. A step that finds a parameter without an estimate makes
-/// the next one measure.
+/// same batch, when [`Measure`] says so: [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups
+/// of one optimizer that measure must agree in the kind.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -150,18 +148,7 @@ pub enum Curvature {
     /// higher than it began; without momentum choose `Beta::Tied(1.)`: see docs/curvature.md.
     ///
     /// Costs a second gradient on a step that measures.
-    Step {
-        /// Every how many steps it is measured. 1 or above.
-        every: u64,
-        /// How many steps from the first on measure. 1 or above.
-        first: u64,
-        /// Of the average. 0 or above and below 1.
-        decay: f64,
-        /// How much of the variance between measurements brakes. Finite, 0 or above. 2 is what a brake needs that has to
-        /// shrink the noise of batches itself (see docs/curvature.md); less leaves some of that to averaged weights, or
-        /// to a schedule.
-        noise: f64,
-    },
+    Step(StepCurvature),
     /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
     /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
     /// says what `H` is made of it. A first gradient that is not finite says nothing; a second one counts as
@@ -171,19 +158,67 @@ pub enum Curvature {
     ///
     /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q,
     /// 4 bytes a parameter.
-    Hutchinson {
-        /// Every how many steps it is measured. 1 or above.
-        every: u64,
-        /// How many steps from the first on measure. 1 or above.
-        first: u64,
-        /// Of the average. 0 or above and below 1.
-        decay: f64,
-        /// The size of the perturbation beside that of the parameters. Finite and above 0. 3e-3 suits
-        /// smooth networks, 1e-2 those of ReLU, and 1e-2 or more those that compute in bf16.
-        delta: f64,
-        /// Of the random vectors.
-        seed: u64,
-    },
+    Hutchinson(HutchinsonCurvature),
+}
+
+/// Settings of [`Curvature::Step`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct StepCurvature {
+    /// Of the average. 0 or above and below 1; default 0.99.
+    pub decay: f64,
+    /// How much of the variance between measurements brakes. Finite, 0 or above; default 2, which is what a brake needs
+    /// that has to shrink the noise of batches itself (see docs/curvature.md). Less leaves some of that to averaged
+    /// weights, or to a schedule.
+    pub noise: f64,
+}
+
+impl Default for StepCurvature {
+    fn default() -> Self {
+        Self { decay: 0.99, noise: 2. }
+    }
+}
+
+/// Settings of [`Curvature::Hutchinson`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct HutchinsonCurvature {
+    /// Of the average of squared row norms. 0 or above and below 1; default 0.95.
+    pub decay: f64,
+}
+
+impl Default for HutchinsonCurvature {
+    fn default() -> Self {
+        Self { decay: 0.95 }
+    }
+}
+
+/// When curvature is measured, and by which perturbations: of the whole optimizer, so all of its groups that measure have
+/// the same, and [`Srkl::set_measure`](crate::Srkl::set_measure) changes it for all of them.
+///
+/// On each of the `first` steps and on every `every`-th: steps are counted from 0, skipped ones too, and `every` divides
+/// the numbers of those that measure. A step that finds a parameter without an estimate makes the next one measure.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct Measure {
+    /// Every how many steps. 1 or above; default 20.
+    pub every: u64,
+    /// How many steps from the first on. 1 or above; default 10.
+    pub first: u64,
+    /// [`Curvature::Hutchinson`]: the size of the perturbation beside that of the parameters. Finite and above 0; default
+    /// 3e-3, which suits smooth networks. 1e-2 suits those of ReLU, and 1e-2 or more those that compute in bf16.
+    pub delta: f64,
+    /// [`Curvature::Hutchinson`]: of the random vectors. Default 0.
+    pub seed: u64,
+}
+
+impl Default for Measure {
+    fn default() -> Self {
+        Self { every: 20, first: 10, delta: 3e-3, seed: 0 }
+    }
 }
 
 /// The rule's kinetic sensitivity `beta`, in `phi = s * lr / (1 + beta * H)`.
@@ -285,6 +320,7 @@ impl ParamsSrkl {
             lr: 1e-3,
             direction: Direction::Gradient,
             curvature: Curvature::GradSquare,
+            measure: Measure::default(),
             beta: Beta::Fixed(0.1),
             scope: Scope::Tensor,
             trust: None,
@@ -307,7 +343,7 @@ impl ParamsSrkl {
         Self {
             lr: 10.,
             direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
-            curvature: Curvature::Step { every: 20, first: 10, decay: 0.99, noise: 2. },
+            curvature: Curvature::Step(StepCurvature::default()),
             beta: Beta::Tied(0.8),
             scope: Scope::Global,
             ..Self::reference()
@@ -320,7 +356,8 @@ impl ParamsSrkl {
     /// and every 50th step, decay 0.95, noise 1.
     pub fn braked_adam_averaged() -> Self {
         Self {
-            curvature: Curvature::Step { every: 50, first: 10, decay: 0.95, noise: 1. },
+            curvature: Curvature::Step(StepCurvature { decay: 0.95, noise: 1. }),
+            measure: Measure { every: 50, ..Measure::default() },
             beta: Beta::Tied(0.5),
             average: Some(0.98),
             ..Self::braked_adam()
@@ -344,13 +381,8 @@ impl ParamsSrkl {
     pub fn hessian() -> Self {
         Self {
             lr: 1.,
-            curvature: Curvature::Hutchinson {
-                every: 10,
-                first: 10,
-                decay: 0.95,
-                delta: 3e-3,
-                seed: 0,
-            },
+            curvature: Curvature::Hutchinson(HutchinsonCurvature::default()),
+            measure: Measure { every: 10, ..Measure::default() },
             beta: Beta::Tied(1.),
             scope: Scope::Mixed(0.5),
             ..Self::kinetic()
@@ -391,25 +423,26 @@ impl ParamsSrkl {
         }
         match self.curvature {
             Curvature::GradSquare => {}
-            Curvature::Step { every, first, decay, noise } => {
-                check_measured(every, first, decay)?;
+            Curvature::Step(StepCurvature { decay, noise }) => {
+                self.measure.validate()?;
+                check_decay("decay", decay)?;
                 check("noise", noise, Above::OrZero)?;
             }
-            Curvature::Hutchinson { every, first, decay, delta, .. } => {
-                check_measured(every, first, decay)?;
-                check("delta", delta, Above::Zero)?;
+            Curvature::Hutchinson(HutchinsonCurvature { decay }) => {
+                self.measure.validate()?;
+                check_decay("decay", decay)?;
             }
         }
         match (self.scope, self.curvature) {
-            (Scope::Element, Curvature::Step { .. }) => {
+            (Scope::Element, Curvature::Step(_)) => {
                 bail!("`scope`: `Curvature::Step` has `Scope::Tensor` or `Global`, got `Element`")
             }
-            (Scope::Mixed(p), Curvature::Hutchinson { .. })
+            (Scope::Mixed(p), Curvature::Hutchinson(_))
                 if !(0. ..=1.).contains(&p) || (8. * p).fract() != 0. =>
             {
                 bail!("`scope` (Scope::Mixed): expected a multiple of 1/8 from 0 to 1, got {p}")
             }
-            (Scope::Mixed(_), Curvature::Hutchinson { .. }) => {}
+            (Scope::Mixed(_), Curvature::Hutchinson(_)) => {}
             (Scope::Mixed(_), curvature) => {
                 bail!("`scope`: `Scope::Mixed` is for `Curvature::Hutchinson`, got {curvature:?}")
             }
@@ -422,11 +455,22 @@ impl ParamsSrkl {
     }
 }
 
+impl Measure {
+    pub(crate) fn validate(&self) -> Result<()> {
+        for (field, value) in [("every", self.every), ("first", self.first)] {
+            if value == 0 {
+                bail!("`{field}`: expected 1 or above, got 0")
+            }
+        }
+        check("delta", self.delta, Above::Zero)
+    }
+}
+
 /// What settings need of a step.
 impl ParamsSrkl {
     /// Whether curvature is measured along the step.
     pub(crate) fn measures_steps(&self) -> bool {
-        matches!(self.curvature, Curvature::Step { .. })
+        matches!(self.curvature, Curvature::Step(_))
     }
 
     /// Whether every element has its own brake.
@@ -437,7 +481,7 @@ impl ParamsSrkl {
     /// Whether parameters are kept while something else is in their place.
     #[cfg(feature = "cuda")]
     pub(crate) fn keeps_parameters(&self) -> bool {
-        self.average.is_some() || matches!(self.curvature, Curvature::Hutchinson { .. })
+        self.average.is_some() || matches!(self.curvature, Curvature::Hutchinson(_))
     }
 
     /// Whether a step needs sums over its gradients.
@@ -486,15 +530,6 @@ fn check_decay(field: &str, value: f64) -> Result<()> {
     Ok(())
 }
 
-fn check_measured(every: u64, first: u64, decay: f64) -> Result<()> {
-    for (field, value) in [("every", every), ("first", first)] {
-        if value == 0 {
-            bail!("`{field}`: expected 1 or above, got 0")
-        }
-    }
-    check_decay("decay", decay)
-}
-
 /// The lower end of a setting's range.
 pub(crate) enum Above {
     Zero,
@@ -535,5 +570,22 @@ mod tests {
         let json = serde_json::to_string(&params).unwrap();
         assert!(json.contains(r#""beta":{"Tied":0.5}"#), "{json}");
         assert_eq!(serde_json::from_str::<ParamsSrkl>(&json).unwrap(), params);
+    }
+
+    /// Fields that come later have a value in older files, and a misspelled one is no default in disguise.
+    #[test]
+    fn missing_fields_are_the_references_and_unknown_ones_errors() {
+        let read = serde_json::from_str::<ParamsSrkl>;
+        let json = r#"{"lr": 3.0, "curvature": {"Step": {"decay": 0.5}}, "measure": {"every": 7}}"#;
+        let expected = ParamsSrkl {
+            lr: 3.,
+            curvature: Curvature::Step(StepCurvature { decay: 0.5, ..Default::default() }),
+            measure: Measure { every: 7, ..Measure::default() },
+            ..ParamsSrkl::reference()
+        };
+        assert_eq!(read(json).unwrap(), expected);
+        for json in [r#"{"learning_rate": 3.0}"#, r#"{"measure": {"evry": 7}}"#] {
+            assert!(read(json).unwrap_err().to_string().contains("unknown field"), "{json}");
+        }
     }
 }

@@ -39,10 +39,12 @@ pub(crate) struct StepScalars {
 /// The numbers of one block's step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decision {
-    /// The gradient enters as `c * g`: unscaled and clipped.
-    pub c: f64,
-    /// The curvature `H`, or [`UNKNOWN`]; for [`Scope::Element`] that of the block, for its finiteness.
+    /// What the gradient is multiplied by: it enters unscaled and clipped.
+    pub grad_factor: f64,
+    /// The curvature `H`, where there is one; for [`Scope::Element`] that of the block, for its finiteness. (An `Option`
+    /// would take 8 bytes more, and there is a decision for every tensor.)
     pub curvature: f64,
+    pub has_curvature: bool,
     /// The brake `s * lr / (1 + beta * H)`; where elements have their own, what they make it from
     /// instead of `s * lr`.
     pub phi: f64,
@@ -52,12 +54,9 @@ pub(crate) struct Decision {
     pub small: bool,
 }
 
-/// The curvature of a block that has not been measured.
-pub(crate) const UNKNOWN: f64 = -1.;
-
-/// `H` of what has been measured, or [`UNKNOWN`].
-fn estimated_curvature(estimate: &Estimate) -> f64 {
-    estimate.curvature().unwrap_or(UNKNOWN)
+/// `H` of what has been measured, if anything has.
+fn estimated_curvature(estimate: &Estimate) -> Option<f64> {
+    estimate.curvature()
 }
 
 /// What a gradient is multiplied by, to unscale and clip it. A NaN norm makes it a NaN.
@@ -112,8 +111,8 @@ fn bias_correction(power: f64) -> f64 {
 #[derive(Clone, Copy)]
 pub(crate) struct Corrections {
     /// `1 / (1 - mu^t)` of the first moment, and of the second.
-    pub first: f64,
-    pub second: f64,
+    pub scale_m: f64,
+    pub scale_v: f64,
     /// `(1 - c) / (1 - c^t)` of the parameter's average.
     pub average: f64,
 }
@@ -123,40 +122,47 @@ impl Corrections {
     pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
         let powers = next_powers(powers, params);
         Self {
-            first: bias_correction(powers.first),
-            second: bias_correction(powers.second),
+            scale_m: bias_correction(powers.first),
+            scale_v: bias_correction(powers.second),
             average: params.average.map_or(0., |c| (1. - c) * bias_correction(powers.average)),
         }
     }
 }
 
-/// `own` are the block's sums, `total` those over all blocks, where `params` use them.
+/// `total` are the sums over all blocks, where `params` use them.
 pub(crate) fn decide(
     params: &ParamsSrkl,
     scalars: StepScalars,
-    own: &Sums,
+    block_sums: &Sums,
     total: &Sums,
     estimate: &Estimate,
 ) -> Decision {
-    let c = grad_factor(params, scalars, total);
+    let grad_factor = grad_factor(params, scalars, total);
     let lr = scalars.schedule * params.lr;
-    let mut finite = own.sum4.is_finite() && c > 0.;
+    let mut finite = block_sums.sum4.is_finite() && grad_factor > 0.;
     let (curvature, phi) = match params.curvature {
         Curvature::GradSquare => {
-            let sums = if params.scope == Scope::Global { total } else { own };
-            let curvature = sums.curvature(c);
+            let sums = if params.scope == Scope::Global { total } else { block_sums };
+            let curvature = sums.curvature(grad_factor);
             finite &= curvature.is_finite();
-            (curvature, brake(lr, params.beta_value(), curvature))
+            (Some(curvature), brake(lr, params.beta_value(), curvature))
         }
         _ => {
             let curvature = estimated_curvature(estimate);
             // Never a step into the blind; `adjust` may allow a small one.
-            let known = curvature != UNKNOWN && curvature.is_finite();
-            (curvature, if known { brake(lr, params.beta_value(), curvature) } else { 0. })
+            let known = curvature.filter(|curvature| curvature.is_finite());
+            (curvature, known.map_or(0., |curvature| brake(lr, params.beta_value(), curvature)))
         }
     };
     let phi = if params.has_element_brakes() && phi != 0. { lr } else { phi };
-    Decision { c, curvature, phi, finite, small: false }
+    Decision {
+        grad_factor,
+        curvature: curvature.unwrap_or(0.),
+        has_curvature: curvature.is_some(),
+        phi,
+        finite,
+        small: false,
+    }
 }
 
 /// Whether `policy` lets a block with this decision be stepped.
@@ -166,7 +172,7 @@ pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
 
 /// Whether there is an estimate to go by, where curvature is measured.
 pub(crate) fn is_known(decision: &Decision) -> bool {
-    (0. ..f64::INFINITY).contains(&decision.curvature)
+    decision.has_curvature && (0. ..f64::INFINITY).contains(&decision.curvature)
 }
 
 /// What a decision needs of the directions: sums of `d^2` (of `(phi d)^2` where elements have their own
@@ -228,17 +234,17 @@ pub(crate) fn adjust(
 pub(crate) struct Moments<C> {
     pub direction: Direction,
     pub decay1: C,
-    /// `(1 - decay1) * c`
-    pub one_minus_decay1_c: C,
+    /// `(1 - decay1) * grad_factor`
+    pub one_minus_decay1_factor: C,
     pub decay2: C,
     pub one_minus_decay2: C,
-    pub c: C,
-    pub correction2: C,
+    pub grad_factor: C,
+    pub scale_v: C,
     pub eps: C,
 }
 
 impl<C: Real> Moments<C> {
-    pub fn new(params: &ParamsSrkl, c: f64, correction2: f64) -> Self {
+    pub fn new(params: &ParamsSrkl, grad_factor: f64, scale_v: f64) -> Self {
         let (decay1, decay2, eps) = match params.direction {
             Direction::Gradient => (0., 0., 0.),
             Direction::Momentum { mu } => (mu, 0., 0.),
@@ -247,32 +253,32 @@ impl<C: Real> Moments<C> {
         Self {
             direction: params.direction,
             decay1: C::from_f64(decay1),
-            one_minus_decay1_c: C::from_f64((1. - decay1) * c),
+            one_minus_decay1_factor: C::from_f64((1. - decay1) * grad_factor),
             decay2: C::from_f64(decay2),
             one_minus_decay2: C::from_f64(1. - decay2),
-            c: C::from_f64(c),
-            correction2: C::from_f64(correction2),
+            grad_factor: C::from_f64(grad_factor),
+            scale_v: C::from_f64(scale_v),
             eps: C::from_f64(eps),
         }
     }
 
-    /// `m <- mu m + (1 - mu) c g`
+    /// `m <- mu m + (1 - mu) grad_factor g`
     #[inline(always)]
     pub fn first_moment(&self, m: C, g: C) -> C {
-        g.mul_add(self.one_minus_decay1_c, self.decay1.mul(m)).canonical()
+        g.mul_add(self.one_minus_decay1_factor, self.decay1.mul(m)).canonical()
     }
 
-    /// `v <- beta2 v + (1 - beta2) (c g)^2`
+    /// `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
     #[inline(always)]
     pub fn second_moment(&self, v: C, g: C) -> C {
-        let g = self.c.mul(g);
+        let g = self.grad_factor.mul(g);
         self.one_minus_decay2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
     }
 
     /// `P = sqrt(v / (1 - beta2^t)) + eps`
     #[inline(always)]
     pub fn denom(&self, v: C) -> C {
-        self.correction2.mul(v).sqrt().add(self.eps)
+        self.scale_v.mul(v).sqrt().add(self.eps)
     }
 }
 
@@ -286,8 +292,8 @@ pub(crate) struct ElementBrake {
 
 #[derive(Clone, Copy)]
 pub(crate) enum ElementCurvature {
-    /// `(c g)^2`
-    GradSquare { c: f64 },
+    /// `(grad_factor g)^2`
+    GradSquare { grad_factor: f64 },
     /// `r^(own / 8) * shared` with `r = sqrt(correction * q)`
     Rows { correction: f64, own: u32, shared: f64 },
 }
@@ -297,7 +303,7 @@ fn row_curvature(estimate: &Estimate, shared: u32) -> ElementCurvature {
     ElementCurvature::Rows {
         correction: bias_correction(estimate.power),
         own: 8 - shared,
-        shared: eighths(estimate.own.sqrt(), shared),
+        shared: eighths(estimate.row_sum_sq.sqrt(), shared),
     }
 }
 
@@ -309,8 +315,8 @@ impl ElementBrake {
             return 0.;
         }
         let curvature = match self.curvature {
-            ElementCurvature::GradSquare { c } => {
-                let d = c * g;
+            ElementCurvature::GradSquare { grad_factor } => {
+                let d = grad_factor * g;
                 d * d
             }
             ElementCurvature::Rows { correction, own, shared } => {
@@ -324,7 +330,7 @@ impl ElementBrake {
 /// The factor from what [`Moments`] give to the direction: clipping and unscaling of a gradient, the bias correction of a
 /// first moment.
 fn direction_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
-    if params.direction == Direction::Gradient { decision.c } else { corrections.first }
+    if params.direction == Direction::Gradient { decision.grad_factor } else { corrections.scale_m }
 }
 
 /// The numbers of one block's update.
@@ -347,16 +353,18 @@ impl<C: Real> Coefficients<C> {
         estimate: &Estimate,
     ) -> Self {
         let beta = params.beta_value();
-        let Decision { c, phi, .. } = *decision;
+        let Decision { grad_factor, phi, .. } = *decision;
         let corrections = Corrections::new(params, powers);
         let element = match (params.scope, params.curvature) {
-            (Scope::Element, Curvature::GradSquare) => Some(ElementCurvature::GradSquare { c }),
+            (Scope::Element, Curvature::GradSquare) => {
+                Some(ElementCurvature::GradSquare { grad_factor })
+            }
             (Scope::Element, _) => Some(row_curvature(estimate, 0)),
             (Scope::Mixed(p), _) => Some(row_curvature(estimate, (8. * p) as u32)),
             _ => None,
         };
         Self {
-            moments: Moments::new(params, c, corrections.second),
+            moments: Moments::new(params, grad_factor, corrections.scale_v),
             scale: direction_scale(params, decision, &corrections),
             phi,
             weight_decay: params.weight_decay,
@@ -508,7 +516,7 @@ pub(crate) fn observe_step(
     let finite = [change, step, direction, bound, metric].iter().all(|sum| sum.is_finite());
     if direction == 0. {
         estimate.counts.uninformative += 1;
-        return Left::AsItWas;
+        return Left::Unchanged;
     }
     if finite && (step == 0. || change == 0. && estimate.in_average == 0 && small) {
         let Estimate { last, lowest, highest, measured_at, counts, still, .. } = *estimate;
@@ -533,7 +541,7 @@ pub(crate) fn observe_rows(estimate: &mut Estimate, probe: Probe, squared: f64, 
     match probe {
         Probe::Nothing => {
             estimate.counts.uninformative += 1;
-            return Left::AsItWas;
+            return Left::Unchanged;
         }
         Probe::Finite if squared.is_finite() => {
             estimate.mean = squared;

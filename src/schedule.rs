@@ -2,7 +2,7 @@
 
 use candle_core::{Result, bail};
 
-use crate::params::{Curvature, ParamsSrkl};
+use crate::params::{Curvature, Measure, ParamsSrkl};
 
 /// When an optimizer measures, from the settings of its groups.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,12 +15,11 @@ pub(crate) struct MeasureSchedule {
 
 impl MeasureSchedule {
     pub fn of(params: &ParamsSrkl) -> Option<Self> {
+        let Measure { every, first, delta, seed } = params.measure;
         match params.curvature {
             Curvature::GradSquare => None,
-            Curvature::Step { every, first, .. } => Some(Self { every, first, probe: None }),
-            Curvature::Hutchinson { every, first, delta, seed, .. } => {
-                Some(Self { every, first, probe: Some((delta, seed)) })
-            }
+            Curvature::Step(_) => Some(Self { every, first, probe: None }),
+            Curvature::Hutchinson(_) => Some(Self { every, first, probe: Some((delta, seed)) }),
         }
     }
 
@@ -28,13 +27,13 @@ impl MeasureSchedule {
     ///
     /// Two groups that measure, but not alike.
     pub fn of_all<'a>(groups: impl Iterator<Item = &'a ParamsSrkl>) -> Result<Option<Self>> {
-        let mut plans = groups.filter_map(Self::of);
-        let Some(plan) = plans.next() else { return Ok(None) };
-        match plans.find(|other| *other != plan) {
-            None => Ok(Some(plan)),
+        let mut schedules = groups.filter_map(Self::of);
+        let Some(schedule) = schedules.next() else { return Ok(None) };
+        match schedules.find(|other| *other != schedule) {
+            None => Ok(Some(schedule)),
             Some(_) => bail!(
-                "`curvature`: groups that measure must agree in the kind, `every`, `first`, `delta` and \
-                 `seed`"
+                "`curvature`, `measure`: groups that measure must agree in the kind, `every`, `first`, `delta` \
+                 and `seed`"
             ),
         }
     }

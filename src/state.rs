@@ -31,7 +31,7 @@ pub(crate) fn has_state(params: &ParamsSrkl, name: &str) -> bool {
         "m" => params.direction != Direction::Gradient,
         "v" => matches!(params.direction, Direction::Adam { .. }),
         "average" => params.average.is_some(),
-        "q" => matches!(params.curvature, Curvature::Hutchinson { .. }),
+        "q" => matches!(params.curvature, Curvature::Hutchinson(_)),
         _ => false,
     }
 }

@@ -4,7 +4,6 @@ use candle_core::Result;
 
 use crate::backend::Last;
 use crate::optimizer::Srkl;
-use crate::rule::UNKNOWN;
 
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
 #[derive(Clone, Debug, PartialEq)]
@@ -64,7 +63,7 @@ impl Srkl {
                 name: block.name.clone(),
                 tied: block.tied.clone(),
                 group: group.name.clone(),
-                curvature: shared.map(|last| last.curvature).filter(|h| *h != UNKNOWN),
+                curvature: shared.and_then(|last| last.curvature),
                 phi: shared.map(|last| last.phi),
                 estimate_age: estimate.age(now),
                 grad_norm: norms.map(|[grad, _]| grad),

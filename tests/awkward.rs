@@ -5,7 +5,9 @@ mod common;
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
-use candle_srkl::{Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{
+    Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl, StepCurvature,
+};
 use common::*;
 
 fn steep() -> ParamsSrkl {
@@ -132,7 +134,7 @@ fn a_gradient_shared_by_two_parameters() -> Result<()> {
 #[test]
 fn settings_out_of_range_are_named() -> Result<()> {
     let reference = ParamsSrkl::reference;
-    let noise = |noise| Curvature::Step { every: 1, first: 1, decay: 0., noise };
+    let noise = |noise| Curvature::Step(StepCurvature { decay: 0., noise });
     let cases = [
         ("`lr`", ParamsSrkl { lr: -1., ..reference() }),
         ("`lr`", ParamsSrkl { lr: -1e-300, ..reference() }),

@@ -12,7 +12,8 @@ mod common;
 
 use candle_core::{Device, Result};
 use candle_srkl::{
-    Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope,
+    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
+    Repeatable, Scope, StepCurvature,
 };
 use common::training::{Kind, Left, STEPS, train};
 use twox_hash::XxHash3_128;
@@ -22,8 +23,9 @@ const SIZES: [usize; 14] = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 16_385, 5, 40
 
 /// The suite: a name for each, which is its line in the file.
 fn suite() -> Vec<(String, ParamsSrkl)> {
-    let step = Curvature::Step { every: 3, first: 2, decay: 0.9, noise: 1.5 };
-    let rows = Curvature::Hutchinson { every: 3, first: 2, decay: 0.9, delta: 1e-2, seed: 5 };
+    let step = Curvature::Step(StepCurvature { decay: 0.9, noise: 1.5 });
+    let rows = Curvature::Hutchinson(HutchinsonCurvature { decay: 0.9 });
+    let measure = Measure { every: 3, first: 2, delta: 1e-2, seed: 5 };
     let (gradient, momentum) = (Direction::Gradient, Direction::Momentum { mu: 0.9 });
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
     let rules = [
@@ -54,6 +56,7 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
                 lr: 0.5,
                 direction,
                 curvature,
+                measure,
                 scope,
                 beta: if case % 3 == 0 { Beta::Fixed(0.3) } else { Beta::Tied(0.5) },
                 trust: (case % 2 == variant % 2).then_some(0.05),
@@ -78,8 +81,9 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
     for (every, decay, noise) in
         [(u64::MAX, 0.99, 0.), (5, 1. - f64::EPSILON / 2., 3.), (7, 0., 2.)]
     {
-        let curvature = Curvature::Step { every, first: 4, decay, noise };
-        let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+        let curvature = Curvature::Step(StepCurvature { decay, noise });
+        let measure = Measure { every, first: 4, ..Measure::default() };
+        let params = ParamsSrkl { curvature, measure, ..ParamsSrkl::braked_adam() };
         suite.push((format!("step, every {every}, decay {decay:?}, noise {noise}"), params));
     }
     suite

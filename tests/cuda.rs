@@ -23,7 +23,8 @@ use candle_core::cuda_backend::CudaStorage;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope, Srkl,
+    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
+    Repeatable, Scope, Srkl, StepCurvature,
 };
 use common::cuda::{model, state, step};
 use common::training::{assert_same, train};
@@ -130,8 +131,9 @@ fn the_same_bits_on_several_devices() -> Result<()> {
 /// Every direction, curvature and scope, each with every policy, with and without trust clip, clipping and
 /// average.
 fn measuring_settings() -> Vec<ParamsSrkl> {
-    let step = Curvature::Step { every: 3, first: 2, decay: 0.9, noise: 1.5 };
-    let rows = Curvature::Hutchinson { every: 3, first: 2, decay: 0.9, delta: 1e-2, seed: 5 };
+    let step = Curvature::Step(StepCurvature { decay: 0.9, noise: 1.5 });
+    let rows = Curvature::Hutchinson(HutchinsonCurvature { decay: 0.9 });
+    let measure = Measure { every: 3, first: 2, delta: 1e-2, seed: 5 };
     let momentum = Direction::Momentum { mu: 0.9 };
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
     let cases = [
@@ -154,6 +156,7 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
                 lr: 0.5,
                 direction,
                 curvature,
+                measure,
                 scope,
                 beta: Beta::Tied(0.5),
                 trust: (case % 2 == variant % 2).then_some(0.05),

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Curvature, Dropout, ParamsSrkl, Srkl};
+use candle_srkl::{Curvature, Dropout, Measure, ParamsSrkl, Srkl, StepCurvature};
 use common::cuda::{model, state, step};
 use common::*;
 use cudarc::driver::CudaGraph;
@@ -152,8 +152,12 @@ fn measuring_steps_between_replays() -> Result<()> {
     let _turn = turn();
     let device = capturable()?;
     let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
-    let curvature = Curvature::Step { every: 4, first: 2, decay: 0.9, noise: 1.5 };
-    let params = ParamsSrkl { curvature, average: Some(0.9), ..ParamsSrkl::braked_adam() };
+    let params = ParamsSrkl {
+        curvature: Curvature::Step(StepCurvature { decay: 0.9, noise: 1.5 }),
+        measure: Measure { every: 4, first: 2, ..Measure::default() },
+        average: Some(0.9),
+        ..ParamsSrkl::braked_adam()
+    };
     for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
         let records = params.trust.is_none();
         let mut eager = Learner::with(params.clone(), &device)?;

@@ -8,7 +8,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
-use candle_srkl::{Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{
+    Beta, Curvature, Direction, MasterWeights, Measure, NonFinite, ParamsSrkl, Scope, Srkl,
+    StepCurvature,
+};
 use common::*;
 
 const MOMENTUM: Direction = Direction::Momentum { mu: 0.9 };
@@ -559,13 +562,14 @@ fn state(varmap: &VarMap, opt: &mut Srkl) -> Result<String> {
 #[test]
 fn resumed_runs_have_the_bits_of_uninterrupted_ones() -> Result<()> {
     let average = Some(0.9);
-    let tensors = Curvature::Step { every: 3, first: 2, decay: 0.8, noise: 2. };
+    let tensors = Curvature::Step(StepCurvature { decay: 0.8, noise: 2. });
+    let measure = Measure { every: 3, first: 2, ..Measure::default() };
     let settings = [
         ParamsSrkl { average, ..steep(MOMENTUM) },
         ParamsSrkl { scope: Scope::Element, ..steep(ADAM) },
         ParamsSrkl { average, ..ParamsSrkl::braked_adam() },
         ParamsSrkl { average, weight_decay: 0.1, ..ParamsSrkl::kinetic() },
-        ParamsSrkl { curvature: tensors, scope: Scope::Tensor, ..ParamsSrkl::kinetic() },
+        ParamsSrkl { curvature: tensors, measure, scope: Scope::Tensor, ..ParamsSrkl::kinetic() },
         ParamsSrkl { average, ..ParamsSrkl::hessian() },
         ParamsSrkl { scope: Scope::Element, ..ParamsSrkl::hessian() },
         ParamsSrkl { scope: Scope::Global, direction: ADAM, ..ParamsSrkl::hessian() },

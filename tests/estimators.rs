@@ -6,7 +6,10 @@ use approx::{abs_diff_eq, abs_diff_ne};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Beta, Curvature, Direction, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{
+    Beta, Curvature, Direction, HutchinsonCurvature, Measure, ParamsSrkl, Scope, Srkl,
+    StepCurvature,
+};
 use common::*;
 
 struct Network {
@@ -120,7 +123,8 @@ fn hutchinson(decay: f64, scope: Scope) -> ParamsSrkl {
     ParamsSrkl {
         lr: 10.,
         beta: Beta::Fixed(2.),
-        curvature: Curvature::Hutchinson { every: 1, first: 1, decay, delta: 1e-6, seed: 11 },
+        curvature: Curvature::Hutchinson(HutchinsonCurvature { decay }),
+        measure: Measure { every: 1, first: 1, delta: 1e-6, seed: 11 },
         scope,
         ..ParamsSrkl::reference()
     }
@@ -302,7 +306,8 @@ fn along(decay: f64, scope: Scope, direction: Direction) -> ParamsSrkl {
         lr: 0.5,
         direction,
         beta: Beta::Tied(0.5),
-        curvature: Curvature::Step { every: 1, first: 1, decay, noise: 2. },
+        curvature: Curvature::Step(StepCurvature { decay, noise: 2. }),
+        measure: Measure { every: 1, first: 1, ..Measure::default() },
         scope,
         ..ParamsSrkl::reference()
     }
@@ -478,8 +483,11 @@ fn the_average_in_numbers() -> Result<()> {
 fn a_measurement_weighs_by_the_steps_it_stands_for() -> Result<()> {
     let (every, first, decay) = (4, 3, 0.25);
     let w = var(&[3.], DType::F64)?;
-    let curvature = Curvature::Step { every, first, decay, noise: 0.7 };
-    let params = ParamsSrkl { curvature, ..along(decay, Scope::Global, Direction::Gradient) };
+    let params = ParamsSrkl {
+        curvature: Curvature::Step(StepCurvature { decay, noise: 0.7 }),
+        measure: Measure { every, first, ..Measure::default() },
+        ..along(decay, Scope::Global, Direction::Gradient)
+    };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     // The measurements, and what each leaves of those before.
     let (mut measured, mut left, mut before) = (vec![], vec![], 0);
@@ -526,8 +534,11 @@ fn measurements_that_are_never_due_again() -> Result<()> {
         (u64::MAX, nearest_1),
     ] {
         let w = var(&[3.], DType::F64)?;
-        let curvature = Curvature::Step { every, first: 3, decay, noise: 0. };
-        let params = ParamsSrkl { curvature, ..along(0., Scope::Global, Direction::Gradient) };
+        let params = ParamsSrkl {
+            curvature: Curvature::Step(StepCurvature { decay, noise: 0. }),
+            measure: Measure { every, first: 3, ..Measure::default() },
+            ..along(0., Scope::Global, Direction::Gradient)
+        };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for h in [1., 2., 3.] {
             step_on(h, &w, &mut opt)?;
@@ -541,9 +552,10 @@ fn measurements_that_are_never_due_again() -> Result<()> {
 /// A decay of 0 remembers nothing, however far apart measurements are.
 #[test]
 fn no_memory() -> Result<()> {
-    let curvature = Curvature::Step { every: 20, first: 5, decay: 0., noise: 2. };
+    let curvature = StepCurvature { decay: 0., noise: 2. };
+    let measure = Measure { every: 20, first: 5, ..Measure::default() };
     let hs = [1., 5., 3., 4., 2.];
-    for (told, h) in without_brake(curvature, 0.1, &hs)?.into_iter().zip(hs) {
+    for (told, h) in without_brake(curvature, measure, 0.1, &hs)?.into_iter().zip(hs) {
         assert_close(told, h, 1e-12);
     }
     Ok(())
@@ -552,18 +564,25 @@ fn no_memory() -> Result<()> {
 /// A variance that is beyond f64 does not brake where none should.
 #[test]
 fn no_noise() -> Result<()> {
-    let curvature = Curvature::Step { every: 1, first: 1, decay: 0.999_999, noise: 0. };
+    let curvature = StepCurvature { decay: 0.999_999, noise: 0. };
+    let measure = Measure { every: 1, first: 1, ..Measure::default() };
     let hs = [[4e153; 20].as_slice(), &[2.39e154]].concat();
-    let told = without_brake(curvature, 1e-30, &hs)?;
+    let told = without_brake(curvature, measure, 1e-30, &hs)?;
     assert_close(told[20] / 1e153, (20. * 4. + 23.9) / 21., 1e-3);
     Ok(())
 }
 
 /// What is told of these curvatures, measured on steps of `lr`.
-fn without_brake(curvature: Curvature, lr: f64, hs: &[f64]) -> Result<Vec<f64>> {
+fn without_brake(
+    curvature: StepCurvature,
+    measure: Measure,
+    lr: f64,
+    hs: &[f64],
+) -> Result<Vec<f64>> {
+    let curvature = Curvature::Step(curvature);
     let w = var(&[100. * lr], DType::F64)?;
     let params = along(0., Scope::Global, Direction::Gradient);
-    let params = ParamsSrkl { curvature, lr, beta: Beta::Fixed(0.), ..params };
+    let params = ParamsSrkl { curvature, measure, lr, beta: Beta::Fixed(0.), ..params };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     let mut told = vec![];
     for &h in hs {

@@ -10,7 +10,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Beta, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl, Repeatable, Scope, Srkl,
+    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
+    Repeatable, Scope, Srkl, StepCurvature,
 };
 use common::*;
 use half::{bf16, f16};
@@ -19,7 +20,8 @@ fn along(every: u64, first: u64) -> ParamsSrkl {
     ParamsSrkl {
         lr: 10.,
         beta: Beta::Tied(0.5),
-        curvature: Curvature::Step { every, first, decay: 0., noise: 2. },
+        curvature: Curvature::Step(StepCurvature { decay: 0., noise: 2. }),
+        measure: Measure { every, first, ..Measure::default() },
         scope: Scope::Global,
         // Tests of the check say so.
         repeatable: Repeatable::Assume,
@@ -31,7 +33,8 @@ fn hutchinson(every: u64, first: u64) -> ParamsSrkl {
     ParamsSrkl {
         lr: 10.,
         beta: Beta::Tied(1.),
-        curvature: Curvature::Hutchinson { every, first, decay: 0., delta: 3e-3, seed: 5 },
+        curvature: Curvature::Hutchinson(HutchinsonCurvature { decay: 0. }),
+        measure: Measure { every, first, delta: 3e-3, seed: 5 },
         repeatable: Repeatable::Assume,
         ..ParamsSrkl::reference()
     }
@@ -707,9 +710,8 @@ fn the_perturbation_is_taken_back() -> Result<()> {
                     vars.remove(1);
                 }
                 // With bf16 alone a small perturbation is lost.
-                let curvature =
-                    Curvature::Hutchinson { every: 1, first: 1, decay: 0., delta: 0.1, seed: 5 };
-                let params = ParamsSrkl { curvature, master_weights: masters, ..hutchinson(1, 1) };
+                let measure = Measure { delta: 0.1, ..hutchinson(1, 1).measure };
+                let params = ParamsSrkl { measure, master_weights: masters, ..hutchinson(1, 1) };
                 let mut opt = Srkl::new(vars.clone(), params)?;
                 let before = all_bits(&vars, &opt)?;
                 let loss = || vars[0].sqr()?.sum_all();
@@ -818,8 +820,8 @@ fn what_says_nothing() -> Result<()> {
     assert_eq!(counts(&opt)?, [2, 0, 0, 1]);
     assert!(opt.telemetry()?[0].phi.is_some_and(|phi| phi > 0.));
 
-    let curvature = Curvature::Step { every: 1, first: 1, decay: 0., noise: 2. };
-    let params = ParamsSrkl { curvature, ..ParamsSrkl::braked_adam() };
+    let ParamsSrkl { curvature, measure, .. } = along(1, 1);
+    let params = ParamsSrkl { curvature, measure, ..ParamsSrkl::braked_adam() };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     for _ in 0..3 {
         opt.step(&gradient(1e30, 1.)?)?;
@@ -920,7 +922,7 @@ fn large_blocks_on_any_number_of_threads() -> Result<()> {
             Ok(grads([(&vars[0], of(0)?), (&vars[1], of(1)?)]))
         };
         let mut opt = Srkl::new(vars.clone(), params.clone())?;
-        let probes = matches!(params.curvature, Curvature::Hutchinson { .. });
+        let probes = matches!(params.curvature, Curvature::Hutchinson(_));
         for step in 0..3 {
             let (first, again) = (gradients(10 * step)?, gradients(10 * step + 5)?);
             if probes {
@@ -948,5 +950,45 @@ fn large_blocks_on_any_number_of_threads() -> Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+/// When curvature is measured belongs to the optimizer: it is changed for all groups at once, and for none if
+/// something is wrong.
+#[test]
+fn measure_is_changed_for_all_groups() -> Result<()> {
+    let vars = [var(&[1.], DType::F32)?, var(&[2.], DType::F32)?];
+    let params = along(100, 1);
+    let mut opt = Srkl::builder()
+        .default_group(ParamsSrkl { weight_decay: 0.1, ..params.clone() })
+        .group("other", params.clone(), |name, _| name == "1")
+        .build(vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone())))?;
+    let mut measured = vec![];
+    for step in 0..12 {
+        if step == 4 {
+            let error = opt.set_measure(Measure { every: 0, ..params.measure }).unwrap_err();
+            assert!(error.to_string().contains("`every`"), "{error}");
+            assert_eq!(opt.measure(), Some(params.measure));
+            opt.set_measure(Measure { every: 3, ..params.measure })?;
+        }
+        if opt.measuring() {
+            measured.push(step);
+        }
+        opt.backward_step_with(|| vars[0].sqr()? + vars[1].sqr()?)?;
+    }
+    assert_eq!(measured, [0, 6, 9]);
+    for group in ["default", "other"] {
+        assert_eq!(opt.params(group).map(|params| params.measure.every), Some(3), "{group}");
+    }
+
+    // One group alone can't leave the others.
+    let alone = ParamsSrkl { measure: Measure { every: 5, ..params.measure }, ..params.clone() };
+    assert_error(opt.set_params("other", alone), &["agree", "`every`"]);
+    assert!(opt.measuring(), "step 12");
+    opt.step(&grads([(&vars[0], vars[0].ones_like()?)]))?;
+    assert_error(opt.set_measure(params.measure), &["waits for `observe`"]);
+
+    let reference = Srkl::new(vec![vars[0].clone()], ParamsSrkl::reference())?;
+    assert_eq!(reference.measure(), None);
     Ok(())
 }

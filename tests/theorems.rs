@@ -8,15 +8,18 @@ mod common;
 use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result};
 use candle_nn::Optimizer;
-use candle_srkl::{Beta, Curvature, Direction, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{
+    Beta, Curvature, Direction, HutchinsonCurvature, Measure, ParamsSrkl, Scope, Srkl,
+    StepCurvature,
+};
 use common::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 /// Hutchinson's estimate on each step, from that step's product alone. On a quadratic the difference of
 /// two gradients is the product for any `delta`, and a large one leaves the least rounding.
-const FRESH: Curvature =
-    Curvature::Hutchinson { every: 1, first: 1, decay: 0., delta: 1., seed: 7 };
+const FRESH: Curvature = Curvature::Hutchinson(HutchinsonCurvature { decay: 0. });
+const FRESH_MEASURE: Measure = Measure { every: 1, first: 1, delta: 1., seed: 7 };
 
 /// Positive numbers, as many small as large ones.
 fn decades(from: f64, to: f64) -> impl Strategy<Value = f64> + Clone {
@@ -69,6 +72,7 @@ fn elementwise(
         lr,
         beta: Beta::Fixed(beta),
         curvature: FRESH,
+        measure: FRESH_MEASURE,
         scope: Scope::Element,
         ..ParamsSrkl::reference()
     };
@@ -182,14 +186,9 @@ fn settled(quadratic: &Quadratic, lr: f64, scope: Scope) -> Result<Srkl> {
     let params = ParamsSrkl {
         lr,
         scope,
-        curvature: Curvature::Hutchinson {
-            every: 1 << 40,
-            first: PROBES,
-            // Without a decay to speak of the average weighs all alike.
-            decay: 1. - 1e-9,
-            delta: 1.,
-            seed: 3,
-        },
+        // Without a decay to speak of the average weighs all alike.
+        curvature: Curvature::Hutchinson(HutchinsonCurvature { decay: 1. - 1e-9 }),
+        measure: Measure { every: 1 << 40, first: PROBES, delta: 1., seed: 3 },
         ..ParamsSrkl::reference()
     };
     let mut opt = Srkl::new(quadratic.vars.clone(), params)?;
@@ -471,8 +470,8 @@ proptest! {
 
 // -- P6: the curvature along the steps --
 
-/// As in the presets.
-const ALONG: Curvature = Curvature::Step { every: 20, first: 10, decay: 0.99, noise: 2. };
+/// As in the presets, with their [`Measure`], the default.
+const ALONG: Curvature = Curvature::Step(StepCurvature { decay: 0.99, noise: 2. });
 
 /// The loss after 500 steps, and the largest distance from the minimum on the way, both relative to the
 /// start.
@@ -522,7 +521,8 @@ proptest! {
         let params = ParamsSrkl {
             lr,
             beta: Beta::Tied(1.),
-            curvature: Curvature::Step { every: 1, first: 1, decay: 0., noise: 2. },
+            curvature: Curvature::Step(StepCurvature { decay: 0., noise: 2. }),
+            measure: Measure { every: 1, first: 1, ..Measure::default() },
             scope: Scope::Global,
             ..ParamsSrkl::reference()
         };
@@ -588,10 +588,21 @@ fn false_without_momentum_half_of_lr_is_enough() -> Result<()> {
 }
 
 /// The largest and the smallest |w| of the last 100 of 5000 steps on `log cosh w` from w = 4.
-fn on_log_cosh(lr: f64, curvature: Curvature, scope: Scope) -> Result<(f64, f64)> {
+fn on_log_cosh(
+    lr: f64,
+    curvature: Curvature,
+    measure: Measure,
+    scope: Scope,
+) -> Result<(f64, f64)> {
     let w = var(&[4.], DType::F64)?;
-    let params =
-        ParamsSrkl { lr, beta: Beta::Tied(1.), curvature, scope, ..ParamsSrkl::reference() };
+    let params = ParamsSrkl {
+        lr,
+        beta: Beta::Tied(1.),
+        curvature,
+        measure,
+        scope,
+        ..ParamsSrkl::reference()
+    };
     let mut opt = Srkl::new(vec![w.clone()], params)?;
     let mut last = (0f64, f64::INFINITY);
     for step in 0..5000 {
@@ -608,11 +619,12 @@ fn on_log_cosh(lr: f64, curvature: Curvature, scope: Scope) -> Result<(f64, f64)
 /// not make every lr safe.
 #[test]
 fn false_exact_local_curvature_makes_every_lr_safe() -> Result<()> {
-    let local = Curvature::Hutchinson { every: 1, first: 1, decay: 0., delta: 1e-6, seed: 0 };
-    let (largest, _) = on_log_cosh(4., local, Scope::Element)?;
+    let local = Curvature::Hutchinson(HutchinsonCurvature { decay: 0. });
+    let measure = Measure { every: 1, first: 1, delta: 1e-6, seed: 0 };
+    let (largest, _) = on_log_cosh(4., local, measure, Scope::Element)?;
     assert!(largest < 1e-9, "{largest}");
     for lr in [6., 10., 100.] {
-        let (_, smallest) = on_log_cosh(lr, local, Scope::Element)?;
+        let (_, smallest) = on_log_cosh(lr, local, measure, Scope::Element)?;
         assert!(smallest > 1., "lr {lr}: {smallest}");
     }
     Ok(())
@@ -622,7 +634,7 @@ fn false_exact_local_curvature_makes_every_lr_safe() -> Result<()> {
 #[test]
 fn curvature_along_the_steps_converges_where_local_curvature_does_not() -> Result<()> {
     for lr in [0.1, 1., 4., 6., 10., 30., 60., 100.] {
-        let (largest, _) = on_log_cosh(lr, ALONG, Scope::Global)?;
+        let (largest, _) = on_log_cosh(lr, ALONG, Measure::default(), Scope::Global)?;
         assert!(largest < 1e-9, "lr {lr}: {largest}");
     }
     Ok(())

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Measure, ParamsSrkl, Srkl};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
@@ -303,9 +303,9 @@ impl AnyOptimizer {
             Rule::Kinetic => ParamsSrkl::kinetic(),
             Rule::Hessian => {
                 // A wider difference than the preset's: for networks of ReLU, and for bf16.
-                let (every, first, decay, delta, seed) = (10, 10, 0.95, 1e-2, settings.seed);
-                let curvature = Curvature::Hutchinson { every, first, decay, delta, seed };
-                ParamsSrkl { curvature, ..ParamsSrkl::hessian() }
+                let preset = ParamsSrkl::hessian();
+                let measure = Measure { delta: 1e-2, seed: settings.seed, ..preset.measure };
+                ParamsSrkl { measure, ..preset }
             }
             Rule::Reference => ParamsSrkl::reference(),
             Rule::Adamw => {

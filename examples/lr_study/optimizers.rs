@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
-use candle_srkl::{Beta, Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Beta, Curvature, Measure, ParamsSrkl, Srkl, StepCurvature};
 use clap::{Args, ValueEnum};
 
 /// How much AdamW's averaged weights keep of themselves in a step: as much as braked Adam's.
@@ -51,11 +51,12 @@ impl Variant {
     }
 
     fn apply(&self, params: &mut ParamsSrkl) {
-        if let Curvature::Step { every, first, decay, noise } = &mut params.curvature {
-            *every = self.every.unwrap_or(*every);
-            *first = self.first.unwrap_or(*first);
+        if let Curvature::Step(StepCurvature { decay, noise }) = &mut params.curvature {
             *decay = self.decay.unwrap_or(*decay);
             *noise = self.noise.unwrap_or(*noise);
+            let Measure { every, first, .. } = &mut params.measure;
+            *every = self.every.unwrap_or(*every);
+            *first = self.first.unwrap_or(*first);
             params.beta = self.gamma.map_or(params.beta, Beta::Tied);
         }
     }
@@ -109,9 +110,7 @@ impl AnyOptimizer {
         if let Some(preset) = rule.preset() {
             let mut params = ParamsSrkl { lr, ..preset };
             variant.apply(&mut params);
-            if let Curvature::Hutchinson { seed: probes, .. } = &mut params.curvature {
-                *probes = seed;
-            }
+            params.measure.seed = seed;
             return Ok(Self::Srkl(Srkl::from_varmap(varmap, params)?));
         }
         let vars = varmap.all_vars();

@@ -109,7 +109,8 @@ impl Tracked {
 /// What the last step did, if it moved the block.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Last {
-    pub curvature: f64,
+    /// `H`, if it is known.
+    pub curvature: Option<f64>,
     pub phi: f64,
     /// `||g||_2`, unscaled, and `||D||_2`, if they were recorded.
     pub norms: Option<[f64; 2]>,
@@ -188,7 +189,8 @@ pub(crate) trait Backend: Send + Sync {
         all: &mut Parameters,
         tracked: &mut [Tracked],
         run: Range<usize>,
-        moves: &[Option<(BlockGradient, Decision)>],
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()>;
 

@@ -11,7 +11,7 @@ use crate::backend::{Backend, BlockGradient, GradSums, GradientPair, Last, Step,
 use crate::block::{Block, Parameters};
 use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
 use crate::numerics::{Pair, Sums};
-use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope};
+use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope, StepCurvature};
 use crate::rule::{self, Decision, Directions, Powers, StepScalars};
 
 /// Blocks that need not wait for the whole list are taken in runs of about this many elements, so
@@ -195,19 +195,21 @@ impl Host {
         for backend in &mut self.backends {
             backend.upload_decisions(all, &self.tracked, decisions)?;
         }
-        let both = gradients.iter().zip(decisions);
-        let moves: Vec<_> = both.map(|(found, decision)| Some(((*found)?, (*decision)?))).collect();
         for backend in &mut self.backends {
-            backend.update(all, &mut self.tracked, run.clone(), &moves, step)?;
+            let (all, tracked) = (&mut *all, &mut self.tracked);
+            backend.update(all, tracked, run.clone(), gradients, decisions, step)?;
         }
         let tracked = &mut self.tracked[run.clone()];
         for (((block, tracked), found), decision) in
             all.blocks[run].iter().zip(tracked).zip(gradients).zip(decisions)
         {
             tracked.small = decision.is_none_or(|d| d.small);
-            tracked.grad_factor = decision.map_or(1., |d| d.c);
-            tracked.last =
-                decision.map(|d| Last { curvature: d.curvature, phi: d.phi, norms: None });
+            tracked.grad_factor = decision.map_or(1., |d| d.grad_factor);
+            tracked.last = decision.map(|d| Last {
+                curvature: d.has_curvature.then_some(d.curvature),
+                phi: d.phi,
+                norms: None,
+            });
             match (found, decision) {
                 (Some(found), Some(_)) => {
                     if let Some(last) = tracked.last.as_mut().filter(|_| step.records) {
@@ -371,13 +373,13 @@ impl Engine for Host {
                 if let (Some(Pair { a, .. }), Some((_, decay))) = (sum, given) {
                     let estimate = &mut tracked.estimate;
                     estimate.power *= decay;
-                    estimate.own = a / (1. - estimate.power);
+                    estimate.row_sum_sq = a / (1. - estimate.power);
                 }
             }
         }
 
         let now = self.now();
-        let own = |tracked: &Tracked| Some(Pair { a: tracked.estimate.own, b: 0. });
+        let own = |tracked: &Tracked| Some(Pair { a: tracked.estimate.row_sum_sq, b: 0. });
         let total = fold(&self.tracked.iter().map(own).collect::<Vec<_>>()).a;
         let mut left = vec![None; given.len()];
         for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
@@ -386,7 +388,7 @@ impl Engine for Host {
             estimate.counts.missing += is_missing as u64;
             let global = all.of(block).scope == Scope::Global;
             if decays[place].is_some() && (global || given[place].is_some()) {
-                let squared = if global { total } else { estimate.own };
+                let squared = if global { total } else { estimate.row_sum_sq };
                 left[place] = Some(rule::observe_rows(estimate, probe, squared, now));
             }
         }
@@ -518,12 +520,13 @@ impl Host {
         let mut left = vec![None; given.len()];
         for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
             let params = all.of(block);
-            let Curvature::Step { every, decay, noise, .. } = params.curvature else { continue };
+            let Curvature::Step(curvature) = params.curvature else { continue };
             let is_missing = first[place].is_some() && given[place].is_none();
             tracked.estimate.counts.missing += is_missing as u64;
             let own = if is_missing { None } else { Some(&measured[place]) };
             let measured = if params.scope == Scope::Global { Some(&total) } else { own };
-            let averaging = Averaging { every, decay, noise };
+            let StepCurvature { decay, noise } = curvature;
+            let averaging = Averaging { every: params.measure.every, decay, noise };
             let (estimate, small) = (&mut tracked.estimate, tracked.small);
             left[place] = measured
                 .map(|measured| rule::observe_step(estimate, measured, averaging, small, now));
@@ -549,7 +552,7 @@ fn asked(all: &Parameters, records: bool) -> GradSums {
 /// The decay of the average of squared row norms, of a block that has one.
 fn probe_decay(params: &ParamsSrkl) -> Option<f64> {
     match params.curvature {
-        Curvature::Hutchinson { decay, .. } if params.lr != 0. => Some(decay),
+        Curvature::Hutchinson(curvature) if params.lr != 0. => Some(curvature.decay),
         _ => None,
     }
 }

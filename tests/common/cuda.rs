@@ -1,6 +1,6 @@
 //! Models on CUDA devices, for the tests of these.
 
-use candle_core::{DType, Device, Result, Var};
+use candle_core::{Device, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{NonFinite, ParamsSrkl, Srkl};
 

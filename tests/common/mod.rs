@@ -175,7 +175,7 @@ fn sum(terms: impl Iterator<Item = f64>) -> f64 {
 pub fn measured_step(opt: &mut Srkl, gradient: impl Fn() -> Result<GradStore>) -> Result<()> {
     let perturbs = opt
         .params(DEFAULT_GROUP)
-        .is_some_and(|params| matches!(params.curvature, Curvature::Hutchinson { .. }));
+        .is_some_and(|params| matches!(params.curvature, Curvature::Hutchinson(_)));
     let measures = opt.measuring();
     let grads = gradient()?;
     if measures && perturbs {

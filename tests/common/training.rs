@@ -132,7 +132,7 @@ pub fn train(
             .build(vars.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())))
     };
     let mut opt = build()?;
-    let perturbs = matches!(params.curvature, Curvature::Hutchinson { .. });
+    let perturbs = matches!(params.curvature, Curvature::Hutchinson(_));
     let mut left = vec![];
     for step in 0..STEPS {
         let (mut first, mut again) = (grads([]), grads([]));

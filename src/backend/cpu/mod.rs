@@ -205,25 +205,25 @@ impl Backend for CpuBackend {
         all: &mut Parameters,
         tracked: &mut [Tracked],
         run: Range<usize>,
-        moves: &[Option<(BlockGradient, Decision)>],
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
         let Parameters { blocks, groups, .. } = all;
         let (blocks, tracked) = (&mut blocks[run.clone()], &mut tracked[run]);
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(tracked.chunks_mut(size));
-        let batches = batches.zip(moves.chunks(size));
-        let batches = batches.map(|item| (has_large(item.0.0), item)).collect();
-        self.for_each_item(batches, |scratch, ((blocks, tracked), moves)| {
+        let batches = batches.zip(gradients.chunks(size)).zip(decisions.chunks(size));
+        let batches = batches.map(|item| (has_large(item.0.0.0), item)).collect();
+        self.for_each_item(batches, |scratch, (((blocks, tracked), gradients), decisions)| {
             if size > 1 {
-                for (block, moves) in blocks.iter().zip(moves) {
-                    prefetch_update(block, moves.as_ref().map(|(found, _)| found));
+                for (block, found) in blocks.iter().zip(gradients) {
+                    prefetch_update(block, found.as_ref());
                 }
             }
-            for ((block, tracked), moves) in blocks.iter_mut().zip(tracked).zip(moves) {
-                let Some((found, decision)) = moves.as_ref().filter(|_| block.on_cpu) else {
-                    continue;
-                };
+            let all = blocks.iter_mut().zip(tracked).zip(gradients).zip(decisions);
+            for (((block, tracked), found), decision) in all.filter(|item| item.0.0.0.on_cpu) {
+                let (Some(found), Some(decision)) = (found, decision) else { continue };
                 let params = &groups[block.group].params;
                 let sums_up = step.measures && params.measures_steps() || step.records;
                 let Tracked { powers, estimate, .. } = &*tracked;

@@ -379,7 +379,8 @@ impl Backend for CudaBackend {
         _: &mut Parameters,
         _: &mut [Tracked],
         _: Range<usize>,
-        _: &[Option<(BlockGradient, Decision)>],
+        _: &[Option<BlockGradient>],
+        _: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
         self.make_strips(step.measures)?;

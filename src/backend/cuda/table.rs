@@ -241,10 +241,10 @@ fn group(group: &Group) -> abi::SrklGroup {
         Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
         Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
     };
-    let (curvature, every, decay, noise) = match group.params.curvature {
-        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 1, 0., 0.),
-        Curvature::Step { every, decay, noise, .. } => (abi::SRKL_STEP, every, decay, noise),
-        Curvature::Hutchinson { every, decay, .. } => (abi::SRKL_HUTCHINSON, every, decay, 0.),
+    let (curvature, decay, noise) = match group.params.curvature {
+        Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 0., 0.),
+        Curvature::Step(step) => (abi::SRKL_STEP, step.decay, step.noise),
+        Curvature::Hutchinson(rows) => (abi::SRKL_HUTCHINSON, rows.decay, 0.),
     };
     abi::SrklGroup {
         lr,
@@ -257,7 +257,7 @@ fn group(group: &Group) -> abi::SrklGroup {
         decay2,
         eps,
         decay,
-        every: every as f64,
+        every: group.params.measure.every as f64,
         noise,
         scope,
         shared,
@@ -281,7 +281,7 @@ pub(crate) fn estimate(estimate: &Estimate) -> abi::SrklEstimate {
     let Counts { taken, nonfinite, unmoved, uninformative, missing } = estimate.counts;
     abi::SrklEstimate {
         mean: estimate.mean,
-        row_sum_sq: estimate.own,
+        row_sum_sq: estimate.row_sum_sq,
         power: estimate.power,
         variance: estimate.variance,
         entered: estimate.entered,
@@ -317,9 +317,9 @@ pub(crate) fn read_pair(pair: abi::SrklPair) -> Pair {
 pub(crate) fn read_remaining(remaining: u32) -> (Option<Left>, bool) {
     let is = |bit| (remaining & bit != 0).then_some(());
     let lost = is(abi::SRKL_LOST).map(|()| Left::Lost);
-    let as_it_was = is(abi::SRKL_UNCHANGED).map(|()| Left::AsItWas);
+    let unchanged = is(abi::SRKL_UNCHANGED).map(|()| Left::Unchanged);
     let known = is(abi::SRKL_KNOWN).map(|()| Left::Known);
-    (lost.or(as_it_was).or(known), known.is_some())
+    (lost.or(unchanged).or(known), known.is_some())
 }
 
 /// What the last step did to a block, if it moved it; the norms are those that were recorded.
@@ -329,8 +329,12 @@ pub(crate) fn read_decision(
     norms: Option<[f64; 2]>,
 ) -> Option<Last> {
     let moved = d.moves != 0 && !skipped;
-    moved.then_some(Last { curvature: d.curvature, phi: d.phi, norms })
+    let curvature = (d.curvature != UNKNOWN).then_some(d.curvature);
+    moved.then_some(Last { curvature, phi: d.phi, norms })
 }
+
+/// The curvature of a block that has not been measured, as kernels/rule.cuh has it.
+const UNKNOWN: f64 = -1.;
 
 /// A decision of the host, with the corrections that it makes at the update.
 pub(crate) fn decision(
@@ -338,14 +342,14 @@ pub(crate) fn decision(
     params: &ParamsSrkl,
     tracked: &Tracked,
 ) -> abi::SrklDecision {
-    let Decision { c, curvature, phi, .. } = *decision;
+    let Decision { grad_factor, curvature, has_curvature, phi, .. } = *decision;
     let corrections = Corrections::new(params, &tracked.powers);
     abi::SrklDecision {
-        grad_factor: c,
-        curvature,
+        grad_factor,
+        curvature: if has_curvature { curvature } else { UNKNOWN },
         phi,
-        scale_m: corrections.first,
-        scale_v: corrections.second,
+        scale_m: corrections.scale_m,
+        scale_v: corrections.scale_v,
         average: corrections.average,
         powers: abi::SrklPowers::default(),
         moves: 1,
@@ -364,7 +368,7 @@ pub(crate) fn probe(probe: Probe) -> u32 {
 pub(crate) fn read_estimate(e: abi::SrklEstimate) -> Estimate {
     Estimate {
         mean: e.mean,
-        own: e.row_sum_sq,
+        row_sum_sq: e.row_sum_sq,
         power: e.power,
         variance: e.variance,
         entered: e.entered,
