@@ -1,9 +1,9 @@
 // Global memory in accesses of 16 bytes, whatever the alignment of a gradient.
 //
-// A chunk has a wide part, its first elements up to a multiple of 16, and up to 31 single ones behind
-// it, at the end of a tensor. Neighbouring threads take neighbouring vectors of 16 bytes, so that a
-// warp's access touches whole sectors of 32 bytes. Where a thread needs more than 16 bytes of one tensor
-// (8 f32 masters beside 8 bf16 parameters), two neighbours load halves for each other and exchange them.
+// A chunk has a wide part, its first elements up to a multiple of 16, and up to 31 single elements behind it,
+// at the end of a tensor. Neighbouring threads take neighbouring vectors of 16 bytes, so that a warp's access
+// touches whole sectors of 32 bytes. If a thread needs more than 16 bytes of one tensor (8 f32 masters beside
+// 8 bf16 parameters), two neighbours load halves for each other and exchange them.
 #pragma once
 
 #include "numerics.cuh"
@@ -75,7 +75,7 @@ template <typename T> __device__ inline Vector<T> select(bool first, Vector<T> a
     return *(const Vector<T> *)&x;
 }
 
-// What the other thread of a pair, 2k and 2k + 1, passes.
+// The vector of the other thread of a pair, 2k and 2k + 1.
 template <typename T> __device__ inline Vector<T> exchange(Vector<T> x) {
     uint4 words = *(const uint4 *)&x;
     words.x = __shfl_xor_sync(0xffffffff, words.x, 1);

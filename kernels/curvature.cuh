@@ -1,4 +1,5 @@
-// What a step needs to know beside its gradient: sums over the directions, and measured curvature.
+// Sums over directions and over changes of gradients: for small steps, the trust clip, and measured
+// curvature.
 //
 // Launch contract of srkl_sums:
 //   grid     any number of CTAs, one a chunk at most
@@ -11,17 +12,17 @@
 //            `step_sums`. SRKL_SUM_AVERAGE follows SRKL_SUM_PROBE
 //   order    launches that share a table follow each other on one stream
 //
-//            With SRKL_DECIDE the device goes on by the sums of all blocks; without it `pairs`, for which
-//            there are zeros before the first launch, is for the host, which sends `decisions`, `powers`,
-//            `estimates` and the state before the launches that need them
+//            With SRKL_DECIDE the device itself uses the sums of all blocks. Without it the host reads
+//            `pairs`, which are zero before the first launch, and sends `decisions`, `powers`, `estimates`
+//            and the state before the launches that need them
 //
-// Nobody waits: whoever finishes a block's last chunk adds up the block, and whoever adds up the last block
-// ends the work. Every access of a warp is to neighbouring elements.
+// No CTA waits: the one that finishes a block's last chunk adds up the block, and the one that adds up the
+// last block uses the sums of all (`finish`). Every access of a warp is to neighbouring elements.
 //
 // Bytes a parameter in f32: directions 8, 12 with momentum, 16 with Adam; curvature along the step 8; product
 // with the Hessian 8, and 16 for its average.
 //
-// What is made of the sums is in rule.cuh.
+// The formulas that use the sums are in rule.cuh.
 #pragma once
 
 #include "decide.cuh"
@@ -61,7 +62,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     from_f64(load_one(((const SrklGradient *)table.again)[b], start + at), g2);
     double change = __dmul_rn(block_step.decision.grad_factor, __dsub_rn((double)g2, (double)g));
     double product = __ddiv_rn(change, ((const SrklState *)table.state)->probe_size);
-    // As q can hold it.
+    // Rounded to the type of `q`.
     C square;
     from_f64(__dmul_rn(product, product), square);
     pair.a = (double)square;
@@ -100,8 +101,9 @@ __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, c
     return tree_pair(lanes, width);
 }
 
-// SRKL_SUM_STEP: with `G = c (again - first)` the sums of `G^2`, and of `||G|| ||D||` over strips, over
-// elements `start..start + len` of a block, one chunk, of whose strips `strips` has the sums of `D^2`.
+// SRKL_SUM_STEP: the sums of `G^2`, with `G = c (again - first)`, and of `||G|| ||D||` over strips, over
+// elements `start..start + len` of a block, one chunk. `strips` are the sums of `D^2` over the strips of the
+// chunk.
 template <typename C>
 __device__ inline SrklPair chunk_change(const SrklTable &table, u64 b, double c, u64 start, int len,
                                         const double *strips, Lanes &lanes) {
@@ -135,7 +137,7 @@ __device__ inline SrklPair chunk_change(const SrklTable &table, u64 b, double c,
     return sums;
 }
 
-// Whether a block would take part in these sums, if it has a second gradient where they need one.
+// Whether a block takes part in these sums, provided that it has the second gradient that they may need.
 __device__ inline bool takes_first_part(const SrklTable &table, u32 what, u64 b) {
     if (what == SRKL_SUM_PARAMETERS) return true;
     const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
@@ -166,8 +168,7 @@ __device__ inline bool takes_part(const SrklTable &table, u32 what, u64 b) {
     }
 }
 
-// The sums over all blocks that `finish` goes on by. In shared memory, read anew where they are used:
-// registers are few.
+// The sums over all blocks that `finish` uses. In shared memory, read again at each use: registers are few.
 struct Totals {
     SrklPair sums;
     double n; // elements
@@ -175,7 +176,7 @@ struct Totals {
     u64 now; // steps taken and skipped
 };
 
-// The estimate of block `b` after a measurement along a step, and what that has left of it.
+// Updates the estimate of block `b` by a measurement along a step. Returns what that did to it.
 __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile Totals &totals) {
     const SrklGroup &group = ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group];
     if (group.curvature != SRKL_STEP) return 0;
@@ -201,7 +202,7 @@ __device__ inline u32 finish_step(const SrklTable &table, u64 b, const volatile 
     return observe_step(estimate, sums, group, small, totals.now);
 }
 
-// The same after one by random vectors.
+// The same by a measurement with random vectors.
 __device__ inline u32 finish_average(const SrklTable &table, u64 b, const volatile Totals &totals) {
     const SrklGroup &group = ((const SrklGroup *)table.groups)[((const SrklBlock *)table.blocks)[b].group];
     if (group.curvature != SRKL_HUTCHINSON || !(group.lr > 0.)) return 0;
@@ -215,7 +216,7 @@ __device__ inline u32 finish_average(const SrklTable &table, u64 b, const volati
     return observe_rows(estimate, probe, global ? totals.sums.a : estimate.row_sum_sq, totals.now);
 }
 
-// The decision about block `b`, by the directions.
+// Adjusts the decision about block `b`, by the directions.
 __device__ inline void finish_directions(const SrklTable &table, u32 what, u64 b,
                                          const volatile Totals &totals) {
     if (!takes_part(table, what, b)) return;
@@ -235,7 +236,7 @@ __device__ inline bool counts(const SrklTable &table, u32 what, u64 b) {
            SRKL_STEP;
 }
 
-// What the sums of all blocks are for: by the CTA that has finished the last one.
+// Uses the sums of all blocks: called by the CTA that has added up the last one.
 __device__ inline void finish(const SrklTable &table, u32 what, double delta, Lanes &lanes) {
     __shared__ Totals totals;
     SrklState *state = (SrklState *)table.state;
@@ -264,7 +265,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         },
         lanes);
     if (threadIdx.x == 0) totals.sums = sums;
-    // Elements: whole block_step, exact in any order. And the metric of a step.
+    // Numbers of elements, which are exact in any order, and the metric of a step.
     const SrklPair more = fold_pairs(
         count,
         [&](u64 b) {
@@ -323,7 +324,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
     }
 }
 
-// All threads of a block come with the same chunk.
+// All threads of a CTA call this with the same chunk.
 __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
                                       const BlockStep &block_step, u64 start, int len, Lanes &lanes) {
     switch (block.dtype) {

@@ -1,4 +1,4 @@
-// Stage 2, decide: from the sums of a block, and where a group uses them those of all blocks, the
+// Stage 2, decide: from the sums of a block, and those of all blocks if a group uses them, the
 // numbers of its step. A few operations a block, in f64.
 #pragma once
 

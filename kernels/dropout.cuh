@@ -10,7 +10,7 @@
 //
 // Bytes an element in f32: 8, in accesses of 16. An element's bits depend on the key and on its number alone.
 //
-// The formula is that of src/backend/mask.rs.
+// The formula is that of src/backend/cpu/mask.rs.
 #pragma once
 
 #include "access.cuh"

@@ -9,8 +9,8 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// threadIdx.x, read anew: where loops over 64-bit numbers begin by it, it would otherwise be kept for all of
-// them in registers that the update needs.
+// threadIdx.x, read again: loops over 64-bit numbers that begin with it would otherwise keep it, for all of
+// them, in registers that the update needs.
 __device__ inline u32 thread_number() {
     u32 number;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));

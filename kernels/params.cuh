@@ -1,4 +1,4 @@
-// What settings need of a step: methods of `ParamsSrkl` in src/params.rs.
+// What a step needs, by its settings: methods of `ParamsSrkl` in src/params.rs.
 #pragma once
 
 #include "abi.h"

@@ -1,13 +1,12 @@
-// Other values in the place of parameters for a while, and back, bit for bit.
+// Replaces parameters by other values for a while, and restores them, bit for bit.
 //
 // Launch contract of srkl_replace:
 //   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   none
-//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `backup`, from which
-//   SRKL_RESTORE_PERTURBED
-//            and SRKL_RESTORE_SWAPPED read; SRKL_PERTURB comes after SRKL_SUM_SQUARES, and `gradients` stay
-//            as they are until what is perturbed is restored
+//   table    as srkl_step has it. SRKL_PERTURB and SRKL_SWAP write `backup`; SRKL_RESTORE_PERTURBED and
+//            SRKL_RESTORE_SWAPPED read it. SRKL_PERTURB comes after SRKL_SUM_SQUARES, and `gradients` stay
+//            as they are until perturbed parameters are restored
 //
 // Bytes a parameter in f32: 12 to perturb, 16 to swap, 8 to restore.
 #pragma once

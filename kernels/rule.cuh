@@ -1,5 +1,5 @@
 // The mathematics of a step: a few operations a block, in f64, and those of an element in its compute type.
-// The same functions, in the same order, as src/rule.rs, where it says why.
+// The same functions, in the same order, as in src/rule.rs, which says why.
 #pragma once
 
 #include "params.cuh"
@@ -8,7 +8,7 @@
 // The curvature of a block that has not been measured.
 static const double UNKNOWN = -1.;
 
-// `H` of what has been measured, or UNKNOWN.
+// The measured `H`, or UNKNOWN.
 __device__ inline double estimated_curvature(const SrklEstimate &estimate) {
     if (estimate.infinite) return __longlong_as_double(0x7ff0000000000000ll);
     return estimate.in_average == 0 ? UNKNOWN : estimate.curvature;
@@ -36,13 +36,13 @@ __device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGro
     return next;
 }
 
-// What corrects an average for having started at 0; 1 for one that there is not.
+// The factor that corrects an average for its start at 0; 1 if there is no average.
 __device__ inline double bias_correction(double power) {
     return power == 1. ? 1. : __ddiv_rn(1., __dsub_rn(1., power));
 }
 
-// `own` are a block's sums, `total` those over all blocks, where the group uses them; `powers` are those
-// after this step. Returns whether everything that the block uses is finite.
+// Decides a block's step. `own` are its sums, `total` those over all blocks, if the group uses them; `powers`
+// are those after this step. Returns whether everything that the block uses is finite.
 __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const SrklSums &own,
                               const SrklSums &total, const SrklEstimate &estimate, const SrklPowers &powers,
                               SrklDecision &decision) {
@@ -71,24 +71,23 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     return finite;
 }
 
-// Whether the group's policy lets a block be stepped, of which everything is finite or not.
+// Whether the group's policy lets a block be stepped; `finite`: whether everything that it uses is finite.
 __device__ inline bool may_step(bool finite, const SrklGroup &p) {
     return finite || p.nonfinite == SRKL_PROPAGATE;
 }
 
-// Whether there is an estimate to go by, where curvature is measured.
+// Whether there is a finite estimate, where curvature is measured.
 __device__ inline bool is_known(const SrklDecision &decision) {
     return decision.curvature >= 0. && is_finite(decision.curvature);
 }
 
-// The smallest size of parameters that steps are compared with, and the length of a step that nothing is
-// known for, beside that size; how often it is doubled at most.
+// The least RMS of parameters that the length of a step is compared with; the length of a small step,
+// relative to that RMS; and how often it is doubled at most.
 static const double LEAST_RMS = 0.01, SMALL_STEP = 0.003;
 static const u64 MOST_DOUBLINGS = 8;
 
-// Decides again about a block of `n` elements, by the directions: `own` are its sums, `total` those of all
-// blocks, of `total_n` elements, that move by SRKL_STEP. So many measurements in a row, `still`, have found
-// that nothing had moved.
+// Adjusts the decision about a block of `n` elements, by the directions. `own` are its sums, `total` those of
+// all blocks, of `total_n` elements, that move by SRKL_STEP. `still` small steps in a row have moved nothing.
 __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const SrklScalars &s,
                               const SrklPair &own, double n, const SrklPair &total, double total_n, u64 still,
                               bool measures) {
@@ -114,7 +113,7 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
     }
 }
 
-// The direction of an element, and its state.
+// The numbers by which moments, and from them the direction, are computed.
 template <typename C> struct Moments {
     C decay1, one_minus_decay1_factor, decay2, one_minus_decay2, grad_factor, scale_v, eps;
 
@@ -143,7 +142,7 @@ template <typename C> struct Moments {
     __device__ C denom(C v) const { return add(root(mul(scale_v, v)), eps); }
 };
 
-// What an update goes by, beside its chunk.
+// What an update needs besides its chunk.
 struct BlockStep {
     SrklDecision decision;
     SrklGroup group;
@@ -157,7 +156,7 @@ struct BlockStep {
     }
 };
 
-// The brake of an element with gradient `g`: of `(grad_factor g)^2`, or of `r^(1 - p) * R^p` with
+// The brake of an element with gradient `g`: by the curvature `(grad_factor g)^2`, or `r^(1 - p) * R^p` with
 // `r = sqrt(row_scale * q)`.
 __device__ inline double element_phi(const BlockStep &block_step, double g, double q) {
     double curvature;
@@ -172,8 +171,8 @@ __device__ inline double element_phi(const BlockStep &block_step, double g, doub
     return brake(block_step.decision.phi, block_step.group.beta, curvature);
 }
 
-// The factor from what the moments give to the direction: clipping and unscaling of a gradient, the bias
-// correction of a first moment.
+// What the result of the moments is multiplied by to give the direction: for a gradient the factor that
+// unscales and clips it, for a first moment its bias correction.
 __device__ inline double direction_scale(const SrklGroup &p, const SrklDecision &decision) {
     return p.direction == SRKL_GRADIENT ? decision.grad_factor : decision.scale_m;
 }
@@ -213,7 +212,7 @@ __device__ inline double probe_size(double delta, double squares, double n) {
     return __dmul_rn(delta, rms > LEAST_RMS ? rms : LEAST_RMS);
 }
 
-// What a measurement along a step comes to: `Measured` in src/estimate.rs.
+// The sums of a measurement along a step: `Measured` in src/estimate.rs.
 struct Measured {
     double change, step, direction, bound, metric;
 };
@@ -223,16 +222,16 @@ __device__ inline double step_metric(const SrklStepSums &sums) {
     return sums.direction == 0. ? 0. : __dmul_rn(sums.step, __ddiv_rn(sums.along, sums.direction));
 }
 
-// A measurement of a block: `change` has its sums of `G^2`, and of `||G|| ||D||` over strips.
+// The sums of a measurement of a block. `change` has those of `G^2`, and of `||G|| ||D||` over strips.
 __device__ inline Measured measured(const SrklPair &change, const SrklStepSums &sums) {
     Measured measured = {change.a, sums.step, sums.direction, change.b, step_metric(sums)};
     return measured;
 }
 
-// A measurement along a step enters the average as at most so many times the average.
+// A measurement along a step above this many times the average enters the average as that multiple.
 static const double BOUND = 6.;
 
-// The least part of its weight that a measurement enters the average with.
+// The least share of its full weight with which a measurement enters the average.
 static const double LEAST_SHARE = 1. / 1024.;
 
 // 2^-53: 1 less this is still below 1.
@@ -244,7 +243,7 @@ __device__ inline double steps_since(const SrklEstimate &estimate, u64 now) {
     return (double)(now - estimate.measured_at);
 }
 
-// The decay of the average at a measurement that stands for so many steps.
+// The decay of the average at a measurement that stands for this many steps.
 __device__ inline double decay_after(const SrklGroup &group, double steps) {
     if (steps >= group.every || group.decay == 0.) return group.decay;
     const double ratio = __ddiv_rn(steps, group.every);
@@ -266,7 +265,7 @@ __device__ inline double noisy_average_of(const SrklEstimate &estimate, double n
     return __dsqrt_rn(__dadd_rn(__dmul_rn(average, average), spread));
 }
 
-// Notes what was measured, and when.
+// Records a measurement, and when it was made.
 __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now) {
     estimate.last = curvature;
     if (curvature < estimate.lowest) estimate.lowest = curvature;
@@ -278,7 +277,8 @@ __device__ inline void record(SrklEstimate &estimate, double curvature, u64 now)
     estimate.taken++;
 }
 
-// A measurement enters as at most BOUND times the average; beyond that the brake goes by it in full.
+// A measurement enters as at most BOUND times the average; the brake uses a larger one in full up to the
+// next.
 __device__ inline void enter_average(SrklEstimate &estimate, double curvature, double decay, double noise) {
     const double average = estimate.in_average > 0 ? average_of(estimate) : 0.;
     const bool too_large = average > 0. && curvature > __dmul_rn(BOUND, average);
@@ -297,8 +297,8 @@ __device__ inline void enter_average(SrklEstimate &estimate, double curvature, d
     estimate.curvature = too_large ? curvature : noisy_average_of(estimate, noise);
 }
 
-// Takes a measurement along a step. Returns what it has left of the estimate:
-// SRKL_LOST, SRKL_UNCHANGED or 0.
+// Updates the estimate by a measurement along a step. Returns what that did to it: SRKL_LOST, SRKL_UNCHANGED
+// or 0.
 __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums, const SrklGroup &group,
                                    bool small, u64 now) {
     const double change = sums.change, curvature = __ddiv_rn(sums.bound, sums.metric);
@@ -331,7 +331,8 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
     return 0;
 }
 
-// Takes a measurement by random vectors. Returns what it has left of the estimate.
+// Updates the estimate by a measurement with random vectors. Returns what that did to it: SRKL_UNCHANGED or
+// 0.
 __device__ inline u32 observe_rows(SrklEstimate &estimate, u32 probe, double squared, u64 now) {
     if (probe == SRKL_NOTHING) {
         estimate.uninformative++;

@@ -7,18 +7,18 @@
 //   table    device addresses as abi.h describes them. Nothing overlaps; every `w` and `master` is
 //            16-byte aligned, gradients may be misaligned
 //   before   the first step `chunks_done`, `ready`, `statistics`, `decisions`, `skipped` and the state are
-//            zero. Each step leaves at zero again what abi.h says
+//            zero. Each step leaves `chunks_done`, and what abi.h says, at zero again
 //   order    launches that share a table follow each other on one stream
 //
-// A chunk has two turns, statistics and update; CTAs take chunks by two counters. Each takes a
-// chunk to update first, and until that chunk's block (where anything needs all blocks: until everything) is
-// decided, it does the statistics of others. So updates follow the statistics of the same chunks as soon as
-// they can, while the gradient is still in L2: in between go about as many chunks as there are blocks of
-// threads. A block too large for L2 is updated from its end, which is what is still there.
+// Each chunk is processed twice, for its statistics and for its update, and two counters hand chunks to CTAs.
+// A CTA first takes a chunk to update. Until that chunk's block is decided (if anything needs all blocks:
+// until all are), it does the statistics of other chunks. So an update follows the statistics of the same
+// chunk as soon as it can, about as many chunks later as there are CTAs, while the gradient is still in L2. A
+// block too large for L2 is updated from its end, the part that is still there.
 //
-// It can't deadlock, without a cooperative launch: a CTA waits for a decision only when the
-// statistics of all chunks that it needs have been taken, by others that run; those wait for nothing before
-// they have finished them, and whoever finishes the last one decides.
+// It can't deadlock, even without a cooperative launch: a CTA waits for a decision only when the statistics
+// of all chunks that it needs have been taken by running CTAs. These finish them without waiting, and the one
+// that finishes the last one decides.
 //
 // Bytes a parameter that memory moves: 12 for f32 where the gradient is still in L2, 16 where not; 12 and 14
 // for bf16 with masters.
@@ -36,11 +36,11 @@
 
 #define NO_CHUNK (~0ull)
 
-// How many chunks behind a block statistics may be done while it is not decided: the work of some dozen
-// microseconds, but little in L2. None behind one that will sweep L2 with its updates.
+// While a block is not decided, statistics of up to this many chunks behind it may be done: the work of some
+// dozen microseconds, but little in L2. None if the block's updates will sweep L2.
 #define AHEAD 128
 
-// What the threads of a block share.
+// What the threads of a CTA share.
 struct Work {
     SrklScalars scalars;
     u64 stage; // of the chunk that is worked on, or 0: all is done
@@ -57,7 +57,7 @@ struct Work {
     bool last;
 };
 
-// Where it is told that block `b` is decided.
+// The flag that block `b` is decided: one of its own, or one for all.
 __device__ inline u32 *ready_flag(const SrklTable &table, const Work &work, u64 b) {
     return &((u32 *)table.ready)[work.scalars.after_all ? 0 : b];
 }
@@ -69,7 +69,7 @@ __device__ inline bool is_ready(const SrklTable &table, const Work &work, u64 b)
 
 __device__ inline void wait_until_ready(const SrklTable &table, const Work &work, u64 b) {
     while (!is_ready(table, work, b)) {
-        // Seldom looked at: half a microsecond, in short sleeps.
+        // Polled every half microsecond, with short sleeps.
 #pragma unroll 1
         for (int i = 0; i < 16; i++) __nanosleep(32);
     }
@@ -103,11 +103,11 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
     work.gradient = ((const SrklGradient *)table.gradients)[part.block];
 }
 
-// Takes what an update needs beside its chunk.
+// Loads what an update needs besides its chunk.
 template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.block_step.group = ((const SrklGroup *)table.groups)[work.block.group];
     if (ELEMENTS) work.block_step.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
-    // Written in this launch: past L1.
+    // May have been written in this launch: bypasses L1.
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
     work.block_step.decision.grad_factor = __ldcg(&decision->grad_factor);
     work.block_step.decision.phi = __ldcg(&decision->phi);
@@ -146,7 +146,7 @@ template <bool ELEMENTS> __device__ inline void choose(const SrklTable &table, W
     work.pending = NO_CHUNK;
 }
 
-// Stage 2 where it needs all blocks: by the CTA that has finished the last one.
+// Stage 2 if it needs all blocks: by the CTA that has finished the last one.
 __device__ inline void decide_all(const SrklTable &table, const Work &work, Lanes &lanes) {
     const SrklScalars &scalars = work.scalars;
     const SrklStatistics *statistics = (const SrklStatistics *)table.statistics;
@@ -159,7 +159,7 @@ __device__ inline void decide_all(const SrklTable &table, const Work &work, Lane
     __syncthreads();
 }
 
-// Stage 1 of a chunk. Who finishes the last chunk of a block adds up the block, and decides.
+// Stage 1 of a chunk. The CTA that finishes the last chunk of a block adds up the block, and decides.
 __device__ inline void run_statistics(const SrklTable &table, Work &work, int len, Lanes &lanes) {
     const SrklBlock &block = work.block;
     SrklSums *of_chunks = (SrklSums *)table.chunk_sums;
@@ -184,7 +184,7 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
             const SrklSums none = {0., 0., 0};
             decide_block(table, scalars, work.b, found.sums, none);
         }
-        // Where updates wait for all blocks, the last one opens the way.
+        // If updates wait for all blocks, the last one sets the flag.
         work.last = true;
         if (scalars.after_all)
             work.last = arrives_last(&((SrklState *)table.state)->blocks_done, table.live_count);
@@ -198,7 +198,8 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
     }
 }
 
-// Counts the step of block `b`, if it moved. Its decision may have been written in this launch: past L1.
+// Stores the products of decays after the step of block `b`, if it moved. Its decision may have been written
+// in this launch: bypasses L1.
 __device__ inline void take_powers(const SrklTable &table, u64 b) {
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[b];
     SrklPowers *powers = &((SrklPowers *)table.powers)[b];
@@ -235,8 +236,8 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     }
 }
 
-// What the update of a chunk has left in the lanes, to memory. Who finishes the last chunk of a block adds up
-// the block.
+// Adds up what the update of a chunk has left in the lanes. The CTA that finishes the last chunk of a block
+// adds up the block.
 __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &lanes) {
     const SrklBlock &block = work.block;
     SrklPair *of_chunks = (SrklPair *)table.chunk_pairs;
@@ -299,8 +300,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     step<true, false>(table, lanes, work);
 }
 
-// The same, of a step that measures the curvature along it, or records norms: with any brakes. A block less
-// at a time leaves it registers enough not to spill.
+// The same for a step that measures the curvature along it, or records norms, with any brakes. One CTA less
+// for each multiprocessor leaves registers enough not to spill.
 extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
     srkl_step_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
@@ -316,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS) srkl_decide(const Srk
     for (u64 b = first; b < table.block_count; b += stride) decide_block(table, scalars, b, none, none);
 }
 
-// Writes the scalars: one thread. A launch, since its argument may change as soon as it returns, while a
-// copy needs memory that stays.
+// Writes the scalars: one thread. A launch, whose argument may change as soon as it returns; a copy would
+// need memory that stays.
 extern "C" __global__ void srkl_set(const SrklTable table, const SrklScalars scalars) {
     *(SrklScalars *)table.scalars = scalars;
 }

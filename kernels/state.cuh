@@ -1,5 +1,5 @@
-// How state is kept, and how it meets the type that is computed in. A format has these functions, and there
-// is one: f32 and f64 lie in memory as they are computed with. (src/backend/cpu/rows.rs is the same on the
+// The formats of state, and their conversions to and from the compute type. A format has these functions, and
+// there is one: f32 and f64, stored as they are computed with. (src/backend/cpu/rows.rs is the same on the
 // CPU.)
 #pragma once
 
@@ -12,7 +12,8 @@ template <typename C> struct Exact {
 
     __device__ explicit operator bool() const { return address != 0; }
 
-    // A thread's elements `at..at + N`, `at + STRIDE..`, ... of the wide part; all threads of a warp come.
+    // A thread's elements `at..at + N`, `at + STRIDE..`, ... of the wide part; all threads of a warp call it
+    // together.
     template <int STRIDE, int N, int ROWS>
     __device__ void load(Elements<C, N> (&x)[ROWS], int at, int wide) const {
         load_elements<STRIDE>(x, chunk(), at, wide);
@@ -29,8 +30,8 @@ template <typename C> struct Exact {
     __device__ C *chunk() const { return address != 0 ? (C *)address + start : 0; }
 };
 
-// A chunk of a parameter and its state. P is the parameter's type, C its compute type. (The addresses stay in
-// shared memory, where `block` is: registers are few.)
+// A chunk of a parameter and its state. P is the parameter's type, C its compute type. (In srkl_step and
+// srkl_sums the addresses stay in shared memory, where `block` is: registers are few.)
 template <typename P, typename C> struct Part {
     const SrklBlock &block;
     u64 start;

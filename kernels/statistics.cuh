@@ -3,7 +3,7 @@
 // Reads a gradient once: 4 bytes a parameter for f32, 2 for bf16 and f16, 8 for f64 (twice where the
 // block is of f64, which needs a scale first). Writes 24 bytes a chunk.
 //
-// Contract: all SRKL_THREADS threads of a block call these together; `lanes` is shared memory.
+// Contract: all SRKL_THREADS threads of a CTA call these together; `lanes` is shared memory.
 #pragma once
 
 #include "access.cuh"
@@ -24,7 +24,7 @@ __device__ inline void add_element(double g, bool norm, double &sum2, double &su
 template <typename T>
 __device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, double scale, Lanes &lanes) {
     const int N = Vector<T>::N;
-    // Rows under way together: registers hold two sums of each lane beside them.
+    // Rows that are loaded together: registers hold two sums of each lane beside them.
     const int AT_ONCE = N == 8 ? 2 : 4;
     for (int l = threadIdx.x * N; l < width; l += SRKL_THREADS * N) {
         double sum2[N] = {}, sum4[N] = {};
@@ -48,7 +48,7 @@ __device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, do
     }
 }
 
-// The exponent that brings the magnitudes of a chunk to about 1, of an f64 block.
+// For an f64 block, the exponent that brings the magnitudes of a chunk to about 1.
 __device__ inline int chunk_exponent(const SrklGradient &g, u64 start, int len) {
     int most = -1022;
     for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
@@ -87,8 +87,8 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
         wide_lanes(p + start, wide, width, norm, scale, lanes);
     }
 
-    // The single elements, and all of a gradient whose dtype is neither the block's nor a smaller one:
-    // a lane's come last, in order, from one thread.
+    // The elements behind the wide part; all of them if the gradient is f64 and the block is not, or the
+    // other way round. They come last in their lane, in order, from one thread.
     __syncthreads();
     for (int at = wide + threadIdx.x; at < len; at += SRKL_THREADS) {
         float rounded;
@@ -117,7 +117,7 @@ template <typename P> __device__ bool overwritten(const P *w, const float *maste
     return __syncthreads_or(differs);
 }
 
-// The statistics of a block whose chunks' sums are all there, to all threads.
+// The statistics of a block, when the sums of all its chunks are there, to all threads.
 __device__ SrklStatistics block_statistics(const SrklBlock &block, const SrklSums *of_chunks, Lanes &lanes) {
     const SrklSums *first = of_chunks + block.first_chunk;
     SrklStatistics found = {};

@@ -1,7 +1,6 @@
 // Sums of one fixed shape: "Sums" in src/numerics.rs, rules 2 to 4.
 //
-// All threads of a block call these together. `lanes` is shared memory of the caller, free to be
-// overwritten.
+// All threads of a CTA call these together. `lanes` is shared memory of the caller, free to be overwritten.
 #pragma once
 
 #include "numerics.cuh"
@@ -57,7 +56,7 @@ template <typename Item> __device__ SrklSums fold(u64 count, Item item, Lanes &l
         double sum2 = 0., sum4 = 0.;
         for (u64 i = l; i < count; i += SRKL_LANES) {
             SrklSums x = item(i);
-            // Positive for sums of zero alone, which no scale changes.
+            // Positive only for sums of zero, which no scale changes.
             int down = (int)x.exponent - exponent;
             if (down > 0) down = 0;
             sum2 = __dadd_rn(sum2, __dmul_rn(x.sum2, pow2(2 * down)));
@@ -72,8 +71,8 @@ template <typename Item> __device__ SrklSums fold(u64 count, Item item, Lanes &l
     return sums;
 }
 
-// Whether this thread's block is the last of `count` to arrive at a counter, which is then zero again. What
-// those before it wrote is seen by it.
+// Whether this thread's CTA is the last of `count` to arrive at a counter, which is then zero again. It sees
+// what those before it wrote.
 __device__ inline bool arrives_last(u32 *counter, u64 count) {
     __threadfence();
     bool last = atomicInc(counter, (u32)(count - 1)) == (u32)(count - 1);
@@ -81,7 +80,7 @@ __device__ inline bool arrives_last(u32 *counter, u64 count) {
     return last;
 }
 
-// Sums that another CTA may have written in this launch: past L1.
+// Sums that another CTA may have written in this launch: bypasses L1.
 __device__ inline SrklSums read_sums(const SrklSums *sums) {
     SrklSums x;
     x.sum2 = __ldcg(&sums->sum2);
@@ -98,7 +97,8 @@ __device__ inline SrklPair tree_pair(Lanes &lanes, int width) {
     return sums;
 }
 
-// The sum over a strip, of which each thread of a warp has a term, to its first thread. All of them come.
+// The sum over a strip, of which each thread of a warp has a term, to the first thread of the warp. All
+// threads of the warp call it together.
 __device__ inline double strip_sum(double term) {
 #pragma unroll
     for (int width = SRKL_STRIP / 2; width > 0; width /= 2)

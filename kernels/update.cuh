@@ -6,7 +6,7 @@
 //
 // A step that measures, or records norms, goes element by element and sums up how it moves each.
 //
-// Contract: all SRKL_THREADS threads of a block call these together; `w`, `master` and state are 16-byte
+// Contract: all SRKL_THREADS threads of a CTA call these together; `w`, `master` and state are 16-byte
 // aligned, a gradient need not be, and none overlap.
 #pragma once
 
@@ -34,12 +34,12 @@ __device__ inline void load_parameters(Elements<C, N> (&xs)[ROWS], const Part<P,
 template <u32 DIRECTION, typename P, typename C, typename G>
 __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wide, bool reset_master,
                                       const Coefficients<C> &k) {
-    // Neighbours in a thread: as many as 16 bytes of the smallest type hold, and some such rows at a
-    // time, so that their loads are under way together.
+    // A thread takes N neighbours, as many as 16 bytes of the smaller type hold, in BATCH rows at a time, so
+    // that their loads are in flight together.
     const int N = 16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
     const int MOST = 32 / (N * sizeof(C)), BATCH = DIRECTION == SRKL_GRADIENT ? MOST : 1;
     const int STRIDE = SRKL_THREADS * N;
-    // Registers don't suffice for all at once: where there is state the parameter comes after it.
+    // Registers don't suffice for all at once: if there is state, the parameter is loaded after it.
     const bool LATE = DIRECTION != SRKL_GRADIENT;
     for (int first = 0; first < wide; first += BATCH * STRIDE) {
         const int at = first + threadIdx.x * N;
@@ -72,7 +72,7 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
             for (int e = 0; e < N; e++) {
                 xs[j][e] = apply_step(xs[j][e], ds[j][e], k.step_size, k.decay_factor);
                 narrow(xs[j][e], ws[e]);
-                // What the average follows.
+                // The average follows the parameter as stored.
                 if (!part.master()) xs[j][e] = (C)widen(ws[e]);
             }
             if (part.master()) part.master().store(at + j * STRIDE, wide, xs[j]);
@@ -103,10 +103,12 @@ __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient 
     return wide;
 }
 
-// Elements `from..len` of a chunk one by one: the single ones behind the wide part; all of them where every
-// element has its own brake, or the gradient's dtype is not one that `update_vectors` is used for. If it
-// MEASURES, from 0, terms of `D^2` and `d m` are added to the lanes, of which a thread has the same ones for
-// every row, and the sums of `D^2` over the chunk's strips go to `strips`, if there are any.
+// Updates elements `from..len` of a chunk one by one: those behind the wide part; all of them if elements
+// have their own brakes, or if `update_vectors` does not handle the gradient's dtype.
+//
+// If it MEASURES, `from` is 0. It then adds the terms of `D^2` and `d m` to the lanes, of which a thread has
+// the same ones in every row, and writes the sums of `D^2` over the chunk's strips to `strips`, unless that
+// is 0.
 template <bool ELEMENT, bool MEASURES, typename P, typename C>
 __device__ inline void update_scalar_tail(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
                                           int len, bool reset_master, const BlockStep &block_step,
@@ -158,9 +160,9 @@ __device__ inline void update_scalar_tail(const Part<P, C> &part, const SrklGrad
     }
 }
 
-// The update of elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have
-// their own brakes, whose double precision takes registers: all blocks then go element by element. If it
-// MEASURES the sums of `D^2` and `d m` are left in the lanes.
+// Updates elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have their own
+// brakes, whose double precision takes registers: all blocks then go element by element. If it MEASURES, it
+// leaves the sums of `D^2` and `d m` in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
                               bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {

@@ -4,8 +4,8 @@ use candle_core::{Result, bail};
 
 use crate::optimizer::Srkl;
 
-/// Parameters are their averages while this lives: see [`Srkl::swap_averaged`]. Dropping it puts the training
-/// weights back, bit for bit.
+/// The parameters hold their averages while this lives: see [`Srkl::swap_averaged`]. Dropping it restores the
+/// training weights, bit for bit.
 #[derive(Debug)]
 #[must_use = "dropping it puts the training weights back"]
 pub struct Averaged<'a> {
@@ -14,14 +14,14 @@ pub struct Averaged<'a> {
 
 impl Drop for Averaged<'_> {
     fn drop(&mut self) {
-        // Fails with its device alone.
+        // Can fail only if the device has failed.
         let _ = self.opt.engine.restore(&mut self.opt.all);
     }
 }
 
 impl Srkl {
-    /// Puts the averages ([`ParamsSrkl::average`]) in the place of the parameters, rounded to their dtype, until
-    /// the guard is dropped. A parameter that has not been stepped yet stays as it is.
+    /// Replaces the parameters by their averages ([`ParamsSrkl::average`](crate::ParamsSrkl::average)), rounded to
+    /// their dtype, until the guard is dropped. A parameter that has not been stepped yet stays as it is.
     ///
     /// ```
     /// # use candle_core::{Device, Var};

@@ -1,4 +1,5 @@
-//! [`Block`]: a parameter tensor with its state, the unit that the rule works on; and all of an optimizer.
+//! [`Block`]: a parameter tensor with its state, the unit that the rule works on; [`Parameters`]: all of an
+//! optimizer.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
@@ -9,7 +10,7 @@ use crate::state::{Slot, State};
 
 /// A parameter tensor and its state.
 ///
-/// What a step asks of the variable is kept beside it: with thousands of small tensors its time
+/// The properties of the variable that a step needs are copied here: with thousands of small tensors a step's time
 /// goes into following pointers.
 pub(crate) struct Block {
     pub name: String,
@@ -19,26 +20,26 @@ pub(crate) struct Block {
     pub id: TensorId,
     pub dtype: DType,
     pub shape: Shape,
-    /// Elements.
+    /// The number of elements.
     pub n: usize,
     pub on_cpu: bool,
-    /// The addresses of the variable's storage, which it keeps for life, and of its first element.
+    /// The addresses of the variable's storage, which never changes, and of its first element (0 on a device).
     pub storage: usize,
     pub elements: usize,
-    /// Its place in the optimizer's list of groups.
+    /// The index of its group.
     pub group: usize,
-    /// Its place in the list that the optimizer was given. A checkpoint may bring blocks into another order.
+    /// Its index in the list that the optimizer was built from. Loading a checkpoint may reorder blocks.
     pub place: usize,
     pub state: State,
-    /// The parameter as it was, while it is perturbed or replaced.
+    /// A copy of the parameter, while it is perturbed or replaced.
     pub backup: Backup,
     /// Whether any step has had a gradient for it.
     pub trained: bool,
-    /// Whether there is an estimate of its curvature, or nothing to make one of.
+    /// Whether there is an estimate of its curvature, or the last measurement found no direction to measure along.
     pub known: bool,
 }
 
-/// Room for the parameter as it was, used again and again: new memory costs more than the copy.
+/// A copy of a parameter. Its memory is reused: allocating costs more than copying.
 #[derive(Default)]
 pub(crate) struct Backup {
     pub memory: Option<Var>,
@@ -49,7 +50,7 @@ pub(crate) struct Backup {
 pub(crate) struct Parameters {
     pub groups: Vec<Group>,
     pub blocks: Vec<Block>,
-    /// Where each variable's storage is, sorted: a gradient must not be one of them.
+    /// The addresses of the variables' storages, sorted: a gradient must not be in one of them.
     pub storages: Vec<usize>,
 }
 
@@ -77,12 +78,12 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 }
 
 impl Block {
-    /// Still without masters, and the address of its elements: see `masters.rs` and `access.rs` in `backend`.
+    /// Still lacks its masters and `elements`: see `masters.rs` and `access.rs` in `backend`.
     ///
     /// # Errors
     ///
-    /// A variable on a device or of a dtype that is not handled, one that loses bits in its master,
-    /// or one that is not as candle makes variables.
+    /// A variable on a device or of a dtype that is not handled, one that would lose bits in its master, or one that
+    /// is not contiguous at offset 0, as candle makes variables.
     pub fn new(name: String, var: Var, group: usize, params: &ParamsSrkl) -> Result<Self> {
         let masters = params.master_weights;
         let dtype = var.dtype();
@@ -140,7 +141,7 @@ impl Block {
         matches!(self.var.device(), Device::Cuda(other) if other.id() == device.id())
     }
 
-    /// What a gradient must have in common with its parameter.
+    /// An error if a gradient does not fit its parameter in device, shape or dtype.
     pub fn check_gradient(&self, gradient: &Tensor) -> Result<()> {
         let Self { name, shape, .. } = self;
         if !gradient.device().same_device(self.var.device()) {
@@ -162,7 +163,7 @@ impl Block {
         Ok(())
     }
 
-    /// A gradient must not be in the storage of a variable, of which `storages` is the sorted list.
+    /// An error if a gradient is in the storage of a variable. `storages` are their sorted addresses.
     pub fn check_alias(&self, address: usize, storages: &[usize]) -> Result<()> {
         if storages.binary_search(&address).is_ok() {
             bail!(
@@ -174,7 +175,7 @@ impl Block {
         Ok(())
     }
 
-    /// The parameter as it was.
+    /// The copy of the parameter, while it is perturbed or replaced.
     pub fn backup(&self) -> Option<&Tensor> {
         let Backup { memory, valid } = &self.backup;
         memory.as_deref().filter(|_| *valid)
@@ -186,7 +187,7 @@ impl Block {
     }
 }
 
-/// Equal for tensors that share their memory, as candle shares it: one storage behind one lock.
+/// The same for tensors that share memory: in candle these share one storage behind one lock.
 pub(crate) fn storage_address(storage: &Storage) -> usize {
     std::ptr::from_ref(storage).addr()
 }

@@ -75,8 +75,8 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
-    /// Adds a group of the parameters that `belongs` says yes to, given their name and variable. A
-    /// parameter goes to the first group, in the order of these calls, that takes it.
+    /// Adds a group of the parameters for which `belongs` is true, given their name and variable. A parameter goes to
+    /// the first group, in the order of these calls, that takes it.
     pub fn group(
         mut self,
         name: impl Into<String>,
@@ -190,7 +190,7 @@ impl<'a> SrklBuilder<'a> {
     }
 }
 
-/// Who decides the steps of these parameters.
+/// The engine for these parameters.
 fn engine_of(all: &Parameters) -> Result<Box<dyn Engine>> {
     #[cfg(not(feature = "cuda"))]
     let devices = vec![];

@@ -6,16 +6,16 @@
 //! | metadata | `version` | `2`, the version of this layout; 1 is read too |
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
-//! | metadata | `attempts`, `asked`, `draws` | steps asked for, how many measured, and random vectors drawn, decimal |
-//! | metadata | `seed` | what the seeds of steps are made from, decimal |
-//! | metadata | `requested`, `blind`, `measured` | whether the next step measures whatever its number, since somebody has asked for it or since a parameter has no estimate, and whether it has been measured, 0 or 1 |
-//! | metadata | `by_position` | whether names are places in a list, 0 or 1; without it 0 |
+//! | metadata | `attempts`, `asked`, `draws` | steps so far, skipped ones included; how many of them measured; random vectors drawn; decimal |
+//! | metadata | `seed` | the base of the step seeds, decimal |
+//! | metadata | `requested`, `blind`, `measured` | whether the next step measures because that was requested, or because a parameter has no estimate; whether its measurement has been taken; 0 or 1 |
+//! | metadata | `by_position` | whether names are indices in a list, 0 or 1; without it 0 |
 //! | metadata | `parameter.NAME` | dtype, shape and names of its state, for every parameter |
 //! | metadata | `fingerprint.NAME` | XXH3 (128 bits, seed 0) of the parameter's bytes, little-endian, as 32 hexadecimal digits; older files have none |
 //! | metadata | `place.NAME` | its place in sums over all parameters, decimal; without it that of the optimizer that loads |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
-//! | metadata | `curvature.NAME` | what is known of it: mean, own, power, variance, entered, curvature, last, lowest, highest (f64), then in_average, infinite, still, measured_at, and how many measurements were taken, not finite, moved nothing, said nothing, were without it |
+//! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
@@ -45,17 +45,16 @@ const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 2;
 
 impl Srkl {
-    /// Writes the state to a safetensors file: master weights, moments, averages and estimates of
-    /// curvature, counters, the schedule's multiplier and the gradient scale. Save the parameters beside it, for instance by
-    /// [`VarMap::save`](candle_nn::VarMap::save); settings ([`ParamsSrkl`](crate::ParamsSrkl)) are
-    /// not part of it.
+    /// Writes the state to a safetensors file: master weights, moments, averages and estimates of curvature,
+    /// counters, the schedule's multiplier and the gradient scale. Save the parameters beside it, for instance by
+    /// [`VarMap::save`](candle_nn::VarMap::save); settings ([`ParamsSrkl`](crate::ParamsSrkl)) are not part of it.
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
     /// renamed, so a crash leaves the old file, or the new one, whole. A symbolic link stays, and the file that
     /// it leads to is replaced; permissions are those of the old file.
     ///
-    /// A parameter that somebody else has written since the last step is saved with a master of its
-    /// value, as by [`Srkl::sync_master`].
+    /// If a parameter was written outside of the optimizer since the last step, its master is saved with its value,
+    /// as after [`Srkl::sync_master`].
     ///
     /// ```
     /// use candle_core::{DType, Device};
@@ -134,25 +133,22 @@ impl Srkl {
         target.replace(write).map_err(|e| e.with_path(path))
     }
 
-    /// Reads what [`Srkl::save`] wrote, into an optimizer of the same parameters. Training goes on
-    /// with the same bits as if it had not been interrupted, given the same settings. (With parameters
-    /// on a CUDA device also the same order of the list: elsewhere the file brings back its own.)
+    /// Reads what [`Srkl::save`] wrote, into an optimizer of the same parameters. Training goes on with the same bits
+    /// as if it had not been interrupted, given the same settings and, with parameters on a CUDA device, the same
+    /// order of parameters. (Otherwise the file restores its own order.)
     ///
-    /// Load the model's parameters **first**: masters are only taken for the parameters they belong
-    /// to.
+    /// Load the model's parameters **first**: masters that do not round to them are an error.
     ///
-    /// Whose state is whose is told by names, where both optimizers were given names: then a parameter
-    /// without a master may have another value than when it was saved. A place in a list, which is all that
-    /// [`Srkl::new`](candle_nn::Optimizer::new) is given, is no name: if one of the two was built so, a parameter
-    /// takes the state of the one with its dtype, shape and **value**. (Older files have no fingerprints of
-    /// values; there a place is a name.)
+    /// If both optimizers were built with names, state is matched to parameters by name; a parameter without a master
+    /// may then have another value than when it was saved. If one of them was built by
+    /// [`Srkl::new`](candle_nn::Optimizer::new), which has no names, state is matched by dtype, shape and **value**.
+    /// (Older files have no fingerprints of values: there the index in the list counts as a name.)
     ///
     /// # Errors
     ///
-    /// A file that cannot be read, is truncated or not of this format, or of a newer version; one
-    /// whose parameters differ in name, dtype, shape or kind of state, or whose masters do not
-    /// round to the parameters; one that does not tell for sure whose state is whose. Nothing has changed
-    /// then.
+    /// A file that cannot be read, is truncated or not of this format, or of a newer version; one whose parameters
+    /// differ in name, dtype, shape or kind of state, or whose masters do not round to the parameters; one in which
+    /// the match by value is ambiguous. Nothing has changed then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let loaded = fs::read(path)
@@ -298,8 +294,8 @@ fn match_names<'a>(
     match_values(blocks, by_position, metadata, tensors)
 }
 
-/// The same where names don't tell, by what does: dtype, shape, kind of state, and value. Where that is the same,
-/// either the state is too, or names that were given to our blocks settle it.
+/// The same where names don't tell: matches by dtype, shape, kind of state, and value. Where all of these are the
+/// same, either the state must be too, or the names of our blocks settle it.
 fn match_values<'a>(
     blocks: &[Block],
     by_position: bool,
@@ -460,7 +456,7 @@ fn check_master(block: &Block, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Tells parameters by their bits.
+/// A hash of the bits of a parameter.
 fn fingerprint(var: &Var) -> Result<String> {
     fn hash<T: Copy, const N: usize>(values: &[T], to_bytes: fn(T) -> [u8; N]) -> String {
         let (mut hasher, mut bytes) = (XxHash3_128::new(), vec![]);

@@ -27,10 +27,9 @@ use crate::random;
 ///
 /// # Which mask
 ///
-/// Each call draws a new one, by the seed and number that [`random`] gives. Inside of
-/// [`with_seed`](random::with_seed) the same code draws the same masks again; that is what a measurement
-/// of curvature needs, which computes one loss twice. See there for trainings that can be repeated, with any
-/// optimizer.
+/// Each call draws a new mask, from the seed and the number that [`random`] gives. Inside of
+/// [`with_seed`](random::with_seed) the same code draws the same masks again. A measurement of curvature, which
+/// computes one loss twice, needs that. [`random`] shows how to make a training reproducible, with any optimizer.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -52,20 +51,20 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Drops an element with probability `drop_p`, in [0, 1). There is no default; 0.1 is usual. Of another
-    /// number [`forward`](Self::forward) tells.
+    /// Drops an element with probability `drop_p`, in [0, 1). There is no default; 0.1 is usual. Any other number
+    /// makes [`forward`](Self::forward) fail in training.
     pub fn new(drop_p: f32) -> Self {
         Self { drop_p }
     }
 
-    /// Applies a new mask to `xs`, of f32, f64, bf16 or f16 and any layout, on the CPU or a CUDA device.
-    /// Unless `train`, and with `p = 0`, it is `xs` itself, and nothing is drawn.
+    /// Applies a new mask to `xs`, of f32, f64, bf16 or f16 and any layout, on the CPU or a CUDA device. Returns `xs`
+    /// itself, and draws nothing, if not `train`, or if `p = 0`.
     ///
     /// # Errors
     ///
-    /// In training: a probability outside of [0, 1), a tensor of another dtype or on another device, or
-    /// a CUDA stream that is being captured, since each replay would repeat the one mask. The last one
-    /// comes from the backward pass too.
+    /// In training: a probability outside of [0, 1), a tensor of another dtype or on another device, or a CUDA stream
+    /// that is being captured, since each replay would repeat the one mask. A capture makes the backward pass fail
+    /// too.
     pub fn forward(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         let p = self.drop_p;
         if !train {

@@ -1,9 +1,9 @@
-//! What is known of a block's curvature. How a measurement enters it is in [`rule`](crate::rule).
+//! The estimate of a block's curvature. How a measurement enters it is in [`rule`](crate::rule).
 
 use crate::numerics::{Pair, fold};
 use crate::params::Curvature;
 
-/// What is known of a block's curvature.
+/// The estimate of a block's curvature.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Estimate {
     /// `Step`: the average of H, uncorrected. `Hutchinson`: H squared, corrected.
@@ -16,9 +16,9 @@ pub(crate) struct Estimate {
     pub variance: f64,
     /// `Step`: the last measurement, as it entered the average.
     pub entered: f64,
-    /// H, as the brake goes by it.
+    /// `H` as the brake uses it.
     pub curvature: f64,
-    /// H as it was measured last, and at its lowest and highest.
+    /// The last, the lowest and the highest `H` that was measured.
     pub last: f64,
     pub lowest: f64,
     pub highest: f64,
@@ -28,7 +28,7 @@ pub(crate) struct Estimate {
     pub infinite: bool,
     /// `Step`: how many small steps in a row were too small to measure anything.
     pub still: u64,
-    /// Steps taken and skipped when it was last measured.
+    /// The number of steps, taken and skipped, at the last measurement.
     pub measured_at: u64,
     pub counts: Counts,
 }
@@ -52,21 +52,21 @@ pub struct Measurements {
     /// How many met a NaN or an infinity, and count as infinite curvature up to the next step that
     /// measures.
     pub nonfinite: u64,
-    /// How many found that the step was too small, though there was a direction to go: it moved nothing, in the
-    /// parameters' dtype, or being the first it changed no gradient. There is then no estimate, and the next step is
-    /// a small one that measures.
+    /// How many found the step too small, though it had a direction: it moved nothing, in the parameters' dtype, or,
+    /// as the first one, changed no gradient. There is then no estimate, and the next step is a small one that
+    /// measures.
     pub unmoved: u64,
-    /// How many say nothing, of a step without a direction: one that was skipped, or whose gradients are 0; by
-    /// [`Curvature::Hutchinson`] one whose gradient is not finite.
+    /// How many were ignored, because the step had no direction (it was skipped, or its gradients are 0), or with
+    /// [`Curvature::Hutchinson`] because the first gradient is not finite.
     pub uninformative: u64,
-    /// How many were without this parameter, since it had no second gradient.
+    /// How many left this parameter out, because it had no second gradient.
     pub missing: u64,
     /// Steps, taken and skipped, since the last measurement that entered the estimate. `None` before the first.
     pub age: Option<u64>,
-    /// The curvature `H` that the brake goes by; an infinity after a measurement that was not finite, `None`
-    /// without an estimate.
+    /// The curvature `H` that the brake uses; an infinity after a measurement that was not finite, `None` without an
+    /// estimate.
     pub curvature: Option<f64>,
-    /// `H` as it was measured last. `None` before the first measurement, as the next two.
+    /// The last measured `H`. `None` before the first measurement, like the next two.
     pub last: Option<f64>,
     /// The lowest `H` measured so far.
     pub lowest: Option<f64>,
@@ -74,8 +74,8 @@ pub struct Measurements {
     pub highest: Option<f64>,
 }
 
-/// What a step that measures leaves of a block, as sums over its elements: of its change `D`, as the parameters
-/// took it, its direction `d`, and the gradient or momentum `m` that `d` was made of.
+/// Sums over the elements of a block, left by a step that measures: of the change `D` of the parameter as stored, the
+/// direction `d`, and the gradient or momentum `m` that `d` was made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct StepSums {
     /// `sum D^2`
@@ -86,7 +86,7 @@ pub(crate) struct StepSums {
     pub along: f64,
 }
 
-/// What a measurement along a step comes to, of a block or of several that share an H.
+/// The sums of a measurement along a step, over a block or over several that share an `H`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Measured {
     /// `sum G^2`, with `G` the change of the gradient.
@@ -112,7 +112,8 @@ impl Measured {
     }
 }
 
-/// What is made of measurements along steps: the fields of [`Curvature::Step`].
+/// How measurements along steps are averaged: `every` of [`Measure`](crate::params::Measure), and the fields of
+/// [`StepCurvature`](crate::params::StepCurvature).
 #[derive(Clone, Copy)]
 pub(crate) struct Averaging {
     pub every: u64,
@@ -120,29 +121,29 @@ pub(crate) struct Averaging {
     pub noise: f64,
 }
 
-/// What a measurement has left of an estimate.
+/// What a measurement did to an estimate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// It has entered, or is an infinity.
+    /// It entered the average, or counts as infinite.
     Known,
-    /// The step was too small: there is none, and the next one measures.
+    /// The step was too small: there is no estimate, and the next step measures.
     Lost,
-    /// It says nothing, and there is what there was.
+    /// It was ignored: the estimate is as before.
     Unchanged,
 }
 
-/// What a product with the Hessian came to.
+/// Whether a product with the Hessian is finite.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Probe {
     Finite,
     /// A NaN or an infinity in the second gradient.
     Infinite,
-    /// One in the first gradient, whose step says nothing.
+    /// A NaN or an infinity in the first gradient: the measurement is ignored.
     Nothing,
 }
 
 impl Probe {
-    /// By the sums of [`probe_sums`](crate::backend::cpu::probe_sums) over all blocks.
+    /// From the sums of [`probe_sums`](crate::backend::Backend::probe_sums) over all blocks.
     pub fn of(total: Pair) -> Self {
         match (total.b.is_finite(), total.a.is_finite()) {
             (false, _) => Self::Nothing,
@@ -170,7 +171,7 @@ impl Estimate {
         counts: Counts { taken: 0, nonfinite: 0, unmoved: 0, uninformative: 0, missing: 0 },
     };
 
-    /// Whether there is anything to go by.
+    /// Whether there is an estimate, finite or infinite.
     pub fn is_known(&self) -> bool {
         self.infinite || self.in_average > 0
     }
@@ -183,7 +184,7 @@ impl Estimate {
         }
     }
 
-    /// What a user is told of it, after `now` steps.
+    /// The public view of the estimate, after `now` steps.
     pub fn measurements(&self, now: u64) -> Measurements {
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let told = |x| (taken > 0).then_some(x);
@@ -206,11 +207,11 @@ impl Estimate {
         (self.counts.taken > 0).then(|| now.saturating_sub(self.measured_at))
     }
 
-    /// Whether a checkpoint may have it.
+    /// Whether it can come from a checkpoint.
     pub fn is_valid(&self, curvature: Curvature) -> bool {
         let Self { mean, row_sum_sq, power, in_average, .. } = *self;
         let Self { variance, entered, curvature: h, last, lowest, highest, .. } = *self;
-        // A block may have the rows of others alone.
+        // The estimate may be made of other blocks' rows alone.
         let by_others = matches!(curvature, Curvature::Hutchinson(_)) && row_sum_sq == 0.;
         [mean, row_sum_sq, variance, entered, h, last, lowest, highest]
             .iter()
@@ -219,7 +220,7 @@ impl Estimate {
             && (power < 1. || in_average == 0 || by_others)
     }
 
-    /// As a checkpoint has it.
+    /// The text that a checkpoint saves.
     pub fn to_text(self) -> String {
         let Self { mean, row_sum_sq, power, variance, entered, curvature, last, .. } = self;
         let Self { lowest, highest, .. } = self;
@@ -265,8 +266,7 @@ impl Estimate {
         }
     }
 
-    /// From a checkpoint of version 1. What it has of curvature along steps was measured by another formula, and
-    /// counts as nothing.
+    /// From a checkpoint of version 1, whose curvature along steps was measured by another formula, and is dropped.
     pub fn from_version_1(numbers: [f64; 7], curvature: Curvature) -> Self {
         let [mean, row_sum_sq, power, infinite, counts @ ..] = numbers;
         let [taken, nonfinite, uninformative] = counts.map(|count| count as u64);

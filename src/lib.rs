@@ -29,11 +29,11 @@
 //! |---|---|
 //! | [`ParamsSrkl::braked_adam`] | nearly everything: start here |
 //! | [`ParamsSrkl::braked_adam_averaged`] | the same, where evaluation may use averaged weights ([`Srkl::swap_averaged`]) |
-//! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state less |
+//! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state tensor less |
 //! | [`ParamsSrkl::hessian`] | studies of curvature |
 //! | [`ParamsSrkl::reference`] | the original rule, whose `lr` needs a search |
 //!
-//! # What it needs to be true
+//! # What it requires
 //!
 //! A step that measures computes the loss twice ([`Srkl::backward_step_with`]): the closure must be the same function of the
 //! parameters each time. [`Dropout`] draws the same masks in both calls; [`random::current_seed`] seeds random layers of

@@ -1,7 +1,8 @@
-//! Curvature that is measured: when, by which gradients, and what becomes of it.
+//! Measured curvature: when it is measured, and with which gradients.
 //!
-//! [`Curvature::Step`](crate::Curvature::Step) is measured after a step, [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) before it, at parameters that are
-//! perturbed meanwhile. What becomes of a measurement is in `rule.rs`, the order of one in `engine/`.
+//! [`Curvature::Step`](crate::Curvature::Step) is measured after a step,
+//! [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) before it, while the parameters are perturbed. How a
+//! measurement changes the estimate is in `rule.rs`, the order of its stages in `engine/`.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Error, Result, Tensor, bail};
@@ -17,7 +18,7 @@ use crate::params::{Curvature, Measure, ParamsSrkl, Repeatable};
 use crate::random;
 use crate::schedule::{MeasureSchedule, MeasureState};
 
-/// What sets the seeds of steps apart from other random numbers.
+/// The stream of the step seeds, which no other random numbers use.
 const STEP_SEEDS: u64 = u64::MAX;
 
 const ADVICE: &str = ". A step that measures calls the closure twice, and needs the same function of the parameters each \
@@ -53,16 +54,16 @@ fn refuse_different(first: &[f64], second: &[f64]) -> Result<()> {
 }
 
 impl Srkl {
-    /// One step that asks for what it needs: calls `loss` once, and, where the step measures the curvature,
-    /// a second time: after the step ([`Curvature::Step`](crate::Curvature::Step)), or before it at perturbed parameters
+    /// One step. Calls `loss` once and, if the step measures the curvature, a second time: after the step
+    /// ([`Curvature::Step`](crate::Curvature::Step)), or before it at perturbed parameters
     /// ([`Curvature::Hutchinson`](crate::Curvature::Hutchinson)). Returns the first loss, detached from its graph.
     ///
     /// `loss` must compute the same function of the parameters each time: the same batch, the same random numbers.
-    /// Draw the batch outside of it, and use [`Dropout`](crate::Dropout), which has the same masks in both calls (random
-    /// layers of your own find a seed in [`random::current_seed`]). Before the first measurement `loss` is called
-    /// once more, and an error says if the two losses differ ([`ParamsSrkl::repeatable`]).
+    /// Draw the batch outside of it, and use [`Dropout`](crate::Dropout), which has the same masks in both calls
+    /// (seed random layers of your own by [`random::current_seed`]). Before the first measurement `loss` is called
+    /// once more; if the two losses differ, it is an error ([`ParamsSrkl::repeatable`]).
     ///
-    /// `loss` includes the factor [`Srkl::grad_scale`]. The first graph is dropped before the second call.
+    /// `loss` must include the factor [`Srkl::grad_scale`]. The first graph is dropped before the second call.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -78,7 +79,7 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
-    /// Errors of the closure's own type are passed on, if candle's convert into it, as into `anyhow::Error`.
+    /// The closure may have an error type of its own, if candle's converts into it (as into `anyhow::Error`).
     ///
     /// # Errors
     ///
@@ -115,7 +116,7 @@ impl Srkl {
             perturbed.observe(&again)?;
         }
         self.step(&grads)?;
-        // Taken out first, so that no step waits for a measurement that has failed.
+        // Cleared first: if the measurement fails, no later step waits for it.
         if std::mem::take(&mut self.measure_state.awaiting_observe) {
             drop(grads);
             let again = loss().and_then(|loss| Ok(loss.backward()?));
@@ -125,8 +126,7 @@ impl Srkl {
         Ok(first)
     }
 
-    /// The gradients of the parameters alone, without their graphs: what candle computes them from lives as long
-    /// as they do otherwise.
+    /// The gradients of the parameters, without their graphs: a graph keeps alive what candle computed them from.
     fn detached(&self, grads: &GradStore) -> GradStore {
         let mut detached = GradStore::default();
         for block in &self.all.blocks {
@@ -153,29 +153,30 @@ impl Srkl {
         Ok(())
     }
 
-    /// The seed of the next step, and until `observe` that of the step that waits for it: what
-    /// [`random::with_seed`] is given in both calls of a closure. For loops of your own: compute both losses of a
-    /// step that measures inside `with_seed(seed, ..)`, with the seed as it was before `step`.
+    /// The seed of the next step; while a step waits for `observe`, the seed of that step.
+    /// [`Srkl::backward_step_with`] runs both calls of its closure inside [`random::with_seed`] with it. In a loop of
+    /// your own compute both losses of a step that measures inside `with_seed(seed, ..)`, with the seed as it was
+    /// before `step`.
     ///
-    /// It depends on [`Srkl::set_seed`] and the number of the step alone, and on the seed of a
-    /// [`random::with_seed`] around the call, if there is one; it goes on from a checkpoint.
+    /// It depends only on [`Srkl::set_seed`], the number of the step, and the seed of an enclosing
+    /// [`random::with_seed`], if there is one. A checkpoint restores it.
     pub fn step_seed(&self) -> u64 {
         let waits = self.measure_state.awaiting_observe as u64;
         let outer = random::current_seed().unwrap_or(0);
         random_bits(self.seed, self.measure_state.step_calls - waits, STEP_SEEDS, outer)
     }
 
-    /// Sets what the seeds of steps are made from. 0 unless set; a checkpoint has it.
+    /// Sets the base of the step seeds. Default 0; saved in checkpoints.
     pub fn set_seed(&mut self, seed: u64) {
         self.seed = seed;
     }
 
-    /// The names of the parameters that have had no gradient in any step yet, of a graph's replays those that had
-    /// none when it was captured.
+    /// The names of the parameters that have had no gradient in any step so far. Captured steps and their replays do
+    /// not count.
     ///
-    /// A parameter stays there if the loss does not depend on it, or only through an operation that has no
+    /// A parameter stays in this list if the loss does not depend on it, or only through an operation that has no
     /// backward pass in candle: the fused `layer_norm`, `rms_norm`, `softmax_last_dim` and `rope` cut the graph
-    /// without a word, and so do `candle_nn::LayerNorm` and `RmsNorm` on contiguous input, which use them.
+    /// silently, and so do `candle_nn::LayerNorm` and `RmsNorm` on contiguous input, which use them.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -194,9 +195,13 @@ impl Srkl {
         untrained.into_iter().map(|block| block.name.as_str()).collect()
     }
 
-    /// Whether the next step measures the curvature: each of the `first` steps, then every `every`-th, skipped ones
-    /// counted; after [`Srkl::request_measurement`]; and where there is no estimate to go by. Of
-    /// [`Curvature::Step`](crate::Curvature::Step) none whose schedule is 0.
+    /// Whether the next step measures the curvature. It does
+    ///
+    /// - until `first` steps have measured, and after that if its number is a multiple of `every` ([`Measure`]);
+    /// - after [`Srkl::request_measurement`];
+    /// - if there is no estimate to use.
+    ///
+    /// With [`Curvature::Step`](crate::Curvature::Step) a step whose schedule is 0 never measures.
     ///
     /// In a loop of your own, with [`Curvature::Step`](crate::Curvature::Step):
     ///
@@ -286,15 +291,15 @@ impl Srkl {
         Ok(())
     }
 
-    /// Makes the next step one that measures. For those who replay captured steps, which the optimizer does
-    /// not see, and which can't measure. (Before replays ask [`Srkl::measuring`] too: it is true where a measurement
-    /// has left no estimate.)
+    /// Makes the next step measure. For replays of captured steps, which can't measure and which the optimizer does
+    /// not see. (Before replays check [`Srkl::measuring`] too: it is true if a measurement has left no estimate.)
     pub fn request_measurement(&mut self) {
         self.measure_state.requested = true;
     }
 
-    /// Gives up the measurement that the last step waits for; if it waits for none, the one that the next step is
-    /// due. Steps go on with the estimate there is; without any, `phi` is 0, and the next step is due one again.
+    /// Gives up the measurement that the last step waits for or, if it waits for none, the one that is due with the
+    /// next step. Steps go on with the estimate there is. Without one, a step that does not measure has a `phi` of 0,
+    /// and the next step is due a measurement again.
     pub fn skip_measurement(&mut self) {
         match std::mem::take(&mut self.measure_state.awaiting_observe) {
             true => self.engine.release(&mut self.all),
@@ -307,7 +312,7 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// No step that waits for it, or what `step` refuses of gradients. It can then be called again. (A parameter
+    /// No step waits for it, or a gradient that `step` would refuse. It can then be called again. (A parameter
     /// without a second gradient is no error: it is left out of this measurement, and counted.)
     pub fn observe(&mut self, grads_again: &GradStore) -> Result<()> {
         if !self.measure_state.awaiting_observe {
@@ -328,13 +333,13 @@ impl Srkl {
         Ok(())
     }
 
-    /// Perturbs the parameters that have a gradient in `grads`, those of the step to come, for a measurement of
-    /// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson), until the guard is dropped.
+    /// Perturbs the parameters that have a gradient in `grads`, the gradients of the next step, for a measurement of
+    /// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson). Dropping the guard restores them.
     ///
     /// # Errors
     ///
-    /// Settings that don't ask for it, a measurement that has been taken already, or what `step` refuses of
-    /// gradients.
+    /// Settings without [`Curvature::Hutchinson`](crate::Curvature::Hutchinson), a measurement that has been taken
+    /// already, or a gradient that `step` would refuse.
     pub fn perturb<'a>(&'a mut self, grads: &'a GradStore) -> Result<Perturbed<'a>> {
         let Some(MeasureSchedule { probe: Some((delta, seed)), .. }) = self.measure_schedule else {
             bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
@@ -349,9 +354,9 @@ impl Srkl {
         Ok(Perturbed { opt: self, grads, done: false })
     }
 
-    /// Checks that `loss` gives the same loss and the same gradients twice, bit for bit, at the same parameters:
-    /// without that a measurement of curvature measures noise. Calls it as [`Srkl::backward_step_with`] does, with
-    /// the same seed.
+    /// Checks that `loss` gives the same loss and the same gradients twice, bit for bit, at the same parameters;
+    /// otherwise a measurement of curvature measures noise. Calls it as [`Srkl::backward_step_with`] does, with the
+    /// same seed.
     ///
     /// # Errors
     ///
@@ -382,7 +387,8 @@ impl Srkl {
         Ok(())
     }
 
-    /// How measurements went so far, of the parameter that had most that said something.
+    /// The counts of measurements so far, and the current `H`, of one parameter: the one with the most measurements
+    /// that were not ignored.
     ///
     /// # Errors
     ///
@@ -394,12 +400,12 @@ impl Srkl {
         Ok(each.max_by_key(most).unwrap_or_default())
     }
 
-    /// What a measurement by random vectors is given of the step to come.
+    /// The next step, as a measurement by random vectors needs it.
     fn probe_step<'g>(&self, grads: &'g GradStore) -> Result<Step<'g>> {
         Ok(Step { grads, scalars: self.scalars()?, measures: false, records: false })
     }
 
-    /// Whether a closure is to be checked before it is measured by.
+    /// Whether a closure must be checked before the next measurement.
     fn checks_closures(&self) -> bool {
         let measured = |params: &ParamsSrkl| MeasureSchedule::of(params).is_some();
         let checks =
@@ -407,7 +413,7 @@ impl Srkl {
         !self.measure_state.checked && self.all.groups.iter().any(|group| checks(&group.params))
     }
 
-    /// Whether the settings perturb parameters.
+    /// Whether curvature is measured at perturbed parameters.
     pub(crate) fn probes(&self) -> bool {
         self.measure_schedule.is_some_and(|plan| plan.probe.is_some())
     }
@@ -424,7 +430,7 @@ impl Srkl {
         Ok(())
     }
 
-    /// An error if a measurement is due that `step` can't make.
+    /// An error if the last step waits for its measurement, or a measurement is due that `step` can't make.
     pub(crate) fn refuse_unmeasured(&self) -> Result<()> {
         self.refuse_pending()?;
         if self.probes() && self.measuring() {
@@ -437,9 +443,9 @@ impl Srkl {
     }
 }
 
-/// What an optimizer notes of steps and measurements.
+/// Bookkeeping after steps and measurements.
 impl Srkl {
-    /// Ends a step, taken or skipped, with what its measurement needs, if it has one to come.
+    /// Counts a step, taken or skipped. If it `measures`, it now waits for `observe`.
     pub(crate) fn count_step(&mut self, measures: bool) {
         let state = &mut self.measure_state;
         state.step_calls += 1;
@@ -451,8 +457,8 @@ impl Srkl {
         state.awaiting_observe = measures;
     }
 
-    /// Notes which blocks have had a gradient, and whether one of them has no estimate of its curvature, though it
-    /// is measured: then the next step measures.
+    /// Notes which blocks have had a gradient. If one that has a gradient now has no estimate of the curvature that
+    /// its group measures, the next step measures.
     pub(crate) fn note_gradients(&mut self, grads: &GradStore, measures: bool) {
         for block in self.all.blocks.iter_mut().filter(|block| !block.trained) {
             block.trained = grads.get_id(block.id).is_some();
@@ -468,20 +474,20 @@ impl Srkl {
         }
     }
 
-    /// Notes what a measurement has left of each estimate, of those that it was about, and whether there is one: where
-    /// one has been lost, or there is none at all, the next step measures.
+    /// Notes which blocks have an estimate after a measurement. If one has been lost, or there is none at all, the
+    /// next step measures.
     fn note_estimates(&mut self, remaining: Vec<Remaining>) {
         let (mut any, mut lost) = (false, false);
         for (block, (left, known)) in self.all.blocks.iter_mut().zip(remaining) {
             any |= known;
             lost |= left == Some(Left::Lost);
-            // A block without a direction has nothing to be measured by, and waits for the next time.
+            // Without a direction nothing can be measured: such a block waits for the next regular measurement.
             block.known = known || left == Some(Left::Unchanged);
         }
         self.measure_state.blind = !any || lost;
     }
 
-    /// The same after estimates have been set, or their settings.
+    /// The same after estimates were loaded, or settings of curvature have changed.
     pub(crate) fn recall_estimates(&mut self) -> Result<()> {
         if self.measure_schedule.is_none() {
             return Ok(());
@@ -510,7 +516,7 @@ impl Perturbed<'_> {
     ///
     /// # Errors
     ///
-    /// What `step` refuses of gradients. The parameters are restored, and the estimate is as it was.
+    /// A gradient that `step` would refuse. The parameters are restored, and the estimate is as it was.
     pub fn observe(mut self, grads_again: &GradStore) -> Result<()> {
         self.restore()?;
         let step = self.opt.probe_step(self.grads)?;
@@ -530,7 +536,7 @@ impl Perturbed<'_> {
 impl Drop for Perturbed<'_> {
     fn drop(&mut self) {
         if !self.done {
-            // Fails with its device alone.
+            // Can fail only if the device has failed.
             let _ = self.restore();
         }
     }

@@ -10,7 +10,7 @@
 //!   the block. bf16 and f16 widen to it exactly; a gradient of another float dtype is rounded to
 //!   it once, to nearest, ties to even. (So an f64 gradient beyond f32's range is an infinity to an
 //!   f32 parameter.)
-//! * Every operation is rounded once, in the order written in `src/rule.rs` (in `src/backend/cpu.rs` for the
+//! * Every operation is rounded once, in the order written in `src/rule.rs` (in `src/backend/cpu/` for the
 //!   terms of sums, and here for norm and curvature); a fused multiply-add is used exactly where these files say
 //!   `mul_add`. No reassociation, no approximate
 //!   division, no flushing of subnormals.
@@ -18,7 +18,7 @@
 //!   becomes an infinity. A NaN is stored as the one positive quiet pattern without payload:
 //!   `7fc00000` (f32), `7ff8000000000000` (f64), `7fc0` (bf16), `7e00` (f16).
 //! * What is one number for a block (norms, the curvature `H`, the brake `phi`) is computed in f64
-//!   and rounded to the compute type once, where it meets the elements.
+//!   and rounded to the compute type once, before it is used on elements.
 //!
 //! # Sums
 //!
@@ -45,7 +45,7 @@
 //! A sum over a strip of 32 neighbours (for curvature along a step) is their tree, by rule 3.
 //!
 //! Sums of products of parameters, directions and differences of gradients (for the trust clip and for
-//! measured curvature) go by the same rules, in f64 without a scale; what is beyond f64 counts as not
+//! measured curvature) follow the same rules, in f64 without a scale; what is beyond f64 counts as not
 //! finite.
 //!
 //! # Random numbers
@@ -64,16 +64,16 @@
 //!
 //! An element's step is `phi * c` times its gradient, `c` the unscaling and clipping: one number,
 //! rounded to the compute type. In f32 it loses bits below 1e-38 and is 0 below 1e-45. With the
-//! reference rule that takes gradients above 1e20 or so, whose steps are shorter than 1e-20; H and phi
+//! reference rule this needs gradients above 1e20 or so, whose steps are shorter than 1e-20; H and phi
 //! in telemetry, in f64, stay right.
 //!
 //! # How a GPU produces the same bits
 //!
-//! Lanes are element indices, not addresses, and 1024 lanes suit every 16-byte access. A team of
+//! Lanes are element indices, not addresses, and 1024 lanes suit every 16-byte access. A CTA of
 //! 128 threads owns a chunk and each thread keeps 8 lanes in registers, for all 8 rows of 1024: with
 //! f32 a thread loads two groups of four neighbours per row, with bf16 or f16 one group of eight,
 //! with f64 four groups of two. So a warp reads whole sectors in order, and the loads of several rows
-//! are under way together. At the end of a chunk the 1024
+//! are in flight together. At the end of a chunk the 1024
 //! lanes meet in shared memory (8 KiB a sum) and the tree runs over lane numbers, the same for all
 //! dtypes. A misaligned gradient is read as two neighbouring aligned vectors and shifted, which
 //! moves no element to another lane. Chunk sums go to memory by chunk number and are added by rule
@@ -85,7 +85,7 @@ pub const CHUNK: usize = 8192;
 /// Lanes of a sum: element `i` of a chunk belongs to lane `i % LANES`.
 pub const LANES: usize = 1024;
 
-/// Elements in a strip: neighbours in a chunk, whose sum is wanted by itself.
+/// Elements in a strip: neighbours in a chunk that have a sum of their own.
 pub(crate) const STRIP: usize = 32;
 
 /// A compute type: f32, or f64 for f64 parameters.
@@ -205,7 +205,7 @@ impl Sums {
         let (mut sum2, mut sum4) = (vec![0.; width], vec![0.; width]);
         for row in items.chunks(LANES) {
             for ((lane2, lane4), item) in sum2.iter_mut().zip(&mut sum4).zip(row) {
-                // Positive for sums of zero alone, which no scale changes.
+                // Positive only for sums of zero, which no scale changes.
                 let down = (item.exponent - exponent).min(0);
                 *lane2 += item.sum2 * pow2(2 * down);
                 *lane4 += item.sum4 * pow2(4 * down);
@@ -247,7 +247,7 @@ pub(crate) fn fold<const N: usize>(count: usize, item: impl Fn(usize) -> [f64; N
     lanes.map(|mut lanes| tree(&mut lanes))
 }
 
-/// The `word`-th 64 random bits of a stream: what a seed and a draw have for one parameter, say.
+/// The `word`-th 64 random bits of a stream, for instance of one parameter in one measurement.
 pub(crate) fn random_bits(seed: u64, draw: u64, stream: u64, word: u64) -> u64 {
     random_word(random_key(seed, draw, stream), word)
 }

@@ -14,10 +14,10 @@ use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::{STATE, has_state};
 
-/// The name of the group of every parameter that no other group takes.
+/// The name of the group that holds every parameter no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
 
-/// The SRKL optimizer: `w <- w - phi * d` with `phi = lr / (1 + beta * H)`.
+/// The SRKL optimizer: `w <- w - phi * d` with `phi = s * lr / (1 + beta * H)`.
 ///
 /// It is a [`candle_nn::Optimizer`]; [`ParamsSrkl`] has the formula and the settings.
 ///
@@ -34,41 +34,42 @@ pub const DEFAULT_GROUP: &str = "default";
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// Parameters are stepped in place, in f32, f64, bf16 and f16 and mixed; their gradients may be of
-/// any of these dtypes and of any layout. A parameter without a gradient is left alone, without
-/// decay. Work is spread over threads that all optimizers share, as many as the rayon pool has that it
-/// is built in (`RAYON_NUM_THREADS`); one that steps at the same time as another waits for them, or, on a
-/// thread of rayon, does without. The result does not depend on their number: see
-/// [`numerics`](crate::numerics).
+/// Parameters are stepped in place. They may be f32, f64, bf16 and f16, mixed; gradients may have any of these dtypes
+/// and any layout. A parameter without a gradient is left alone: it does not decay either.
 ///
-/// On a CUDA device a step goes to the stream of candle's [`Device`](candle_core::Device), which for
-/// `Device::new_cuda` is one of each thread: step from the thread that computes the gradients, and
-/// always from the same one. Whoever reads parameters on another stream waits for this one first.
+/// Optimizers share one pool, with as many threads as the rayon pool in which they are built (`RAYON_NUM_THREADS`).
+/// An optimizer that steps while another uses the pool waits for it; on a rayon thread it steps without the pool
+/// instead. The number of threads does not change the result: see [`numerics`](crate::numerics).
+///
+/// On a CUDA device a step runs on the stream of candle's [`Device`](candle_core::Device). With `Device::new_cuda`
+/// each thread has its own stream, so always step from the one thread that computes the gradients. Work on another
+/// stream that reads parameters must wait for this stream first.
 pub struct Srkl {
     pub(crate) all: Parameters,
-    /// Whether parameters came without names, which are their places in a list then.
+    /// Whether parameters were given without names: each name is then its index in the list.
     pub(crate) by_position: bool,
     pub(crate) schedule: f64,
     pub(crate) grad_scale: f64,
     /// When curvature is measured, if it is.
     pub(crate) measure_schedule: Option<MeasureSchedule>,
     pub(crate) measure_state: MeasureState,
-    /// What the seeds of steps are made from.
+    /// The base of the step seeds.
     pub(crate) seed: u64,
     /// Whether steps record norms for telemetry.
     pub(crate) records: bool,
-    /// Who decides steps, and counts them.
+    /// Decides steps and counts them, on the host or on a CUDA device.
     pub(crate) engine: Box<dyn Engine>,
 }
 
 impl Optimizer for Srkl {
     type Config = ParamsSrkl;
 
-    /// An optimizer of `vars` in one group. Their names are their places in `vars`: "0", "1", ... and sums
-    /// over all of them ([`Scope::Global`], clipping) are added in that order.
+    /// An optimizer of `vars` in one group. Each is named by its index in `vars`: "0", "1", ... Sums over all of them
+    /// ([`Scope::Global`](crate::Scope::Global), clipping) are added in that order.
     ///
-    /// The order of [`VarMap::all_vars`](candle_nn::VarMap::all_vars) differs from run to run. So [`Srkl::load`] tells parameters by their
-    /// values, and refuses equal ones whose state differs; [`Srkl::from_varmap`] goes by name.
+    /// The order of [`VarMap::all_vars`](candle_nn::VarMap::all_vars) differs from run to run. So [`Srkl::load`]
+    /// matches parameters of such an optimizer by value, and fails if parameters of equal value have different state.
+    /// [`Srkl::from_varmap`] matches them by name.
     ///
     /// # Errors
     ///
@@ -83,20 +84,22 @@ impl Optimizer for Srkl {
     ///
     /// # Errors
     ///
-    /// A gradient that differs from its parameter in shape or device, that is not of f32, f64, bf16
-    /// or f16, or that shares its memory with a parameter; a learning rate that was set to a
-    /// negative or non-finite number. Parameters and state are then as they were. (Of several bad
-    /// gradients any one is named. A device that fails while it works is the exception.)
+    /// In each case parameters and state are as they were (unless a device fails while it works):
     ///
-    /// On a CUDA device also: a variable whose memory was replaced since the optimizer was built, and
-    /// in a capture of its stream, settings that have changed inside it, a second step of the
-    /// optimizer, or parameters on several devices.
+    /// - a gradient that differs from its parameter in shape or device, that is not of f32, f64, bf16 or f16, or that
+    ///   shares its memory with a parameter (of several bad gradients any one is named);
+    /// - a learning rate that was set to a negative or non-finite number;
+    /// - the last step still waits for its measurement, or this step is due one with
+    ///   [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) first ([`Srkl::measuring`]);
+    /// - on a CUDA device, a variable whose memory was replaced since the optimizer was built;
+    /// - in a capture of a CUDA stream, settings that have changed inside the capture, a second step of the
+    ///   optimizer, a step that measures, or parameters on several devices.
     ///
     /// # CUDA graphs
     ///
-    /// A captured step can be replayed: it reads the learning rate and the gradient scale that were
-    /// set last, and counts. The optimizer must live as long as the graph. After a capture it takes a
-    /// step outside of one before the next.
+    /// A captured step can be replayed: each replay uses the learning rate and the gradient scale that were set last,
+    /// and is counted as a step. The optimizer must outlive the graph. Between two captures it must take a step
+    /// outside of a capture.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
         self.refuse_unmeasured()?;
@@ -113,8 +116,8 @@ impl Optimizer for Srkl {
     ///
     /// # Errors
     ///
-    /// Those of [`step`](Self::step), a loss that reaches none of the parameters, and a step that measures the
-    /// curvature, for which it takes [`Srkl::backward_step_with`].
+    /// Those of [`step`](Self::step); a loss that reaches none of the parameters; a step that measures the curvature,
+    /// which needs [`Srkl::backward_step_with`].
     fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         if self.measuring() {
             bail!(
@@ -127,20 +130,20 @@ impl Optimizer for Srkl {
         self.step(&grads)
     }
 
-    /// The schedule's multiplier times the `lr` of the default group (of the first group that is not frozen, if
-    /// that one is, by an `lr` of 0).
+    /// The schedule's multiplier times the `lr` of the default group. If that group is frozen (`lr` 0), the first
+    /// group that is not takes its place; 0 if all are.
     fn learning_rate(&self) -> f64 {
         self.schedule * self.base_lr().unwrap_or(0.)
     }
 
-    /// Sets the schedule's multiplier of **every** group to `lr` over the `lr` of the default group (of the first
-    /// group that is not frozen, if that one is; without effect if all are).
+    /// Sets the schedule's multiplier of **every** group to `lr` divided by the `lr` of the default group. If that
+    /// group is frozen, the first group that is not takes its place; without effect if all are.
     ///
     /// The multiplier is applied to `phi`, not to [`ParamsSrkl::lr`]: with [`Beta::Tied`] a large
     /// `lr` has no effect on the step, so a schedule of it would have none either.
     ///
-    /// A negative or non-finite `lr` makes the next `step` fail, and so does one that is set inside a
-    /// capture of a CUDA stream. Replays of captured steps go on with the last one that was neither.
+    /// The next `step` fails if `lr` is negative or not finite, or if it was set inside a capture of a CUDA stream.
+    /// Replays of captured steps then keep the last valid one.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -198,8 +201,8 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// A scale that is not finite and above 0, or whose reciprocal is not finite, or a step that waits for its
-    /// measurement, which is of the old scale. The old one stays.
+    /// A scale that is not finite and above 0, or whose reciprocal is not finite; or a step that waits for its
+    /// measurement, which needs the old scale. The old scale stays.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
         check_grad_scale(grad_scale)?;
         self.refuse_pending()?;
@@ -216,7 +219,7 @@ impl Srkl {
         Ok(self.engine.counters()?.steps)
     }
 
-    /// Steps that [`NonFinite::SkipStep`] has skipped.
+    /// Steps that [`NonFinite::SkipStep`](crate::NonFinite::SkipStep) has skipped.
     ///
     /// # Errors
     ///
@@ -244,9 +247,14 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// No group of that name, a step that waits for its measurement, settings out of range, groups that measure the curvature but not alike, or
-    /// settings that need other state than it was built with: another choice of `master_weights`, another
-    /// kind of direction, with or without an average. The old settings stay.
+    /// The old settings stay in each case:
+    ///
+    /// - no group of that name, or settings out of range;
+    /// - a step that waits for its measurement;
+    /// - groups that measure curvature in different ways;
+    /// - settings that need other state than the group was built with: other `master_weights`, another kind of
+    ///   direction, an average added or removed, or a change to or from
+    ///   [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
         self.refuse_pending()?;
@@ -282,19 +290,20 @@ impl Srkl {
             return Err(e);
         }
         let had = std::mem::replace(&mut self.measure_schedule, plan);
-        // What has not been measured so far is missed in the next step.
+        // A block without an estimate is noticed in the next step.
         if had == self.measure_schedule { Ok(()) } else { self.recall_estimates() }
     }
 
-    /// Takes over parameters that somebody else has written, for instance by [`VarMap::load`](candle_nn::VarMap::load).
+    /// Updates the masters of parameters that were written outside of the optimizer, for instance by
+    /// [`VarMap::load`](candle_nn::VarMap::load).
     ///
-    /// With master weights a step computes the new parameter from its master, so a value written
-    /// to the parameter alone would be lost. This gives every master whose parameter is not what
-    /// it rounds to the parameter's value. Without masters there is nothing to do.
+    /// With master weights a step computes the new parameter from its master, so a value that was written to the
+    /// parameter alone would be lost. This sets every master that does not round to its parameter to the parameter's
+    /// value. Without masters it does nothing.
     ///
-    /// `step` looks at up to 32 evenly spaced elements of a parameter, and if one of them is not what
-    /// its master rounds to, takes over the whole parameter. So a loaded checkpoint is noticed, but a
-    /// change of single elements may not be: call this after making one.
+    /// `step` does so too, but compares only up to 32 evenly spaced elements: if one of them differs, it resets all
+    /// masters of the parameter. So it notices a loaded checkpoint, but may miss a change of single elements: call
+    /// this after making one.
     ///
     /// # Errors
     ///
@@ -318,7 +327,7 @@ impl Srkl {
         block.map_or(Ok(None), Block::master_values)
     }
 
-    /// Tells the engine of settings that have changed, for replays of captured steps: they find what was set last.
+    /// Sends changed settings to the engine, so that replays of captured steps use them.
     pub(crate) fn upload_settings(&mut self) -> Result<()> {
         let scalars = self.scalars()?;
         self.engine.upload_settings(&self.all, scalars)
@@ -339,7 +348,7 @@ impl Srkl {
     }
 }
 
-/// Without the counters where a CUDA device has them: whoever logs does not wait for it.
+/// Without the counters if a CUDA device has them: logging must not wait for it.
 impl fmt::Debug for Srkl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counters = self.engine.counters_at_hand();

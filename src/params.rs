@@ -38,15 +38,14 @@ pub struct ParamsSrkl {
     pub direction: Direction,
     /// What `H` is. The reference's is [`Curvature::GradSquare`].
     pub curvature: Curvature,
-    /// When curvature is measured, where it is. All groups that measure must agree in it.
+    /// When curvature is measured, if it is. All groups that measure must have the same.
     pub measure: Measure,
     /// How strongly curvature brakes. The reference's is `Beta::Fixed(0.1)`.
     pub beta: Beta,
-    /// Over which elements the curvature `H` is one number. The reference's is [`Scope::Tensor`].
+    /// Which elements share one curvature `H`. The reference's is [`Scope::Tensor`].
     pub scope: Scope,
-    /// The trust clip `tau`: a block's step is shortened to
-    /// `||phi d||_2 = tau * max(||w||_2, 0.01 sqrt(n))`, of its `n` elements, where it is longer (`w` is the
-    /// parameter, not its master).
+    /// The trust clip `tau`: the step of a block of `n` elements is shortened to
+    /// `||phi d||_2 = tau * max(||w||_2, 0.01 sqrt(n))` if it is longer (`w` is the parameter, not its master).
     /// Finite and above 0; the reference's is `None`, no clip.
     ///
     /// It needs the norm of every block's step before the first element moves, so a step reads
@@ -59,10 +58,9 @@ pub struct ParamsSrkl {
     /// the (unscaled) gradients of **all** parameters of the optimizer, is above it. Finite and
     /// above 0; default `None`, no clipping.
     pub max_grad_norm: Option<f64>,
-    /// Keeps an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after
-    /// step `t` of the block, for [`Srkl::swap_averaged`]. The decay `c`, 0 or above and below 1;
-    /// default `None`, no average. Costs 4 bytes a parameter (8 for f64), and room for a copy of
-    /// all parameters, on the CPU from the first swap on.
+    /// The decay `c` of an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after step
+    /// `t` of the block, for [`Srkl::swap_averaged`]. 0 or above and below 1; default `None`, no average. Costs 4
+    /// bytes a parameter (8 for f64), and room for a copy of all parameters, on the CPU from the first swap on.
     ///
     /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
     pub average: Option<f64>,
@@ -71,8 +69,8 @@ pub struct ParamsSrkl {
     pub master_weights: MasterWeights,
     /// What to do about a NaN or an infinity in a gradient. Default [`NonFinite::SkipStep`].
     pub nonfinite: NonFinite,
-    /// Whether [`Srkl::backward_step_with`] finds out, before the first measurement, that its closure
-    /// computes the same loss twice. Default [`Repeatable::Check`].
+    /// Whether [`Srkl::backward_step_with`] checks, before the first measurement, that its closure computes the same
+    /// loss twice. Default [`Repeatable::Check`].
     ///
     /// [`Srkl::backward_step_with`]: crate::Srkl::backward_step_with
     pub repeatable: Repeatable,
@@ -97,7 +95,7 @@ pub enum Direction {
     /// `d = m / (1 - beta1^t) / P` with `P = sqrt(v / (1 - beta2^t)) + eps` (Kingma and Ba, 2015).
     /// State: m and v, 8 bytes a parameter.
     ///
-    /// In f32 `g^2` is an infinity from |g| = 1.8e19 on, and such an element moves no more.
+    /// In f32 `g^2` overflows from |g| = 1.8e19 on: `v` is then infinite, and the element never moves again.
     Adam {
         /// 0 or above and below 1.
         beta1: f64,
@@ -108,11 +106,11 @@ pub enum Direction {
     },
 }
 
-/// What the curvature `H` is, and how it comes to be known.
+/// What the curvature `H` is, and how it is computed.
 ///
-/// [`Step`](Self::Step) and [`Hutchinson`](Self::Hutchinson) measure it by a second gradient of the
-/// same batch, when [`Measure`] says so: [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) asks for it. Groups
-/// of one optimizer that measure must agree in the kind.
+/// [`Step`](Self::Step) and [`Hutchinson`](Self::Hutchinson) measure it with a second gradient of the same batch,
+/// when [`Measure`] says so; [`Srkl::backward_step_with`](crate::Srkl::backward_step_with) computes that gradient.
+/// All groups of an optimizer that measure must use the same kind.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -125,36 +123,46 @@ pub enum Curvature {
     /// H = sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2
     /// ```
     ///
-    /// with `D` the change of the parameters, as they took it, `G` that of the gradient (as the rule uses it, unscaled
-    /// and clipped), `d` the direction and `m` the gradient or momentum that it was made of. The sums are over the
-    /// parameter tensors `b` that share an `H` ([`Scope`]) and have both gradients, and over their strips `s` of 32
-    /// neighbouring elements. Where `d = P^-1 m` the second sum is `<D, P D>`, so that `H` is never below the
-    /// curvature along the step in the metric `P`.
+    /// - `D` is the change of the parameters, as stored in their dtype;
+    /// - `G` is the change of the gradient as the rule uses it, unscaled and clipped;
+    /// - `d` is the direction, and `m` the gradient or momentum that it was made of;
+    /// - `b` runs over the parameter tensors that share an `H` ([`Scope`]) and have both gradients, and `s` over
+    ///   their strips of 32 neighbouring elements.
     ///
-    /// The brake uses `sqrt(average^2 + noise * variance)`: bias-corrected exponential averages of
-    /// `x = min(H, 6 * average)`, and of half the squared differences of neighbouring `x` (times the decay, so that
-    /// a `decay` of 0 leaves the last `x` alone). The averages forget by steps: a measurement `k` steps after the one
-    /// before, `k` below `every`, enters with `(1 - decay) * max(k / every, 1/1024)` in place of `1 - decay`. While
-    /// the last measurement is above 6 times the average, the brake uses that one.
+    /// With `d = P^-1 m` the second sum is `<D, P D>`, so `H` is never below the curvature along the step in the
+    /// metric `P`.
     ///
-    /// A step that measures without any estimate is a small one:
-    /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d))`, with RMS over all parameters that move. If it
-    /// moves nothing, though there is a direction (parameters of 16 bits may be too coarse for it), or a later step
-    /// that measures does, there is no estimate: the next step measures, and is a small one, twice as long each
-    /// time. A second gradient that is not finite counts as infinite curvature up to the next step that measures,
-    /// which is again a small one. A step whose schedule is 0 does not measure.
+    /// The brake uses `sqrt(average^2 + noise * variance)`, made of two bias-corrected exponential averages: that of
+    /// `x = min(H, 6 * average)`, and that of half the squared differences of neighbouring `x` (times the decay, so
+    /// that with a `decay` of 0 only the last `x` counts).
     ///
-    /// With momentum of 0.9, and `Beta::Tied(0.5)`, no run on a quadratic of many sizes and conditions ended
-    /// higher than it began; without momentum choose `Beta::Tied(1.)`: see docs/curvature.md.
+    /// - The averages forget by steps: a measurement `k` steps after the one before, `k` below `every`, enters with
+    ///   weight `(1 - decay) * max(k / every, 1/1024)` in place of `1 - decay`.
+    /// - While the last measurement is above 6 times the average, the brake uses that measurement alone.
+    ///
+    /// Without an estimate, a step that measures is a small one:
+    /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d), 0.003 / weight_decay)`, with RMS over all parameters
+    /// that move.
+    ///
+    /// - If a step that measures has a direction but moves nothing (parameters of 16 bits may be too coarse for it),
+    ///   there is no estimate afterwards. The next step then measures, and is a small one. Each small step in a row
+    ///   that moves nothing doubles the length of the next, up to 256 times.
+    /// - A second gradient that is not finite counts as infinite curvature: `phi` is 0 up to the next step that
+    ///   measures, which is again a small one.
+    /// - A step whose schedule is 0 does not measure.
+    ///
+    /// With momentum of 0.9 and `Beta::Tied(0.5)`, no run on quadratics of many sizes and condition numbers ended
+    /// higher than it began. Without momentum choose `Beta::Tied(1.)`: see docs/curvature.md.
     ///
     /// Costs a second gradient on a step that measures.
     Step(StepCurvature),
-    /// The norm of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
-    /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`]
-    /// says what `H` is made of it. A first gradient that is not finite says nothing; a second one counts as
-    /// infinite curvature, and `phi` is 0, up to the next step that measures. `H z` is the difference `(g(w + e z) - g(w)) / e` with
-    /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters that have a gradient; the others are not
-    /// perturbed.
+    /// The norms of the Hessian's rows, from products with random vectors `z` of +-1 (Hutchinson):
+    /// `q <- EMA((H z)_i^2)`, bias-corrected, whose expectation is the squared norm of row `i`. [`Scope`] says how
+    /// the curvature is made of it. `H z`, with the Hessian `H`, is the difference `(g(w + e z) - g(w)) / e` with
+    /// `e = delta * max(RMS(w), 0.01)`, RMS over all parameters that have a gradient; the others are not perturbed.
+    ///
+    /// If the first gradient is not finite, the measurement is ignored. If the second is not, it counts as infinite
+    /// curvature: `phi` is 0 up to the next step that measures.
     ///
     /// Costs a second gradient on a step that measures, and room for a copy of the parameters. State: q,
     /// 4 bytes a parameter.
@@ -166,11 +174,11 @@ pub enum Curvature {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct StepCurvature {
-    /// Of the average. 0 or above and below 1; default 0.99.
+    /// The decay of both averages. 0 or above and below 1; default 0.99.
     pub decay: f64,
-    /// How much of the variance between measurements brakes. Finite, 0 or above; default 2, which is what a brake needs
-    /// that has to shrink the noise of batches itself (see docs/curvature.md). Less leaves some of that to averaged
-    /// weights, or to a schedule.
+    /// The weight of the variance between measurements in the brake. Finite, 0 or above; default 2, which a brake
+    /// needs if it has to shrink the noise of batches by itself (see docs/curvature.md). With less, averaged weights
+    /// or a schedule must do a part of that.
     pub noise: f64,
 }
 
@@ -185,7 +193,7 @@ impl Default for StepCurvature {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct HutchinsonCurvature {
-    /// Of the average of squared row norms. 0 or above and below 1; default 0.95.
+    /// The decay of the average of squared row norms. 0 or above and below 1; default 0.95.
     pub decay: f64,
 }
 
@@ -195,23 +203,25 @@ impl Default for HutchinsonCurvature {
     }
 }
 
-/// When curvature is measured, and by which perturbations: of the whole optimizer, so all of its groups that measure have
-/// the same, and [`Srkl::set_measure`](crate::Srkl::set_measure) changes it for all of them.
+/// When curvature is measured, and with which perturbations. It belongs to the whole optimizer: all groups that
+/// measure must have the same, and [`Srkl::set_measure`](crate::Srkl::set_measure) changes it for all of them.
 ///
-/// On each of the `first` steps and on every `every`-th: steps are counted from 0, skipped ones too, and `every` divides
-/// the numbers of those that measure. A step that finds a parameter without an estimate makes the next one measure.
+/// Each step measures until `first` steps have done so; after that each step whose number is a multiple of `every`.
+/// Steps are numbered from 0, skipped ones included. If a step finds a parameter without an estimate, the next one
+/// measures too.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Measure {
-    /// Every how many steps. 1 or above; default 20.
+    /// The number of steps from one measurement to the next. 1 or above; default 20.
     pub every: u64,
-    /// How many steps from the first on. 1 or above; default 10.
+    /// The number of steps at the beginning that all measure. 1 or above; default 10.
     pub first: u64,
-    /// [`Curvature::Hutchinson`]: the size of the perturbation beside that of the parameters. Finite and above 0; default
-    /// 3e-3, which suits smooth networks. 1e-2 suits those of ReLU, and 1e-2 or more those that compute in bf16.
+    /// [`Curvature::Hutchinson`]: the size of the perturbation relative to the RMS of the parameters. Finite and
+    /// above 0; default 3e-3, for smooth networks. Use 1e-2 with ReLU, and 1e-2 or more for networks that compute in
+    /// bf16.
     pub delta: f64,
-    /// [`Curvature::Hutchinson`]: of the random vectors. Default 0.
+    /// [`Curvature::Hutchinson`]: the seed of the random vectors. Default 0.
     pub seed: u64,
 }
 
@@ -226,10 +236,10 @@ impl Default for Measure {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Beta {
-    /// `beta` itself. Finite, 0 or above; 0 is plain gradient descent.
+    /// `beta` itself. Finite, 0 or above; 0 is no brake: with [`Direction::Gradient`] plain gradient descent.
     Fixed(f64),
-    /// `beta = gamma * lr`, so that `phi = s / (1 / lr + gamma * H)`: however large `lr` is, a step
-    /// is never longer than `s / (gamma * H)` times the gradient. Finite, 0 or above.
+    /// `beta = gamma * lr`, so that `phi = s / (1 / lr + gamma * H)`: however large `lr` is, a step is never longer
+    /// than `s / (gamma * H)` times the direction. Finite, 0 or above.
     Tied(f64),
 }
 
@@ -241,8 +251,7 @@ pub enum Scope {
     /// Each parameter tensor `b`: `sqrt(sum g^4)` over it (the original rule), the curvature along its own
     /// step, or `R_b = sqrt(sum_b q_i)`, the Frobenius norm of its rows.
     Tensor,
-    /// All parameters of the optimizer, whatever their group; of curvature that is measured those whose
-    /// group measures it.
+    /// All parameters of the optimizer, in all groups; for measured curvature, those whose group measures it.
     Global,
     /// Each element: `g^2`, or `r_i = sqrt(q_i)`, the norm of its row. Not for [`Curvature::Step`].
     Element,
@@ -260,7 +269,7 @@ pub enum Scope {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum MasterWeights {
-    /// f32 masters for bf16 and f16 parameters; f32 and f64 parameters are their own.
+    /// f32 masters for bf16 and f16 parameters; f32 and f64 parameters need none.
     Auto,
     /// f32 masters wherever the parameter is not f32 itself. An error for f64 parameters, which
     /// would lose bits.
@@ -297,12 +306,12 @@ pub enum NonFinite {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Repeatable {
-    /// Before the first measurement the closure is called once more, and its losses are compared bit for bit. It
+    /// Before the first measurement the closure is called once more, and the two losses are compared bit for bit. It
     /// costs one forward pass in a training.
     #[default]
     Check,
-    /// Not checked. For losses whose last bits differ from call to call at the same parameters, since a kernel
-    /// adds in another order each time.
+    /// Not checked. For losses whose last bits differ from call to call at the same parameters, because a kernel adds
+    /// in another order each time.
     Assume,
 }
 
@@ -333,12 +342,12 @@ impl ParamsSrkl {
         }
     }
 
-    /// Adam braked by the curvature along its steps: the one to recommend. `lr = 10`,
-    /// `Adam { 0.9, 0.999, 1e-8 }`, [`Curvature::Step`] on each of the first 10 steps and every 20th,
-    /// decay 0.99, noise 2, over all parameters, `beta = 0.8 lr`.
+    /// The recommended preset: Adam braked by the curvature along its steps. `lr = 10`, `Adam { 0.9, 0.999, 1e-8 }`,
+    /// [`Curvature::Step`] on each of the first 10 steps and every 20th, decay 0.99, noise 2, over all parameters,
+    /// `beta = 0.8 lr`.
     ///
-    /// An `lr` of 10 is no long step: with `beta` tied to it `phi = s / (0.1 + 0.8 H)`, and the curvature of a
-    /// network is far above 0.2. Results hardly change from 0.3 to 1000.
+    /// An `lr` of 10 does not make long steps: with `beta` tied to it `phi = s / (0.1 + 0.8 H)`, and the curvature of
+    /// a network is far above 0.2. Results hardly change from 0.3 to 1000.
     pub fn braked_adam() -> Self {
         Self {
             lr: 10.,
@@ -350,10 +359,10 @@ impl ParamsSrkl {
         }
     }
 
-    /// [`braked_adam`](Self::braked_adam) for those who evaluate averaged weights
-    /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): `average` 0.98, and since averages take out
-    /// the noise of steps that are a little too long, `beta = lr / 2`, and curvature is measured on the first 10
-    /// and every 50th step, decay 0.95, noise 1.
+    /// [`braked_adam`](Self::braked_adam) for evaluation on averaged weights
+    /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)), with `average` 0.98. Averages remove the noise of steps
+    /// that are a little too long, so `beta = lr / 2`, and curvature is measured on the first 10 and every 50th step,
+    /// decay 0.95, noise 1.
     pub fn braked_adam_averaged() -> Self {
         Self {
             curvature: Curvature::Step(StepCurvature { decay: 0.95, noise: 1. }),
@@ -417,7 +426,7 @@ impl ParamsSrkl {
             Direction::Adam { beta1, beta2, eps } => {
                 check_decay("beta1", beta1)?;
                 check_decay("beta2", beta2)?;
-                // Where nothing has ever moved it stands alone under a fraction, in f32.
+                // The denominator is `eps` alone while `v` is 0, in f32.
                 check("eps (in f32)", f64::from(eps as f32), Above::Zero)?;
             }
         }
@@ -466,7 +475,7 @@ impl Measure {
     }
 }
 
-/// What settings need of a step.
+/// What a step needs, by its settings.
 impl ParamsSrkl {
     /// Whether curvature is measured along the step.
     pub(crate) fn measures_steps(&self) -> bool {
@@ -478,7 +487,7 @@ impl ParamsSrkl {
         matches!(self.scope, Scope::Element | Scope::Mixed(_))
     }
 
-    /// Whether parameters are kept while something else is in their place.
+    /// Whether parameters are backed up while they are perturbed or replaced.
     #[cfg(feature = "cuda")]
     pub(crate) fn keeps_parameters(&self) -> bool {
         self.average.is_some() || matches!(self.curvature, Curvature::Hutchinson(_))

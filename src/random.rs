@@ -4,8 +4,8 @@
 //! draw of the thread depends on the seed and on `n` alone: two runs of the same code with the same seed draw
 //! the same numbers, while layers, and calls of one layer, differ from each other.
 //!
-//! Outside of [`with_seed`] each draw of the process has a number of its own, whichever thread it is in, and
-//! none comes again. For trainings that can be repeated wrap each step, with any optimizer:
+//! Outside of [`with_seed`] every draw of the process has its own number, in whatever thread, and no number is used
+//! twice. To make a training reproducible, wrap each step, with any optimizer:
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};
@@ -30,12 +30,12 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! Ranks that train together on parts of a batch take different seeds, as `step * ranks + rank`.
+//! Ranks that train on parts of a batch must use different seeds, such as `step * ranks + rank`.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The seed of draws outside of [`with_seed`]: any number that nobody takes for a seed.
+/// The seed of draws outside of [`with_seed`]: an arbitrary number that nobody is likely to use as a seed.
 const NO_SEED: u64 = u64::from_be_bytes(*b"no seed\0");
 
 /// The number of the next draw outside of [`with_seed`], of all threads.

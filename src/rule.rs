@@ -3,7 +3,7 @@
 //! | of a block | |
 //! |---|---|
 //! | `grad_factor` | unscale and clip |
-//! | `next_powers`, `bias_correction` | what averages lack that began at 0 |
+//! | `next_powers`, `bias_correction` | bias correction of averages that start at 0 |
 //! | `brake`, `decide`, `may_step` | phi by the curvature, and whether the block moves |
 //! | `adjust` | the small first step, the trust clip |
 //!
@@ -16,7 +16,7 @@
 //! | of a measurement | |
 //! |---|---|
 //! | `probe_size` | how far random vectors perturb |
-//! | `step_metric`, `measured` | what a measurement along a step comes to |
+//! | `step_metric`, `measured` | the sums of a measurement along a step |
 //! | `steps_since` to `observe_rows` | how it enters the estimate |
 //!
 //! `kernels/rule.cuh` has the same functions in the same order (`tests/contract.rs` compares the lists). The order of
@@ -39,14 +39,13 @@ pub(crate) struct StepScalars {
 /// The numbers of one block's step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decision {
-    /// What the gradient is multiplied by: it enters unscaled and clipped.
+    /// What the gradient is multiplied by, to unscale and clip it.
     pub grad_factor: f64,
-    /// The curvature `H`, where there is one; for [`Scope::Element`] that of the block, for its finiteness. (An `Option`
-    /// would take 8 bytes more, and there is a decision for every tensor.)
+    /// The curvature `H`, if `has_curvature`; for [`Scope::Element`] that of the block, used only to see whether it
+    /// is finite. (An `Option` would take 8 bytes more for every tensor.)
     pub curvature: f64,
     pub has_curvature: bool,
-    /// The brake `s * lr / (1 + beta * H)`; where elements have their own, what they make it from
-    /// instead of `s * lr`.
+    /// The brake `s * lr / (1 + beta * H)`; if elements have their own brakes, what these use in place of `s * lr`.
     pub phi: f64,
     /// Whether everything that this block uses is finite.
     pub finite: bool,
@@ -54,7 +53,7 @@ pub(crate) struct Decision {
     pub small: bool,
 }
 
-/// `H` of what has been measured, if anything has.
+/// The measured `H`, if there is an estimate.
 fn estimated_curvature(estimate: &Estimate) -> Option<f64> {
     estimate.curvature()
 }
@@ -102,18 +101,18 @@ pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
     }
 }
 
-/// What corrects an average for having started at 0; 1 for one that there is not.
+/// The factor that corrects an average for its start at 0; 1 if there is no average.
 fn bias_correction(power: f64) -> f64 {
     if power == 1. { 1. } else { 1. / (1. - power) }
 }
 
-/// What the averages of a block need in a step.
+/// The bias corrections of the averages of a block.
 #[derive(Clone, Copy)]
 pub(crate) struct Corrections {
     /// `1 / (1 - mu^t)` of the first moment, and of the second.
     pub scale_m: f64,
     pub scale_v: f64,
-    /// `(1 - c) / (1 - c^t)` of the parameter's average.
+    /// `(1 - c) / (1 - c^t)`: the weight of the new parameter in its average.
     pub average: f64,
 }
 
@@ -129,7 +128,7 @@ impl Corrections {
     }
 }
 
-/// `total` are the sums over all blocks, where `params` use them.
+/// Decides a block's step. `total` are the sums over all blocks, if `params` use them.
 pub(crate) fn decide(
     params: &ParamsSrkl,
     scalars: StepScalars,
@@ -149,7 +148,7 @@ pub(crate) fn decide(
         }
         _ => {
             let curvature = estimated_curvature(estimate);
-            // Never a step into the blind; `adjust` may allow a small one.
+            // No step without a finite estimate; `adjust` may allow a small one.
             let known = curvature.filter(|curvature| curvature.is_finite());
             (curvature, known.map_or(0., |curvature| brake(lr, params.beta_value(), curvature)))
         }
@@ -170,34 +169,34 @@ pub(crate) fn may_step(decision: &Decision, policy: NonFinite) -> bool {
     decision.finite || policy == NonFinite::Propagate
 }
 
-/// Whether there is an estimate to go by, where curvature is measured.
+/// Whether there is a finite estimate, where curvature is measured.
 pub(crate) fn is_known(decision: &Decision) -> bool {
     decision.has_curvature && (0. ..f64::INFINITY).contains(&decision.curvature)
 }
 
-/// What a decision needs of the directions: sums of `d^2` (of `(phi d)^2` where elements have their own
-/// brakes) and of `w^2`.
+/// The sums that [`adjust`] needs of the directions: of `d^2` (of `(phi d)^2` if elements have their own brakes) and
+/// of `w^2`.
 #[derive(Clone, Copy)]
 pub(crate) struct Directions {
-    /// Of the block, of `n` elements.
+    /// Over the block, which has `n` elements.
     pub own: Pair,
     pub n: f64,
-    /// Of all blocks that move by [`Curvature::Step`], and how many elements these are.
+    /// Over all blocks that move and have [`Curvature::Step`], and how many elements these have.
     pub total: Pair,
     pub total_n: f64,
 }
 
-/// The smallest size of parameters that steps are compared with.
+/// The least RMS of parameters that the length of a step is compared with.
 const LEAST_RMS: f64 = 0.01;
 
-/// The length of a step that nothing is known for, beside the size of the parameters.
+/// The length of a small step, relative to the RMS of the parameters.
 const SMALL_STEP: f64 = 0.003;
 
-/// How often it is doubled at most, once for each in a row that was too small.
+/// How often it is doubled at most: once for each small step in a row that moved nothing.
 const MOST_DOUBLINGS: u64 = 8;
 
-/// Stage 2 where it needs the directions: a small step where there is no estimate but a measurement to
-/// come, of which `still` in a row have moved nothing, and the trust clip.
+/// The part of stage 2 that needs the directions: a small step, if the step measures without an estimate, and the
+/// trust clip. `still` small steps in a row have moved nothing.
 pub(crate) fn adjust(
     decision: &mut Decision,
     params: &ParamsSrkl,
@@ -212,7 +211,7 @@ pub(crate) fn adjust(
         let rms_d = (total.a / total_n).sqrt();
         let share = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32);
         let by_direction = share * rms_w / rms_d;
-        // An infinity without decay.
+        // Infinite without decay.
         let by_decay = share / params.weight_decay;
         let small = if by_decay < by_direction { by_decay } else { by_direction };
         let lr = scalars.schedule * params.lr;
@@ -229,7 +228,7 @@ pub(crate) fn adjust(
     }
 }
 
-/// The direction of an element, and its state.
+/// The numbers by which moments, and from them the direction, are computed.
 #[derive(Clone, Copy)]
 pub(crate) struct Moments<C> {
     pub direction: Direction,
@@ -282,7 +281,7 @@ impl<C: Real> Moments<C> {
     }
 }
 
-/// Makes the brake of an element.
+/// Computes the brake of each element.
 #[derive(Clone, Copy)]
 pub(crate) struct ElementBrake {
     pub lr: f64,
@@ -327,8 +326,8 @@ impl ElementBrake {
     }
 }
 
-/// The factor from what [`Moments`] give to the direction: clipping and unscaling of a gradient, the bias correction of a
-/// first moment.
+/// What the result of [`Moments`] is multiplied by to give the direction: for a gradient the factor that unscales and
+/// clips it, for a first moment its bias correction.
 fn direction_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
     if params.direction == Direction::Gradient { decision.grad_factor } else { corrections.scale_m }
 }
@@ -397,12 +396,12 @@ pub(crate) fn probe_size(delta: f64, squares: f64, n: f64) -> f64 {
     delta * (squares / n).sqrt().max(LEAST_RMS)
 }
 
-/// `<D, P D>` of a block, by what its step has left: `||D||^2 <d, m> / ||d||^2`.
+/// `<D, P D>` of a block, from the sums of its step: `||D||^2 <d, m> / ||d||^2`.
 fn step_metric(sums: &StepSums) -> f64 {
     if sums.direction == 0. { 0. } else { sums.step * (sums.along / sums.direction) }
 }
 
-/// A measurement of a block: `change` has its sums of `G^2`, and of `||G|| ||D||` over strips.
+/// The sums of a measurement of a block. `change` has those of `G^2`, and of `||G|| ||D||` over strips.
 pub(crate) fn measured(change: Pair, sums: &StepSums) -> Measured {
     Measured {
         change: change.a,
@@ -413,11 +412,11 @@ pub(crate) fn measured(change: Pair, sums: &StepSums) -> Measured {
     }
 }
 
-/// A measurement along a step enters the average as at most so many times the average, and is a spike beyond.
+/// A measurement along a step above this many times the average is a spike: it enters the average as that multiple.
 const BOUND: f64 = 6.;
 
-/// The least part of its weight that a measurement enters the average with, soon after the one before: less would be lost
-/// in rounding, where `every` is large.
+/// The least share of its full weight with which a measurement enters the average, however soon after the one before.
+/// With less it would be lost in rounding if `every` is large.
 const LEAST_SHARE: f64 = 1. / 1024.;
 
 /// 1 less this is still below 1.
@@ -428,8 +427,9 @@ fn steps_since(estimate: &Estimate, now: u64) -> u64 {
     if estimate.in_average == 0 { 1 } else { now.saturating_sub(estimate.measured_at).max(1) }
 }
 
-/// The decay of the average at a measurement that stands for so many `steps`. Each step has the same weight but for its
-/// age: else the first measurements, one a step, would for long outweigh those that follow `every` steps apart.
+/// The decay of the average at a measurement that stands for this many `steps`. Steps of the same age have the same
+/// weight: otherwise the first measurements, one a step, would long outweigh later ones, which are `every` steps
+/// apart.
 fn decay_after(averaging: Averaging, steps: u64) -> f64 {
     let Averaging { every, decay, .. } = averaging;
     let (steps, every) = (steps as f64, every as f64);
@@ -452,12 +452,12 @@ fn average_of(estimate: &Estimate) -> f64 {
 /// (von Neumann, 1941), since a curvature that changes slowly is not a noisy one.
 fn noisy_average_of(estimate: &Estimate, noise: f64) -> f64 {
     let (average, variance) = (average_of(estimate), estimate.variance / (1. - estimate.power));
-    // The variance may be beyond f64.
+    // Not `0 * variance`: the variance may be beyond f64.
     let spread = if noise == 0. { 0. } else { noise * variance };
     (average * average + spread).sqrt()
 }
 
-/// Notes what was measured, and when.
+/// Records a measurement, and when it was made.
 fn record(estimate: &mut Estimate, curvature: f64, now: u64) {
     estimate.last = curvature;
     estimate.lowest = if curvature < estimate.lowest { curvature } else { estimate.lowest };
@@ -469,9 +469,10 @@ fn record(estimate: &mut Estimate, curvature: f64, now: u64) {
     estimate.counts.taken += 1;
 }
 
-/// `H` enters the average as at most 6 times the average; beyond that it is a spike, which the brake goes by in full up to
-/// the next measurement. So curvature that shoots up counts at once, one bad measurement is forgotten at the next, and a
-/// lasting rise enters the average. The first measurement has no average to be held against, so the second one bounds it.
+/// `H` enters the average as at most [`BOUND`] times the average. Above that it is a spike: the brake uses it in full
+/// up to the next measurement. So a sudden rise of curvature counts at once, one bad measurement is forgotten at the
+/// next, and a lasting rise enters the average. The first measurement has no average to compare with, so the second
+/// one bounds it.
 fn enter_average(estimate: &mut Estimate, curvature: f64, decay: f64, noise: f64) {
     let average = if estimate.in_average > 0 { average_of(estimate) } else { 0. };
     let too_large = average > 0. && curvature > BOUND * average;
@@ -482,7 +483,7 @@ fn enter_average(estimate: &mut Estimate, curvature: f64, decay: f64, noise: f64
     }
     let difference = if estimate.in_average > 0 { entering - estimate.entered } else { 0. };
     estimate.mean = decay * estimate.mean + (1. - decay) * entering;
-    // Of a decay of 0 there is none.
+    // With a decay of 0 there is no variance.
     estimate.variance =
         decay * (estimate.variance + (1. - decay) * (0.5 * difference * difference));
     estimate.power *= decay;
@@ -490,20 +491,20 @@ fn enter_average(estimate: &mut Estimate, curvature: f64, decay: f64, noise: f64
     estimate.curvature = if too_large { curvature } else { noisy_average_of(estimate, noise) };
 }
 
-/// Takes a measurement along a step, which had its place after `now` steps:
+/// Updates the estimate by a measurement along a step, made after `now` steps:
 ///
 /// ```text
 /// H = sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2
 /// ```
 ///
-/// over the strips `s`, of 32 neighbours, of all blocks `b` that share it. With `D = -phi d` and `d = P^-1 m`, whatever
-/// `P`, the second sum is `<D, P D>`, and the first one, by the inequality of Cauchy and Schwarz in each strip, is never
-/// below `<D, G>`: so `H` is never below the curvature along the step in the metric `P`. (One inequality over all
-/// elements, `(||G|| / ||D||) (||d||^2 / <d, m>)`, is far above it where elements differ much in curvature, ever more so
-/// in a long training.)
+/// over the strips `s`, of 32 neighbours, of all blocks `b` that share it. With `D = -phi d` and `d = P^-1 m`, for
+/// any `P`, the second sum is `<D, P D>`. The first is never below `<D, G>`, by the inequality of Cauchy and Schwarz
+/// in each strip. So `H` is never below the curvature along the step in the metric `P`. (One inequality over all
+/// elements, `(||G|| / ||D||) (||d||^2 / <d, m>)`, is far above it where elements differ much in curvature, ever more
+/// so in a long training.)
 ///
-/// A step that moved nothing leaves no estimate. Nor does the first one if the gradient is the same to the last bit and
-/// the step was a `small` one: it was too small to meet any curvature.
+/// A step that moved nothing leaves no estimate. Neither does a first, `small` step after which the gradient is the
+/// same to the last bit: it was too small to measure any curvature.
 pub(crate) fn observe_step(
     estimate: &mut Estimate,
     measured: &Measured,
@@ -536,7 +537,7 @@ pub(crate) fn observe_step(
     Left::Known
 }
 
-/// Takes a measurement by random vectors: `squared` is H squared.
+/// Updates the estimate by a measurement with random vectors; `squared` is `H` squared.
 pub(crate) fn observe_rows(estimate: &mut Estimate, probe: Probe, squared: f64, now: u64) -> Left {
     match probe {
         Probe::Nothing => {

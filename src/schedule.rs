@@ -42,15 +42,15 @@ impl MeasureSchedule {
 /// Where an optimizer is between a step and its measurement.
 #[derive(Default)]
 pub(crate) struct MeasureState {
-    /// Steps, those skipped included, that were asked for: they decide when to measure.
+    /// Steps so far, skipped ones included: their number decides when to measure.
     pub step_calls: u64,
-    /// How many of them measured.
+    /// How many of them measured, or were due to.
     pub asked: u64,
     /// Hutchinson measurements made: each has its own random vectors.
     pub probe_count: u64,
-    /// Whether the next step measures whatever its number: somebody has asked for it ...
+    /// Whether the next step measures whatever its number, because `request_measurement` was called.
     pub requested: bool,
-    /// ... or there is a parameter without an estimate.
+    /// Whether it does because a parameter has no estimate.
     pub blind: bool,
     /// Hutchinson: whether the measurement of the next step has been taken.
     pub measured: bool,

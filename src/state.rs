@@ -1,4 +1,4 @@
-//! What is kept of a parameter beside it: where, and in which format.
+//! The state that is kept for a parameter: where, and in which format.
 
 use std::borrow::Cow;
 
@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Var, bail}
 
 use crate::params::{Curvature, Direction, ParamsSrkl};
 
-/// What a block has beside its parameter: a number an element, where its settings ask for it.
+/// The state of a block: for each kind that its settings need, one number per element.
 #[derive(Default)]
 pub(crate) struct State {
     /// f32 masters of a parameter of 16 bits.
@@ -49,7 +49,7 @@ impl State {
         })
     }
 
-    /// What there is, by name.
+    /// The kinds of state that exist, by name.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, &Slot)> {
         let Self { master, m, v, average, q } = self;
         let all = STATE.into_iter().zip([master, m, v, average, q]);
@@ -65,19 +65,19 @@ impl State {
 
 /// One kind of state of one block, on the parameter's device: for each element a number of the compute type.
 ///
-/// This is what a format is to the rest of the crate: what memory it takes ([`Slot::storage`]), and as which tensors a
-/// checkpoint has it ([`Slot::tensors`]). How its numbers are loaded and stored stands in `backend/cpu/rows.rs` and
+/// The rest of the crate uses a format through the memory that it takes ([`Slot::storage`]) and the tensors that a
+/// checkpoint saves it as ([`Slot::tensors`]). Its numbers are loaded and stored in `backend/cpu/rows.rs` and
 /// `kernels/state.cuh`.
 pub(crate) struct Slot {
-    /// On a device of one element at least: it has no memory of none.
+    /// On a device at least one element long: 0 bytes can't be allocated there.
     storage: Storage,
     n: usize,
 }
 
-/// A tensor by which a checkpoint has state, or a part of it.
+/// A tensor of a checkpoint that holds a kind of state, or a part of it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct SavedTensor {
-    /// What its name has behind that of the state.
+    /// What is appended to the name of the state.
     pub suffix: &'static str,
     pub dtype: DType,
     pub shape: Vec<usize>,
@@ -99,7 +99,7 @@ impl Slot {
         Ok(Self { storage, n })
     }
 
-    /// These numbers, where `var` is.
+    /// `values`, on the device of `var`.
     pub fn of_f32(var: &Var, values: Vec<f32>) -> Result<Self> {
         let mut slot = Self::zeros(var)?;
         slot.write_f32(values)?;
@@ -115,7 +115,7 @@ impl Slot {
         &self.storage
     }
 
-    /// Its numbers, on the CPU, to be changed.
+    /// Its numbers, if they are on the CPU.
     pub fn cpu_mut(&mut self) -> Option<&mut CpuStorage> {
         match &mut self.storage {
             Storage::Cpu(storage) => Some(storage),
@@ -123,7 +123,7 @@ impl Slot {
         }
     }
 
-    /// The tensors of a checkpoint that are to have it, of a parameter of shape `dims`, in order.
+    /// The tensors that a checkpoint saves it as, for a parameter of shape `dims`, in order.
     pub fn tensors(&self, dims: &[usize]) -> Vec<SavedTensor> {
         vec![SavedTensor { suffix: "", dtype: self.storage.dtype(), shape: dims.to_vec() }]
     }
@@ -141,7 +141,7 @@ impl Slot {
         }])
     }
 
-    /// Replaces all of it by what [`Slot::to_bytes`] has made.
+    /// Replaces all of its numbers by those that [`Slot::to_bytes`] returned.
     pub fn set(&mut self, parts: &[Vec<u8>]) -> Result<()> {
         let [bytes] = parts else { bail!("expected one tensor, got {}", parts.len()) };
         let (narrow, _) = bytes.as_chunks::<4>();
@@ -168,7 +168,7 @@ impl Slot {
         })
     }
 
-    /// Writes to the memory there is, whose address a device knows.
+    /// Replaces the numbers; on a device in place, since the kernels' table has their address.
     fn write(&mut self, values: CpuStorage) -> Result<()> {
         if self.n == 0 {
             return Ok(());

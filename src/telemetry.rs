@@ -16,23 +16,24 @@ pub struct BlockTelemetry {
     pub tied: Vec<String>,
     /// The name of its group.
     pub group: String,
-    /// The brake `phi`, from 0 to `s * lr` (a NaN, where [`NonFinite::Propagate`](crate::NonFinite::Propagate) lets one pass), as the
-    /// trust clip left it. `None` where the last step did not move this parameter, and for
-    /// [`Scope::Element`](crate::Scope::Element) and [`Scope::Mixed`](crate::Scope::Mixed), where every element has its own.
+    /// The brake `phi`, from 0 to `s * lr`, after the trust clip (a NaN, if
+    /// [`NonFinite::Propagate`](crate::NonFinite::Propagate) lets one pass). `None` if the last step did not move
+    /// this parameter, and for [`Scope::Element`](crate::Scope::Element) and [`Scope::Mixed`](crate::Scope::Mixed),
+    /// where every element has its own.
     pub phi: Option<f64>,
-    /// The curvature `H` that `phi` was made from; of [`Curvature::GradSquare`] that of the gradient as the
-    /// rule used it (unscaled and clipped). An infinity after a measurement that was not finite. `None` as
-    /// for `phi`, and where nothing has been measured yet.
+    /// The curvature `H` that `phi` was made from; with [`Curvature::GradSquare`], of the gradient as the rule used
+    /// it (unscaled and clipped). An infinity after a measurement that was not finite. `None` as for `phi`, and if
+    /// nothing has been measured yet.
     ///
     /// [`Curvature::GradSquare`]: crate::Curvature::GradSquare
     pub curvature: Option<f64>,
-    /// Steps, taken and skipped, since the last measurement of the curvature that entered the estimate which `H`
-    /// is made of. `None` before the first, and for curvature that is not measured.
+    /// Steps, taken and skipped, since the last measurement that entered the estimate of `H`. `None` before the
+    /// first, and for curvature that is not measured.
     pub estimate_age: Option<u64>,
-    /// `||g||_2`, the norm of the gradient of the last step: unscaled, before clipping. `None` unless
-    /// [`Srkl::record_norms`] was on in it and it moved this parameter, as the next two.
+    /// `||g||_2`, the norm of the gradient of the last step: unscaled, before clipping. `None`, like the next two,
+    /// unless [`Srkl::record_norms`] was on in that step and it moved this parameter.
     pub grad_norm: Option<f64>,
-    /// `||D||_2`, the norm of the change that the last step made to the parameter, in its dtype.
+    /// `||D||_2`, the norm of the change that the last step made to the parameter, as stored in its dtype.
     pub step_norm: Option<f64>,
     /// `||w||_2`, the norm of the parameter as it is now.
     pub param_norm: Option<f64>,
@@ -77,11 +78,11 @@ impl Srkl {
         Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
     }
 
-    /// Whether the steps to come record what [`BlockTelemetry`] has of norms: of gradients, of steps, and of
-    /// parameters when telemetry is asked for. Off unless set.
+    /// Turns the norms of [`BlockTelemetry`] on or off, from the next step on. Default off. (Those of parameters are
+    /// computed when telemetry is asked for.)
     ///
-    /// A step that records adds up two more sums in the passes that it makes anyway (with settings that ask nothing
-    /// of gradients, it reads them once more); on a CUDA device its update goes element by element.
+    /// A step that records adds up two more sums in passes that it makes anyway. (If its settings need no sums over
+    /// gradients, it reads these once more.) On a CUDA device its update goes element by element.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -101,7 +102,7 @@ impl Srkl {
         self.records = on;
     }
 
-    /// Of each block whose norms were recorded, that of the parameter as it is now.
+    /// For each block whose norms were recorded, the norm of the parameter as it is now.
     fn param_norms(&self, outcomes: &[(Option<Last>, u64)]) -> Result<Vec<Option<f64>>> {
         let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
         if !outcomes.iter().any(recorded) {

@@ -1,4 +1,4 @@
-//! Master weights: f32 copies of parameters of 16 bits, made, compared with their parameters and brought to them.
+//! Master weights: f32 copies of parameters of 16 bits. They are made from, compared with, and updated from these.
 
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, bail};
 
@@ -7,7 +7,7 @@ use crate::block::Block;
 use crate::params::MasterWeights;
 use crate::state::Slot;
 
-/// Gives masters that don't agree with their parameter its value. Returns whether there were any.
+/// Sets masters that do not round to their parameter to its value. Returns whether there were any.
 fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
     let mut any = false;
     for (w, master) in w.iter().zip(master) {
@@ -18,7 +18,7 @@ fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
     any
 }
 
-/// Brings `master` to a parameter that somebody else has written. Returns whether anything changed.
+/// Updates `master` from a parameter that was written outside of the optimizer. Returns whether anything changed.
 fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
     let (storage, _) = var.storage_and_layout();
     Ok(match cpu_storage(&storage)? {
@@ -41,7 +41,7 @@ pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<
     })
 }
 
-/// The masters of a block, if it should have some: its values.
+/// The masters of a block, if it should have some, with the values of the parameter.
 pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<Slot>> {
     let is_half = matches!(block.dtype, DType::BF16 | DType::F16);
     if !is_half || masters == MasterWeights::None {
@@ -53,7 +53,7 @@ pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<S
     Slot::of_f32(&block.var, values).map(Some)
 }
 
-/// Brings the masters of a block to a parameter that somebody else has written.
+/// Updates the masters of a block whose parameter was written outside of the optimizer.
 pub(crate) fn sync(block: &mut Block) -> Result<()> {
     let Some(master) = &mut block.state.master else { return Ok(()) };
     if let Some(CpuStorage::F32(values)) = master.cpu_mut() {

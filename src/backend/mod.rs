@@ -1,30 +1,32 @@
-//! Where the stages of a step run.
+//! The backends, which run the stages of a step.
 //!
 //! A step is the same few stages over blocks on every device:
 //!
 //! | stage | reads | gives |
 //! |---|---|---|
 //! | `statistics` | gradients | [`Sums`] of each block |
-//! | `decide` | sums, settings | a [`Decision`] for each block: phi, or why it is skipped |
-//! | `directions`, `adjust` | gradients, state, parameters | decisions again, where the trust clip or a small first step needs the directions |
+//! | `decide` | sums, settings | a [`Decision`] for each block: phi, or that it is skipped |
+//! | `directions`, `adjust` | gradients, state, parameters | new decisions, if the trust clip or a small step needs the directions |
 //! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`] |
 //! | `change_of_gradient` | both gradients, step sums | an [`Estimate`] |
 //! | `squares`, `perturb`, `probe_sums`, `average_probe` | parameters; both gradients | an estimate by random vectors |
 //!
-//! `engine/host.rs` says what is done and in which order, and a [`Backend`] how: `cpu` hands blocks to threads and goes
-//! over their elements; `cuda` launches the kernels of `kernels/srkl.cu`. Where one CUDA device has all blocks
-//! `engine/device.rs` launches them, and they decide. The mathematics is in `rule.rs` and `kernels/rule.cuh`.
+//! `engine/host.rs` decides what is done in which order, and a [`Backend`] does it: `cpu` distributes blocks over
+//! threads and goes over their elements; `cuda` launches the kernels of `kernels/srkl.cu`. If one CUDA device has all
+//! blocks, `engine/device.rs` launches the kernels, which decide themselves. The mathematics is in `rule.rs` and
+//! `kernels/rule.cuh`.
 //!
 //! | word | meaning |
 //! |---|---|
+//! | place | the index of a block in the list of the optimizer |
 //! | block | a parameter tensor with its state; what CUDA calls a block of threads is a CTA here |
 //! | chunk | 8192 neighbouring elements of a block ([`CHUNK`](crate::numerics::CHUNK)): what one sum is over, and what a CTA takes |
 //! | lane | one of the 1024 partial sums of a chunk ([`LANES`](crate::numerics::LANES)) |
 //! | row | up to 1024 neighbouring elements: one for each lane |
-//! | strip | 32 neighbouring elements, of curvature along a step |
+//! | strip | 32 neighbouring elements: curvature along a step is bounded in each by itself |
 //! | piece | 65,536 elements: what a thread of the CPU takes of a large block |
-//! | run | blocks that are stepped before the statistics of the next ones are known; all of them where a decision needs all |
-//! | small step | the first step, and any other that measures without an estimate to go by |
+//! | run | neighbouring blocks that go through all stages before the next ones begin; all blocks if a decision needs all |
+//! | small step | with `Curvature::Step`, a step that measures without an estimate, as the first one does |
 
 use std::ops::Range;
 
@@ -41,7 +43,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod masters;
 
-/// What a step is given.
+/// The input of a step.
 #[derive(Clone, Copy)]
 pub(crate) struct Step<'g> {
     pub grads: &'g GradStore,
@@ -52,10 +54,10 @@ pub(crate) struct Step<'g> {
     pub records: bool,
 }
 
-/// What a step asks of its gradients.
+/// The sums over gradients that a step needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GradSums {
-    /// Nothing: they are checked.
+    /// None: gradients are only checked.
     None,
     /// Whether all elements are finite: `sum4` is 0, or a NaN.
     FiniteOnly,
@@ -70,25 +72,25 @@ pub(crate) enum GradSums {
 pub(crate) struct BlockGradient<'g> {
     pub gradient: &'g Tensor,
     pub sums: Sums,
-    /// On the CPU the addresses of its storage and of its first element, to prefetch.
+    /// On the CPU the addresses of its storage and of its first element, for prefetching.
     pub storage: usize,
     pub elements: usize,
 }
 
-/// What the host keeps of a block's training, where the host decides.
+/// What the host tracks of a block, if the host decides steps.
 #[derive(Clone)]
 pub(crate) struct Tracked {
     pub powers: Powers,
     pub estimate: Estimate,
-    /// What the last step left for its measurement, or for telemetry.
+    /// The sums of the last step, for its measurement or for telemetry.
     pub step_sums: StepSums,
-    /// On the CPU its sums of `D^2` over strips, until it is measured.
+    /// On the CPU the last step's sums of `D^2` over strips, until it is measured.
     pub strips: Vec<f64>,
-    /// What the last step multiplied the gradient by, unscaling and clipping.
+    /// What the last step multiplied the gradient by, to unscale and clip it.
     pub grad_factor: f64,
-    /// Whether its last step was a small one, for lack of an estimate, or none.
+    /// Whether its last step was a small one, or did not move it.
     pub small: bool,
-    /// How often it was skipped alone.
+    /// How often it alone was skipped.
     pub skipped: u64,
     pub last: Option<Last>,
 }
@@ -125,19 +127,19 @@ pub(crate) struct GradientPair<'g> {
     pub factor: f64,
 }
 
-/// Where stages run that the host decides about: the CPU, or one CUDA device.
+/// Runs the stages of steps that the host decides, on the CPU or on one CUDA device.
 ///
-/// The list of blocks is that of the whole optimizer, and a backend passes over those that are elsewhere. What a device
-/// sums up is read by a call of its own, once all backends have begun: they work at the same time.
+/// Lists are those of the whole optimizer; a backend ignores blocks that are elsewhere. The sums of a device are read
+/// by a separate call, after all backends have begun, so that they work at the same time.
 pub(crate) trait Backend: Send + Sync {
     /// Finds and checks the gradients of a run, without summing up anything.
     ///
     /// # Errors
     ///
-    /// Whatever can be wrong with a gradient. Nothing has changed then.
+    /// A gradient that does not fit. Nothing has changed then.
     fn check(&self, all: &Parameters, grads: &GradStore, run: Range<usize>) -> Result<()>;
 
-    /// Stage 1: finds and checks the gradients of a run, and begins to sum them up.
+    /// Stage 1: finds and checks the gradients of a run, and starts their sums.
     ///
     /// # Errors
     ///
@@ -151,7 +153,7 @@ pub(crate) trait Backend: Send + Sync {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()>;
 
-    /// Reads what [`Backend::statistics`] has begun.
+    /// Reads the sums that [`Backend::statistics`] has started.
     fn read_statistics<'g>(
         &self,
         _: &Parameters,
@@ -161,7 +163,7 @@ pub(crate) trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// Takes what the host has decided.
+    /// Receives the decisions of the host.
     fn upload_decisions(
         &mut self,
         _: &Parameters,
@@ -171,8 +173,8 @@ pub(crate) trait Backend: Send + Sync {
         Ok(())
     }
 
-    /// Sums of `d^2` and `w^2` ([`Directions`](crate::rule::Directions)) of the blocks of a run that something is `given`
-    /// for.
+    /// Sums of `d^2` and `w^2` ([`Directions`](crate::rule::Directions)) of the blocks of a run that have an entry in
+    /// `given`.
     fn directions(
         &mut self,
         all: &mut Parameters,
@@ -194,7 +196,7 @@ pub(crate) trait Backend: Send + Sync {
         step: Step,
     ) -> Result<()>;
 
-    /// Reads how blocks have moved, of a step that measured or recorded norms.
+    /// Reads the [`StepSums`] of a step that measured or recorded norms.
     fn read_step_sums(&self, _: &mut [Tracked]) -> Result<()> {
         Ok(())
     }
@@ -219,7 +221,7 @@ pub(crate) trait Backend: Send + Sync {
         sums: &mut [Option<Pair>],
     ) -> Result<()>;
 
-    /// Keeps those parameters, and perturbs them: `w + size * z`, by the random vectors of number `draw`.
+    /// Backs up the `wanted` parameters and perturbs them: `w + size * z`, with the random vectors of number `draw`.
     fn perturb(
         &mut self,
         all: &mut Parameters,
@@ -250,34 +252,34 @@ pub(crate) trait Backend: Send + Sync {
         sums: &mut [Option<Pair>],
     ) -> Result<()>;
 
-    /// Reads the sums of the last stage that makes pairs of them, for those blocks that are `wanted`.
+    /// Reads the sums of the last stage that gives [`Pair`]s, for the blocks that are `wanted`.
     fn read_sums(&self, _wanted: &dyn Fn(usize) -> bool, _: &mut [Option<Pair>]) -> Result<()> {
         Ok(())
     }
 
-    /// The squares of each block's parameter as it is.
+    /// The sum of `w^2` of each block, as it is now.
     fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()>;
 
-    /// Keeps the parameters that have an average, and puts it in their place.
+    /// Backs up the parameters that have an average, and replaces them by it.
     fn swap(&mut self, all: &mut Parameters, tracked: &[Tracked]) -> Result<()>;
 
-    /// Puts back what was kept, if anything was.
+    /// Restores parameters from their backups, if there are any.
     fn restore(&mut self, all: &mut Parameters) -> Result<()>;
 
-    /// Drops what waits for a measurement, or for being put back.
+    /// Drops gradients that were kept for a measurement, and invalidates backups of parameters.
     fn release(&mut self, all: &mut Parameters);
 
-    /// Takes settings ahead of the next step.
+    /// Receives settings ahead of the next step.
     fn upload_settings(&mut self, _: &Parameters, _: StepScalars) -> Result<()> {
         Ok(())
     }
 
-    /// Takes products of decays, and estimates.
+    /// Receives products of decays, and estimates.
     fn upload_estimates(&mut self, _: &[Tracked]) -> Result<()> {
         Ok(())
     }
 
-    /// Takes what a product with the Hessian has come to.
+    /// Receives the size of the perturbation, and whether the product with the Hessian is finite.
     fn upload_probe(&mut self, _size: f64, _: Probe) -> Result<()> {
         Ok(())
     }

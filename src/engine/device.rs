@@ -1,4 +1,4 @@
-//! Steps that one CUDA device decides, which has all parameters: nothing is waited for, and the counters are there.
+//! The engine for parameters that are all on one CUDA device, which decides and counts steps: the host does not wait.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, bail};
@@ -22,12 +22,12 @@ impl Device {
         Self { cuda }
     }
 
-    /// Sums of the kind `what`, by which the device goes on itself.
+    /// Launches the sums of the kind `what`, which the device itself uses.
     fn sum(&self, gradients: u64, what: u32, delta: f64) -> Result<()> {
         self.cuda.launch_sums(gradients, what, delta, true)
     }
 
-    /// Of each block what the last measurement has left of its estimate.
+    /// What the last measurement did to the estimate of each block.
     fn remaining(&self) -> Result<Vec<Remaining>> {
         let remaining = self.cuda.device.clone_dtoh(&self.cuda.memory.remaining)?;
         Ok(remaining.into_iter().map(table::read_remaining).collect())
@@ -35,12 +35,12 @@ impl Device {
 }
 
 impl Engine for Device {
-    /// One launch, two where it needs no statistics, or three where it needs the directions; no synchronisation, nothing
-    /// copied to the host.
+    /// One launch; two if it needs no statistics; three if it needs the directions. No synchronisation, and nothing
+    /// is copied to the host.
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
         let Step { grads, scalars, measures, records } = step;
         let cuda = &mut self.cuda;
-        // They must live until the last kernel is launched; then the stream's order protects them.
+        // `alive` must live until the last kernel is launched; then the stream's order protects its memory.
         let (gradients, alive) = cuda.resolve_gradients(all, grads)?;
         let settings = Settings::new(&all.groups, scalars);
         let captured = cuda.is_capturing()?;
@@ -156,7 +156,7 @@ impl Engine for Device {
     }
 
     fn may_reorder(&self) -> bool {
-        // The table has places.
+        // The table on the device is in the order of blocks.
         false
     }
 

@@ -1,4 +1,4 @@
-//! Steps that the host decides: of parameters on the CPU, or on several devices.
+//! The engine for parameters on the CPU, or on several devices: the host decides steps.
 
 use std::ops::Range;
 
@@ -14,8 +14,8 @@ use crate::numerics::{Pair, Sums};
 use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope, StepCurvature};
 use crate::rule::{self, Decision, Directions, Powers, StepScalars};
 
-/// Blocks that need not wait for the whole list are taken in runs of about this many elements, so
-/// that a gradient is still in the caches when it is read again.
+/// If steps need not wait for all blocks, these are taken in runs of about this many elements, so that a gradient is
+/// still in the caches when it is read again.
 const RUN: usize = 1 << 20;
 
 pub(crate) struct Host {
@@ -24,7 +24,7 @@ pub(crate) struct Host {
     on_cpu_alone: bool,
     tracked: Vec<Tracked>,
     counters: Counters,
-    /// The first gradients of the last step, if it measures, by block.
+    /// The gradients of the last step by block, if it waits for its measurement.
     first: Vec<Option<Tensor>>,
     /// The size of the last perturbation.
     probe_size: f64,
@@ -48,8 +48,8 @@ impl Host {
 
     // -- The parts of a step --
 
-    /// The parts of the list that are stepped one after the other: everything at once where a
-    /// decision needs the statistics of all blocks.
+    /// Splits the list of blocks into runs that are stepped one after the other; into one run if a decision needs the
+    /// statistics of all blocks.
     fn runs(&self, all: &Parameters, measures: bool) -> Vec<Range<usize>> {
         let whole = all.any(ParamsSrkl::waits_for_all) || measures || !self.on_cpu_alone;
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
@@ -63,7 +63,7 @@ impl Host {
         runs
     }
 
-    /// Stage 1: the gradients of a run, with what is `asked` of them.
+    /// Stage 1: the gradients of a run, with the sums that are `asked` for.
     fn statistics<'g>(
         &mut self,
         all: &Parameters,
@@ -126,7 +126,7 @@ impl Host {
         Some(decisions)
     }
 
-    /// Stage 2 where it needs the directions of all blocks of a run.
+    /// The part of stage 2 that needs the directions of all blocks of a run.
     fn adjust(
         &mut self,
         all: &mut Parameters,
@@ -144,7 +144,7 @@ impl Host {
         let small = |block: &Block, decision: &Decision| {
             measures && by_step(block) && !rule::is_known(decision)
         };
-        // A small step goes by the directions of all.
+        // A small step depends on the directions of all blocks.
         let any_small = blocks
             .iter()
             .zip(&*decisions)
@@ -183,7 +183,7 @@ impl Host {
         Ok(())
     }
 
-    /// Stage 3, and what is noted of it.
+    /// Stage 3, and its bookkeeping.
     fn update(
         &mut self,
         all: &mut Parameters,
@@ -225,7 +225,7 @@ impl Host {
         Ok(())
     }
 
-    /// Reads what devices have summed up for blocks that something was `given` for.
+    /// Reads the sums of devices, for blocks that have an entry in `given`.
     fn read_sums<T>(&self, given: &[Option<T>], sums: &mut [Option<Pair>]) -> Result<()> {
         let wanted = |place: usize| given[place].is_some();
         self.backends.iter().try_for_each(|backend| backend.read_sums(&wanted, sums))
@@ -233,7 +233,7 @@ impl Host {
 
     // -- The parts of a measurement --
 
-    /// An error for whatever is wrong with a gradient.
+    /// An error for a gradient that does not fit.
     fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
         let every = 0..all.blocks.len();
         self.backends.iter().try_for_each(|backend| backend.check(all, grads, every.clone()))
@@ -249,7 +249,7 @@ impl Host {
         self.counters.steps + self.counters.skipped_steps
     }
 
-    /// What a measurement has left of each estimate.
+    /// What a measurement did to each estimate, and whether there is one.
     fn remaining(&self, left: Vec<Option<Left>>) -> Vec<Remaining> {
         let known = self.tracked.iter().map(|tracked| tracked.estimate.is_known());
         left.into_iter().zip(known).collect()
@@ -262,7 +262,7 @@ impl Engine for Host {
         let asked = asked(all, records);
         let runs = self.runs(all, measures);
         if runs.len() > 1 {
-            // Whatever can be wrong with a later run is found before the first one is updated.
+            // Errors in later runs must be found before the first one is updated.
             self.check(all, grads)?;
         }
         let mut first = vec![];
@@ -270,7 +270,7 @@ impl Engine for Host {
         for run in runs {
             let gradients = self.statistics(all, step, run.clone(), asked)?;
             let Some(mut decisions) = self.decide(all, run.clone(), &gradients, scalars) else {
-                // Only a run of all blocks has a group that skips steps, so nothing has moved.
+                // If any group skips steps there is one run, of all blocks, so nothing has moved.
                 self.tracked.iter_mut().for_each(|tracked| tracked.last = None);
                 skipped = true;
                 break;
@@ -279,7 +279,7 @@ impl Engine for Host {
                 self.adjust(all, run.clone(), &gradients, &mut decisions, step)?;
             }
             if measures {
-                // A run of all blocks.
+                // There is one run, of all blocks.
                 first = first_gradients(all, &gradients, &decisions);
             }
             self.update(all, run, &gradients, &decisions, step)?;
@@ -322,7 +322,7 @@ impl Engine for Host {
         }
         self.read_sums(&wanted, &mut squares)?;
         let size = rule::probe_size(delta, fold(&squares).a, n as f64);
-        // The CPU first: what fails there fails before a device is asked.
+        // The CPU first: if it fails, no device has been perturbed.
         let perturbed = self.backends.iter_mut().rev().try_for_each(|backend| {
             backend.upload_probe(size, Probe::Finite)?;
             backend.perturb(all, &wanted, size, seed, draw)
@@ -438,7 +438,7 @@ impl Engine for Host {
     }
 
     fn may_reorder(&self) -> bool {
-        // The tables of devices have places.
+        // The tables of devices are in the order of blocks.
         self.on_cpu_alone
     }
 
@@ -461,7 +461,7 @@ impl Engine for Host {
     fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
         let mut tracked = self.tracked.clone();
         let recorded = |t: &Tracked| t.last.is_some_and(|last| last.norms.is_some());
-        // The host knows nothing of the steps that devices have taken.
+        // The sums of steps on devices are still there.
         if tracked.iter().any(recorded) {
             self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut tracked))?;
         }
@@ -485,7 +485,7 @@ impl Engine for Host {
 }
 
 impl Host {
-    /// The measurement along a step that had these `first` gradients.
+    /// Measures the curvature along a step whose gradients were `first`.
     fn observe_by<'f>(
         &mut self,
         all: &mut Parameters,
@@ -536,7 +536,7 @@ impl Host {
     }
 }
 
-/// What a step asks of its gradients.
+/// The sums over gradients that a step needs.
 fn asked(all: &Parameters, records: bool) -> GradSums {
     if !(all.any(ParamsSrkl::uses_sums) || records) {
         GradSums::None
@@ -549,7 +549,7 @@ fn asked(all: &Parameters, records: bool) -> GradSums {
     }
 }
 
-/// The decay of the average of squared row norms, of a block that has one.
+/// The decay of the average of squared row norms, if the block has one and is not frozen.
 fn probe_decay(params: &ParamsSrkl) -> Option<f64> {
     match params.curvature {
         Curvature::Hutchinson(curvature) if params.lr != 0. => Some(curvature.decay),

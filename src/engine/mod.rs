@@ -1,4 +1,4 @@
-//! Who decides a step, and counts it: the host, or the one CUDA device that has all parameters.
+//! The engine, which decides steps and counts them: the host, or the one CUDA device that has all parameters.
 
 use candle_core::Result;
 use candle_core::backprop::GradStore;
@@ -12,7 +12,7 @@ use crate::rule::{Powers, StepScalars};
 pub(crate) mod device;
 pub(crate) mod host;
 
-/// What has become of a step.
+/// The outcome of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// It was taken, or skipped.
@@ -22,17 +22,17 @@ pub(crate) enum Outcome {
     Captured,
 }
 
-/// What an engine has counted.
+/// The counters of an engine.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     pub steps: u64,
     pub skipped_steps: u64,
-    /// Of the last step, where a group clips.
+    /// Of the last step, if a group clips.
     pub grad_norm: Option<f64>,
 }
 
-/// All of an engine that a checkpoint has: by block products of decays, what is known of its curvature, and how often
-/// it was skipped alone.
+/// What a checkpoint saves of an engine. For each block: products of decays, the estimate of its curvature, and how
+/// often it alone was skipped.
 #[derive(Clone, Debug)]
 pub(crate) struct Progress {
     pub steps: u64,
@@ -40,7 +40,7 @@ pub(crate) struct Progress {
     pub blocks: Vec<(Powers, Estimate, u64)>,
 }
 
-/// What a measurement has left of a block's estimate, if it was about that block, and whether there is one.
+/// What a measurement did to a block's estimate (`None` if it left the block out), and whether there is an estimate.
 pub(crate) type Remaining = (Option<Left>, bool);
 
 /// How a perturbation by random vectors is made: [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
@@ -48,7 +48,7 @@ pub(crate) type Remaining = (Option<Left>, bool);
 pub(crate) struct Perturbation {
     pub delta: f64,
     pub seed: u64,
-    /// Its number.
+    /// The number of the measurement: each has its own random vectors.
     pub draw: u64,
 }
 
@@ -58,14 +58,14 @@ pub(crate) trait Engine: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Whatever can be wrong with a gradient, or with a capture. Nothing has changed then.
+    /// A gradient that does not fit, or a step that a capture does not allow. Nothing has changed then.
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome>;
 
-    /// The measurement along the last step, by second gradients.
+    /// Measures the curvature along the last step, with second gradients.
     ///
     /// # Errors
     ///
-    /// Whatever can be wrong with a gradient. It can be called again then.
+    /// A gradient that does not fit. It can be called again then.
     fn observe(
         &mut self,
         all: &mut Parameters,
@@ -73,10 +73,10 @@ pub(crate) trait Engine: Send + Sync {
         scalars: StepScalars,
     ) -> Result<Vec<Remaining>>;
 
-    /// Keeps the parameters that have a gradient, and perturbs them.
+    /// Backs up the parameters that have a gradient, and perturbs them.
     fn perturb(&mut self, all: &mut Parameters, step: Step, by: Perturbation) -> Result<()>;
 
-    /// The measurement by the last perturbation.
+    /// Measures the curvature by the last perturbation.
     fn observe_probe(
         &mut self,
         all: &mut Parameters,
@@ -84,29 +84,29 @@ pub(crate) trait Engine: Send + Sync {
         again: &GradStore,
     ) -> Result<Vec<Remaining>>;
 
-    /// Puts averages in the place of the parameters, which are kept.
+    /// Backs up the parameters, and replaces them by their averages.
     fn swap(&mut self, all: &mut Parameters) -> Result<()>;
 
-    /// Puts back the parameters that were kept: all that it can, whatever fails.
+    /// Restores the parameters from their backups: all that it can, whatever fails.
     fn restore(&mut self, all: &mut Parameters) -> Result<()>;
 
-    /// Drops gradients that wait for a measurement, and copies of parameters that nobody waits for.
+    /// Drops gradients that were kept for a measurement, and invalidates backups of parameters.
     fn release(&mut self, all: &mut Parameters);
 
-    /// Takes settings ahead of the next step, so that a replay of a captured one finds them.
+    /// Receives settings ahead of the next step, for replays of captured steps.
     fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()>;
 
-    /// Goes on from a checkpoint; the last step is forgotten.
+    /// Continues from a checkpoint; the last step is forgotten.
     fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()>;
 
     /// Whether blocks may be brought into another order before [`Engine::set_progress`].
     fn may_reorder(&self) -> bool;
 
-    // What follows waits for a device, if it is there.
+    // The following wait for a device, if the numbers are there.
 
     fn counters(&self) -> Result<Counters>;
 
-    /// The counters, where nobody has to be waited for.
+    /// The counters, if the host has them.
     fn counters_at_hand(&self) -> Option<Counters>;
 
     fn powers(&self) -> Result<Vec<Powers>>;
@@ -116,6 +116,6 @@ pub(crate) trait Engine: Send + Sync {
     /// For each block what the last step did, and how often it was skipped.
     fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>>;
 
-    /// The squares of each block's parameter as it is.
+    /// The sum of `w^2` of each block, as it is now.
     fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>>;
 }

@@ -1,4 +1,4 @@
-//! Access to parameters on the CPU: their memory, and how their dtypes meet the type that is computed in.
+//! Access to the memory of parameters on the CPU, and conversions between their dtypes and the compute type.
 
 use std::cell::Cell;
 
@@ -9,7 +9,7 @@ use super::gradient::{Compute, Gradient};
 use crate::block::Block;
 use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
-/// A parameter's dtype: how it meets its compute type.
+/// A parameter's dtype, with conversions to and from its compute type.
 pub(crate) trait Parameter: Copy + Send + Sync {
     type Compute: Compute;
     fn widen(self) -> Self::Compute;
@@ -56,7 +56,7 @@ pub(crate) fn samples(n: usize) -> impl Iterator<Item = usize> {
 /// Whether a parameter is what its master rounds to.
 #[inline(always)]
 pub(crate) fn agree<P: Parameter>(w: P, master: P::Compute) -> bool {
-    // Of NaN there are many, of which a master rounds to one.
+    // There are many NaNs, and a master rounds to only one of them.
     P::narrow(master).same_bits(w) || master.is_nan() && w.widen().is_nan()
 }
 
@@ -88,7 +88,7 @@ pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
     var.inplace_op1(&Op(Cell::new(Some(f))))
 }
 
-/// The address of a block's first element on the CPU, by which it is fetched early; 0 elsewhere.
+/// The address of a block's first element on the CPU, for prefetching; 0 elsewhere.
 pub(crate) fn first_element(block: &Block) -> Result<usize> {
     let (storage, layout) = block.var.storage_and_layout();
     if block.on_cpu { Ok(Gradient::new(&storage, layout)?.address()) } else { Ok(0) }

@@ -1,4 +1,5 @@
-//! Sums over a block for what a step needs to know beside its gradient, and for measured curvature.
+//! Sums over a block of directions and of changes of gradients: for small steps, the trust clip, and measured
+//! curvature.
 
 use std::marker::PhantomData;
 
@@ -66,8 +67,8 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
     }
 }
 
-/// A block's sums of `d^2`, or `(phi d)^2` where elements have their own brakes, and `w^2`: what
-/// [`Directions`](crate::rule::Directions) has of it.
+/// A block's sums of `d^2`, or `(phi d)^2` if elements have their own brakes, and of `w^2`: its part of
+/// [`Directions`](crate::rule::Directions).
 pub(crate) fn directions(
     block: &mut Block,
     gradient: &Tensor,
@@ -141,8 +142,8 @@ impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
     }
 }
 
-/// [`Curvature::Step`](crate::Curvature::Step): with `G = factor * (again - first)` a block's sum of `G^2`, and that of `||G|| ||D||` over its
-/// strips, of which the update has left the sums of `D^2`.
+/// [`Curvature::Step`](crate::Curvature::Step): a block's sums of `G^2`, with `G = factor * (again - first)`, and of
+/// `||G|| ||D||` over its strips. `strips` are the sums of `D^2`, from the update.
 pub(crate) fn change_of_gradient(
     block: &Block,
     strips: &[f64],
@@ -187,7 +188,7 @@ pub(crate) fn change_of_gradient(
 struct ChunkChange<'a, C> {
     first: &'a Gradient<'a>,
     again: &'a Gradient<'a>,
-    /// Of the chunk's strips and those behind.
+    /// The sums of `D^2` over the strips from `start` on.
     strips: &'a [f64],
     factor: f64,
     start: usize,
@@ -230,8 +231,8 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
     }
 }
 
-/// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson): a block's sums of `(H z)^2`, with `H z = factor * (again - first) / size`, and of the
-/// squares of its first gradient.
+/// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson): a block's sums of `(H z)^2`, with
+/// `H z = factor * (again - first) / size`, and of the squares of its first gradient.
 pub(crate) fn probe_sums(
     block: &Block,
     pair: GradientPair,
@@ -274,7 +275,7 @@ impl<C: Compute> Terms for ProbeTerms<'_, C> {
         let again = self.again.row::<C>(start, a.len(), again);
         for ((a, first), again) in a.iter_mut().zip(first).zip(again) {
             let product = self.factor * (again.to_f64() - first.to_f64()) / self.size;
-            // As q can hold it.
+            // Rounded to the type of `q`.
             *a = C::from_f64(product * product).to_f64();
         }
         // Not finite where the first gradient isn't.

@@ -1,11 +1,11 @@
-//! Reads a gradient of any float dtype and layout as rows of the compute type.
+//! Reads a gradient or a parameter, of any float dtype and layout, as rows of the compute type.
 
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
-/// A gradient in CPU memory, in the order of its logical elements.
+/// A gradient, or a parameter, in CPU memory, in the order of its logical elements.
 pub(crate) struct Gradient<'a> {
     values: Values<'a>,
     layout: &'a Layout,
@@ -21,16 +21,16 @@ pub(crate) enum Values<'a> {
     F16(&'a [f16]),
 }
 
-/// Room for one row in either compute type, taken when it is needed.
+/// A buffer for one row in either compute type, allocated at its first use.
 #[derive(Default)]
 pub(crate) struct RowBuffer {
     narrow: Vec<f32>,
     wide: Vec<f64>,
 }
 
-/// A type that is computed in, f32 or f64, and how it lies in memory.
+/// A compute type, f32 or f64, with access to memory of that type.
 pub(crate) trait Compute: Real {
-    /// The values themselves, where they have this type already.
+    /// The values themselves, if they are of this type.
     fn borrow(values: Values<'_>) -> Option<&[Self]>;
     fn buffer(buffer: &mut RowBuffer) -> &mut [Self];
     /// State of this type.
@@ -94,7 +94,7 @@ impl<'a> Gradient<'a> {
         Ok(Self { values, layout, contiguous: layout.is_contiguous() })
     }
 
-    /// Where the first element is, as a number to prefetch by.
+    /// The address of the first element, for prefetching.
     pub fn address(&self) -> usize {
         let offset = self.layout.start_offset();
         match self.values {
@@ -176,7 +176,7 @@ impl<'a> Gradient<'a> {
     }
 }
 
-/// By way of f64, which holds every value of the other types, so that this is one rounding.
+/// Converts by way of f64, which holds every value of the other types: one rounding.
 #[inline(always)]
 fn convert<T: Copy, C: Real>(row: &mut [C], values: &[T], widen: impl Fn(T) -> f64) {
     for (x, value) in row.iter_mut().zip(values) {

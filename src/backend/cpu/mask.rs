@@ -1,4 +1,4 @@
-//! The mask of dropout: random bits of a generator, drawn again at will.
+//! The mask of dropout: random bits that can be drawn again.
 
 use std::sync::Mutex;
 
@@ -14,7 +14,7 @@ const STREAM: u64 = u64::from_be_bytes(*b"dropout\0");
 /// A mask and its scale: all that is needed to draw it again.
 #[derive(Clone, Copy)]
 pub(crate) struct Mask {
-    /// Of the random words.
+    /// The key of the random words.
     pub key: u64,
     /// An element is dropped where its bits are below this.
     pub threshold: u32,
@@ -40,8 +40,9 @@ impl Mask {
             simd.run(Apply { mask: *self, start: 0, xs, ys: &mut ys });
             return ys;
         }
-        // Candle's pool and not rayon's: it steals no work, so none that waits for the lock of `xs`, which is
-        // held. The locks here are free: each piece is taken once. (They fail after a panic alone, which goes on.)
+        // Candle's pool, not rayon's: it steals no work, so the threads can't take up work that waits for the lock of
+        // `xs`, which is held here. The locks of pieces are always free: each piece is taken once. (They fail only
+        // after a panic, which propagates.)
         let pieces: Vec<_> = ys.chunks_mut(PIECE).map(Mutex::new).collect();
         barrier_pool().execute_chunked(pieces.len(), |range| {
             for piece in range {
@@ -57,13 +58,13 @@ impl Mask {
     }
 }
 
-/// As many elements are worth several threads; candle's own operations have the same number.
+/// From this many elements on, several threads are used, as in candle's own operations.
 const PARALLEL: usize = 64 * 1024;
 
-/// Elements that a thread takes at once; even, so that a random word is of one piece.
+/// Elements that a thread takes at once; even, so that no random word is split between pieces.
 const PIECE: usize = 16 * 1024;
 
-/// The mask of elements `start..`, an even number.
+/// Applies the mask to elements from `start` on, an even number.
 pub(crate) struct Apply<'a, T> {
     pub mask: Mask,
     pub start: usize,

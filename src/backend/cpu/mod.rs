@@ -1,10 +1,9 @@
 //! The stages over a list of blocks, on the CPU: which thread does what, under which locks.
 //!
-//! Large blocks are taken one after the other, each split over the threads; then small ones are
-//! handed to them in batches. With thousands of small tensors the time goes into cache misses: the
-//! way to one gradient leads over a hash table, a tensor, its layout and its storage. So a batch is
-//! taken step by step, one loop per pointer, whose misses overlap, and what an update needs is
-//! prefetched.
+//! Large blocks are taken one after the other, each split over the threads; then the threads take small ones in
+//! batches. With thousands of small tensors the time goes into cache misses: a gradient is found by way of a hash
+//! table, a tensor, its layout and its storage. So a batch is taken step by step, one loop per pointer, whose misses
+//! overlap, and what an update needs is prefetched.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,13 +38,13 @@ const BATCH_ELEMENTS: usize = 1 << 15;
 /// ... and at most this many blocks.
 const BATCH_BLOCKS: usize = 32;
 
-/// Below this much work, in elements, a step is done sooner than another thread has woken up.
+/// Below this much work, in elements, a step takes less time than waking another thread.
 const PARALLEL_WORK: usize = PIECE;
 
-/// The work of a block beside that of its elements, in elements.
+/// The work that a block takes besides that of its elements, in elements.
 const BLOCK_WORK: usize = 256;
 
-/// The CPU. Blocks on a CUDA device are passed over.
+/// The CPU. Ignores blocks on CUDA devices.
 pub(crate) struct CpuBackend {
     simd: Simd,
     /// The threads of all optimizers, if there is enough work for them. Not those of rayon's global
@@ -102,7 +101,7 @@ impl CpuBackend {
         self.for_each_item(batches.map(|item| (has_large(item.0), item)).collect(), find)
     }
 
-    /// What `work` makes of every block on the CPU that something is given for.
+    /// The results of `work` on every block on the CPU that has an entry in `given`.
     fn each<T: Sync, R: Send>(
         &self,
         blocks: &mut [Block],
@@ -121,7 +120,7 @@ impl CpuBackend {
         })
     }
 
-    /// The same of work that has no result.
+    /// The same for work without a result.
     fn each_block<T: Sync>(
         &self,
         blocks: &mut [Block],
@@ -132,14 +131,14 @@ impl CpuBackend {
         self.each(blocks, given, &mut results, |_, block, place, given| work(block, place, given))
     }
 
-    /// Runs `work` on every item: on those with a large block in turn, then on the others over the
-    /// threads where they are worth it.
+    /// Runs `work` on every item: first on those with a large block, one after the other, then on the others, on
+    /// several threads if there is a pool.
     ///
-    /// `work` holds a tensor's lock while it waits for the threads to split a large block, and a thread
-    /// that waits takes up other work of its pool, which must not wait for a lock in its turn: hence one
-    /// optimizer at a time is in the pool, and one large block is finished before the next one's lock is
-    /// taken. Whoever reads the parameters meanwhile, or steps them by another optimizer, then waits for a
-    /// lock that is always released.
+    /// `work` holds a tensor's lock while it waits for the threads that share a large block, and a waiting thread
+    /// takes up other work of its pool. To exclude a deadlock, that work must not wait for a lock. So only one
+    /// optimizer at a time is in the pool, and one large block is finished before the next one's lock is taken.
+    /// Whoever reads the parameters meanwhile, or steps them with another optimizer, then waits for a lock that is
+    /// always released.
     fn for_each_item<T: Send>(
         &self,
         items: Vec<(bool, T)>,
@@ -153,7 +152,7 @@ impl CpuBackend {
         turn.run(|threads| {
             large.into_iter().try_for_each(|(_, item)| work(&mut scratch, item))?;
             let work = |scratch: &mut Scratch, (_, item)| work(scratch, item);
-            // Each split has working memory of its own, so not too many of them.
+            // Each split allocates working memory, so not too many of them.
             let least = (small.len() / (8 * threads)).max(1);
             let small = small.into_par_iter().with_min_len(least);
             small.try_for_each_init(Scratch::new, work)
@@ -320,7 +319,7 @@ impl Backend for CpuBackend {
     }
 
     fn restore(&mut self, all: &mut Parameters) -> Result<()> {
-        // By threads that wait for no other's lock: see `for_each_item`.
+        // On threads that never wait for each other's locks: see `for_each_item`.
         let every = vec![Some(()); all.blocks.len()];
         self.each_block(&mut all.blocks, &every, |block, _, ()| replace::restore(block))
     }
@@ -340,7 +339,7 @@ fn batch_size(blocks: &[Block]) -> usize {
     (BATCH_ELEMENTS * blocks.len() / elements.max(1)).clamp(1, BATCH_BLOCKS)
 }
 
-/// Brings what the update of a small block needs first into the caches.
+/// Prefetches what the update of a small block reads first.
 fn prefetch_update(block: &Block, found: Option<&BlockGradient>) {
     let n = block.n.min(LANES);
     let bytes = n * block.dtype.size_in_bytes();
@@ -399,7 +398,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// On a processor without AVX2 both runs are the same and the test says nothing.
+        /// On a processor without AVX2 both runs are the same, and the test shows nothing.
         #[test]
         fn vector_and_baseline_code_give_the_same_bits(
             (w, g) in prop_oneof![0..40usize, Just(1025), Just(8193)]

@@ -14,17 +14,17 @@ thread_local! {
     static IS_WORKER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the calling thread can share its work with others, by rayon's `par_` functions. Elsewhere these
-/// would bring it to rayon's global pool, where candle computes.
+/// Whether the calling thread is one of a [`Pool`], so that rayon's `par_` functions share its work there. Elsewhere
+/// they would move it to rayon's global pool, where candle computes.
 pub(crate) fn has_helpers() -> bool {
     IS_WORKER.get()
 }
 
-/// Threads, and whose turn it is to use them.
+/// Threads, which one optimizer at a time may use.
 ///
-/// Work in the pool holds a tensor's lock while it waits for the threads to split a large block, and a thread
-/// that waits takes up other work of its pool. That must not wait for a lock in its turn, so one optimizer
-/// at a time has work here.
+/// Work in the pool holds a tensor's lock while it waits for the threads that share a large block, and a waiting
+/// thread takes up other work of its pool. That work must not wait for a lock, so only one optimizer at a time has
+/// work here.
 pub(crate) struct Pool {
     threads: ThreadPool,
     taken: Mutex<bool>,
@@ -35,8 +35,8 @@ pub(crate) struct Pool {
 pub(crate) struct Turn<'a>(&'a Pool);
 
 impl Pool {
-    /// The pool of as many threads as rayon's has that this is called in; `None` for one thread, which the
-    /// caller is already.
+    /// The pool with as many threads as the rayon pool that this is called in; `None` if that is one, the caller
+    /// itself.
     pub fn shared() -> Result<Option<Arc<Self>>> {
         let count = rayon::current_num_threads();
         if count == 1 {
@@ -57,8 +57,8 @@ impl Pool {
         Ok(Some(pool))
     }
 
-    /// Waits for the turn. A thread of rayon never waits, and gets `None` instead: it may have taken up this
-    /// step in the middle of other work, whose locks those wait for whose turn it is.
+    /// Waits for the turn. A rayon thread does not wait, and gets `None` instead: it may be running this step in the
+    /// middle of other work that holds locks, for which the optimizer whose turn it is waits.
     pub fn turn(&self) -> Option<Turn<'_>> {
         let mut taken = lock(&self.taken);
         while *taken {
@@ -73,8 +73,8 @@ impl Pool {
 }
 
 impl Turn<'_> {
-    /// Runs `work` on the threads. The turn ends with the work, not with the wait for it, in which a thread of
-    /// another pool takes up other work that may be long.
+    /// Runs `work` on the threads. The turn ends with the work, not with the caller's wait for it: a caller in
+    /// another pool may take up other, long work while it waits.
     pub fn run<R: Send>(self, work: impl FnOnce(usize) -> R + Send) -> R {
         let threads = &self.0.threads;
         threads.install(move || {

@@ -1,4 +1,4 @@
-//! What stands in for parameters for a while: perturbed ones, averages, and the parameters as they were.
+//! Replaces parameters by perturbed ones or averages for a while, and restores them.
 
 use candle_core::{CpuStorage, Result, Tensor, Var, bail};
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use super::statistics::{PIECE, splits};
 use crate::block::{Backup, Block};
 use crate::numerics::{LANES, Real, random_bits};
 
-/// `w <- w + size * z`, `z` of +-1: those of the block at `place` in the measurement of number `draw`.
+/// `w <- w + size * z`, with the random signs `z` of the block at `place` in the measurement of number `draw`.
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
     fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
         let size = P::Compute::from_f64(size);
@@ -43,7 +43,7 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
     })
 }
 
-/// Copies a parameter to a variable like it.
+/// Copies a parameter to a variable of the same dtype and size.
 fn copy(from: &Tensor, to: &Var) -> Result<()> {
     fn pieces<P: Parameter>(from: &[P], to: &mut [P]) {
         let copy = |(to, from): (&mut [P], &[P])| to.copy_from_slice(from);
@@ -69,7 +69,7 @@ fn copy(from: &Tensor, to: &Var) -> Result<()> {
     })
 }
 
-/// Puts the average in the place of the parameter.
+/// Replaces the parameter by its average.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     fn put<P: Parameter>(w: &mut [P], state: Exact<P::Compute>) {
         let put = |(piece, w): (usize, &mut [P])| {
@@ -101,7 +101,7 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     })
 }
 
-/// Keeps a copy of the parameter as it is.
+/// Backs up the parameter.
 pub(crate) fn back_up(block: &mut Block) -> Result<()> {
     let Backup { memory, valid } = &mut block.backup;
     match memory {
@@ -112,7 +112,7 @@ pub(crate) fn back_up(block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// Puts what was kept back, bit for bit.
+/// Restores the parameter from its backup, bit for bit.
 pub(crate) fn restore(block: &mut Block) -> Result<()> {
     let restored = match block.backup() {
         Some(old) => copy(old, &block.var),

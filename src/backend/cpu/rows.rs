@@ -1,28 +1,28 @@
-//! How state is kept, and how rows of it meet the type that is computed in.
+//! The formats of state: how rows of it are converted to and from the compute type.
 
 use super::gradient::{Compute, RowBuffer};
 use crate::state::{Slot, State};
 
-/// The state of neighbouring elements of a block, in some format. A format that packs its numbers decodes them into `room`
-/// and encodes what has become of them.
+/// The state of neighbouring elements of a block, in some format. A packed format decodes its numbers into `room`,
+/// and encodes them from there after they have changed.
 pub(crate) trait StateRows<C>: Send + Sync + Sized {
-    /// The first `len` elements, which are taken off.
+    /// Splits off the first `len` elements.
     fn take(&mut self, len: usize) -> Self;
 
     /// Elements `start..start + len`, to be read.
     fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, C>;
 
-    /// All elements, at most a row of lanes, to be changed, ...
+    /// All elements, at most a row of lanes, to be changed; [`StateRows::store`] must follow.
     fn load<'r>(&'r mut self, room: &'r mut Room) -> RowMut<'r, C>;
 
-    /// ... and stored after that.
+    /// Stores what was changed after [`StateRows::load`].
     fn store(&mut self, room: &Room);
 }
 
-/// Room for a row of each kind of state.
+/// Buffers for a row of each kind of state.
 pub(crate) type Room = [RowBuffer; 5];
 
-/// A row of the state that there is.
+/// A row of each kind of state that exists.
 pub(crate) struct Row<'r, C> {
     pub m: Option<&'r [C]>,
     pub v: Option<&'r [C]>,
@@ -39,7 +39,7 @@ pub(crate) struct RowMut<'r, C> {
     pub q: Option<&'r mut [C]>,
 }
 
-/// f32 and f64: numbers lie in memory as they are computed with.
+/// State of f32 or f64, stored as it is computed with.
 pub(crate) struct Exact<'a, C> {
     pub master: Option<&'a mut [C]>,
     m: Option<&'a mut [C]>,

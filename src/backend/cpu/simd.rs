@@ -1,5 +1,5 @@
-//! One source, two instantiations: a kernel is plain safe Rust, compiled once for the target's
-//! baseline and once for AVX2 + FMA, and the processor decides at run time.
+//! One source, two instantiations: a kernel is plain safe Rust, compiled once for the target's baseline and once for
+//! AVX2 + FMA. The processor's features decide at run time which one runs.
 //!
 //! Both give the same bits: vectorization reorders nothing in our loops, and `mul_add` is rounded
 //! once in hardware and in the C library alike.

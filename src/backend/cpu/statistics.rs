@@ -13,11 +13,11 @@ use super::rows::Room;
 use super::simd::{Kernel, Simd};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Sums, pow2, scale_exponent, tree};
 
-/// Blocks up to this many elements are work for one thread, and a larger one is split into pieces
-/// of this size: enough to outweigh the handing over, a whole number of chunks.
+/// A block of up to this many elements is work for one thread. A larger one is split into pieces of this size: large
+/// enough to outweigh the cost of handing them over, and a whole number of chunks.
 ///
-/// Pieces go to the threads of the pool that the step runs in, while the block's lock is held: see
-/// [`Pool`](super::pool::Pool) for why no other work may be there.
+/// Pieces run on the threads of the step's pool while the block's lock is held: see [`Pool`](super::pool::Pool) for
+/// why no other work may be there.
 pub(crate) const PIECE: usize = 8 * CHUNK;
 
 /// Whether the work on a block of `n` elements is split.
@@ -53,7 +53,7 @@ impl Scratch {
     }
 }
 
-/// The sums over a block's gradient that are asked for, computed in f64 or (not `wide`) f32.
+/// The sums over a block's gradient that are asked for. `wide`: the compute type is f64, not f32.
 pub(crate) fn sums(
     g: &Gradient,
     wide: bool,
@@ -101,7 +101,7 @@ impl<C: Compute> Kernel for ChunkFinite<'_, C> {
         let mut finite = true;
         for at in (0..len).step_by(LANES) {
             let row = g.row::<C>(start + at, LANES.min(len - at), row);
-            // To the end: without branches it is done in vectors.
+            // No early exit: without branches this is vectorized.
             finite &= row.iter().fold(true, |finite, g| finite & g.is_finite());
         }
         finite
@@ -124,7 +124,7 @@ fn block_sums<C: Compute, const NORM: bool>(
     Sums::fold(&each_chunk(g.len(), scratch, chunk_sums))
 }
 
-/// What `work` makes of every chunk of `n` elements, over threads where they are worth it.
+/// The results of `work` on every chunk of `n` elements, on several threads if the block is split.
 pub(crate) fn each_chunk<T: Send>(
     n: usize,
     scratch: &mut Scratch,

@@ -22,7 +22,7 @@ pub(crate) struct BlockStep<'a> {
     /// Those before the step.
     pub powers: &'a Powers,
     pub estimate: &'a Estimate,
-    /// Whether to sum up how the block moves.
+    /// Whether to compute the sums over the step: [`StepSums`] and strips.
     pub sums_up: bool,
 }
 
@@ -33,8 +33,8 @@ impl BlockStep<'_> {
     }
 }
 
-/// Moves a block by its gradient, in place. Returns how it has moved, if that is summed up: what a measurement, or
-/// telemetry, needs of it, and the sums of `D^2` over strips.
+/// Moves a block by its gradient, in place. If `step.sums_up`, returns the sums over the step, for a measurement or
+/// telemetry, and the sums of `D^2` over strips.
 pub(crate) fn update(
     block: &mut Block,
     gradient: &Tensor,
@@ -75,7 +75,7 @@ fn block_update<P: Parameter>(
     if let Some(master) = &mut state.master
         && samples(n).any(|i| !agree(w[i], master[i]))
     {
-        // Overwritten as a whole, it seems, and old fractions of the masters are worth nothing.
+        // The parameter seems to have been overwritten as a whole, so all masters are reset.
         master.iter_mut().zip(w.iter()).for_each(|(master, w)| *master = w.widen());
     }
     let part = Part { w, state };
@@ -96,12 +96,12 @@ fn block_update<P: Parameter>(
     (StepSums { step, direction: direction * scale, along: along * scale }, strips)
 }
 
-/// What the update of a part leaves, if it sums up.
+/// The sums over the update of a part, if they are asked for.
 #[derive(Default)]
 struct Stepped {
-    /// Of every chunk the sums of [`StepSums`], with the direction as it is before its `scale`.
+    /// Those of [`StepSums`] for each chunk, of the direction before its `scale`.
     chunks: Vec<[f64; 3]>,
-    /// Of every strip the sum of `D^2`.
+    /// The sum of `D^2` for each strip.
     strips: Vec<f64>,
 }
 
@@ -112,7 +112,7 @@ struct Part<'a, P, S> {
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
-    /// The first `len` elements, which are taken off.
+    /// Splits off the first `len` elements.
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
         Self { w: self.w.split_off_mut(..len).unwrap_or_default(), state: self.state.take(len) }
@@ -124,13 +124,13 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
     }
 }
 
-/// The update of the elements of a part, which begins at `start`, that of a chunk.
+/// The update of a part that begins at element `start` of the block, which is the start of a chunk.
 struct Update<'a, P: Parameter, S> {
     start: usize,
     part: Part<'a, P, S>,
     g: &'a Gradient<'a>,
     coefficients: Coefficients<P::Compute>,
-    /// Whether to sum up how it moves.
+    /// Whether to compute the sums over the step.
     sums_up: bool,
     scratch: &'a mut Scratch,
 }
@@ -158,7 +158,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             let g = g.row(start + at, w.len(), row);
             let d: &[P::Compute] = match (moments.direction, m.as_deref_mut(), v.as_deref_mut()) {
                 (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
-                    // In one loop: it has enough to compute while memory is waited for.
+                    // One loop: arithmetic hides the latency of memory.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
                         *m = moments.first_moment(*m, g);
                         *v = moments.second_moment(*v, g);
@@ -254,7 +254,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
     }
 }
 
-/// The terms of `D^2` of a row: `D` is the step as the parameter took it, rounded to its dtype.
+/// The terms of `D^2` of a row: `D` is the step as stored, rounded to the parameter's dtype.
 #[inline(always)]
 fn step_squares<P: Parameter>(squares: &mut [f64], before: &[P::Compute], w: &[P]) {
     for ((square, before), w) in squares.iter_mut().zip(before).zip(w) {
@@ -279,7 +279,7 @@ fn add_adam_direction<C: Real>(
     }
 }
 
-/// Adds the terms of `d^2` of a row: of any other direction `d m` is the same.
+/// Adds the terms of `d^2` of a row. (For other directions than Adam's those of `d m` are the same.)
 #[inline(always)]
 fn add_squares<C: Real>(lanes: &mut [f64], d: &[C]) {
     for (lane, d) in lanes.iter_mut().zip(d) {

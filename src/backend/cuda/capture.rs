@@ -1,8 +1,10 @@
 //! Captures of a device's stream in CUDA graphs.
 //!
-//! In a capture nothing may be copied from memory that changes later. So the addresses of gradients go
-//! through a page-locked buffer that is written once and kept, into a table that only captured steps
-//! use, and the settings must be on the device already: those who set them launch a kernel that does it.
+//! In a capture nothing may be copied from memory that changes later. So
+//!
+//! - the addresses of gradients are copied from a page-locked buffer, which is written once and kept, to a table that
+//!   only captured steps use;
+//! - the settings must be on the device before the capture: their setters send them at once.
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result, bail};
@@ -16,11 +18,11 @@ pub(crate) const SETTINGS_IN_CAPTURE: &str = "the optimizer's settings have chan
     replay would set them back each time: set the learning rate, gradient scale and parameters of groups \
     before it begins, or after it has ended";
 
-/// What captured steps use.
+/// The memory of captured steps.
 pub(crate) struct Captures {
-    /// Their table of gradients, which each replay fills anew.
+    /// Their table of gradients, which each replay fills again.
     gradients: CudaSlice<abi::SrklGradient>,
-    /// For the next capture; a step outside of one replaces it.
+    /// For the next capture. A step outside of a capture allocates it again.
     spare: Option<Pinned>,
     /// What recorded copies read, for as long as somebody may replay them.
     recorded: Vec<Pinned>,

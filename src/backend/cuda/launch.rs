@@ -13,12 +13,13 @@ use super::abi;
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
 pub(crate) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
 
-/// CTAs for each multiprocessor: as many as there is room for. (Fewer, so that a gradient is still in L2 when its
-/// block is updated, take up to twice the time on an H100: what is in flight no longer fills its memory's bandwidth.)
+/// CTAs for each multiprocessor: as many as there is room for. (With fewer, meant to keep a gradient in L2 until its
+/// block is updated, a step took up to twice the time on an H100: too few loads are in flight for the bandwidth of
+/// its memory.)
 const CTAS_PER_SM: u32 = abi::SRKL_CTAS_PER_SM;
 
-/// The kernels of a device, and how they are launched. Each is given a table, which keeps the launch contract if what it
-/// points to does.
+/// The kernels of a device, and how they are launched. Each gets a table, which keeps the launch contract if the
+/// memory that it points to does.
 pub(crate) struct Kernels {
     stream: Arc<CudaStream>,
     multiprocessors: u32,
@@ -51,31 +52,31 @@ impl Kernels {
         })
     }
 
-    /// Stages 1 to 3, those that the table asks for. `elements` says whether elements have their own brakes; if it
-    /// `sums_up`, the update leaves how blocks move in `step_sums`.
+    /// Runs those of stages 1 to 3 that the table asks for. `elements`: whether elements have their own brakes.
+    /// `sums_up`: whether the update writes `step_sums`.
     ///
     /// # Safety
     ///
     /// The contract at the top of kernels/srkl.cu:
     /// 1. what the table points to is there, in the sizes that abi.h gives, with zeros where the contract asks for
-    ///    them, until the stream has come past this launch;
+    ///    them, until the stream has passed this launch;
     /// 2. the addresses of gradients are those of contiguous tensors on this device of their parameters' sizes, which
     ///    live as long, and none is of a parameter;
     /// 3. the addresses of parameters and their state are memory of their own, aligned to 16 bytes;
-    /// 4. all work on these goes to this stream, and one launch with a table follows the other there.
+    /// 4. all work on these goes to this stream, and launches with one table follow each other there.
     pub unsafe fn step(&self, table: &abi::SrklTable, elements: bool, sums_up: bool) -> Result<()> {
         let step = match (sums_up, elements) {
             (true, _) => &self.step_measuring,
             (false, true) => &self.step_elements,
             (false, false) => &self.step,
         };
-        // SAFETY: grid and block are as the contract says, the only argument is the table by value, and the caller keeps
-        // the rest.
+        // SAFETY: the grid and the size of a CTA are as the contract says, the only argument is the table by value,
+        // and the caller keeps the rest.
         unsafe { self.stream.launch_builder(step).arg(table).launch(self.grid(table)) }.w()?;
         Ok(())
     }
 
-    /// Stage 2 alone, where it needs no statistics.
+    /// Runs stage 2 alone, if it needs no statistics.
     ///
     /// # Safety
     ///
@@ -87,7 +88,7 @@ impl Kernels {
         Ok(())
     }
 
-    /// Sums of the kind `what`.
+    /// Computes the sums of the kind `what`.
     ///
     /// # Safety
     ///
@@ -101,7 +102,7 @@ impl Kernels {
         Ok(())
     }
 
-    /// Exchanges parameters and what is kept for them.
+    /// Perturbs parameters or swaps in their averages, or restores them from their backups.
     ///
     /// # Safety
     ///
@@ -124,7 +125,7 @@ impl Kernels {
     ///
     /// # Safety
     ///
-    /// The table's place for scalars is there until the stream has come past this launch.
+    /// The table's place for scalars is there until the stream has passed this launch.
     pub unsafe fn set(&self, table: &abi::SrklTable, scalars: &abi::SrklScalars) -> Result<()> {
         let config =
             LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
@@ -135,7 +136,7 @@ impl Kernels {
         Ok(())
     }
 
-    /// A CTA a chunk, if there is room for so many.
+    /// One CTA for each chunk, but no more than there is room for.
     fn grid(&self, table: &abi::SrklTable) -> LaunchConfig {
         let most = (self.multiprocessors * CTAS_PER_SM) as u64;
         LaunchConfig {

@@ -1,7 +1,7 @@
 //! One CUDA device: the stages are launches of the kernels of `kernels/srkl.cu`.
 //!
-//! What a step needs lives on the device: the table of blocks (`table.rs`), the list of work, settings, counters. A step
-//! compares the addresses of gradients with those that the device has, copies them if they differ, and launches
+//! What a step needs lives on the device: the table of blocks (`table.rs`), the list of chunks, settings, counters. A
+//! step compares the addresses of gradients with those that the device has, copies them if they differ, and launches
 //! (`launch.rs`). Captures in CUDA graphs are in `capture.rs`.
 
 use std::ops::Range;
@@ -35,24 +35,24 @@ pub(crate) struct CudaBackend {
     pub device: CudaDevice,
     stream: Arc<CudaStream>,
     kernels: Kernels,
-    /// Their places in the optimizer's list.
+    /// Their indices in the optimizer's list.
     places: Vec<usize>,
-    /// What the device has: the blocks, the gradients and settings that were sent last.
+    /// The blocks, and the gradients and settings that were sent last: what the device has.
     blocks: Vec<abi::SrklBlock>,
     gradients: Vec<abi::SrklGradient>,
     pub settings: Settings,
     pub memory: Memory,
     pub table: abi::SrklTable,
     pub captures: Captures,
-    /// Gradients that are read by what follows: an update that the host decides, or a measurement.
+    /// Gradients that later launches read: an update that the host decides, or a measurement.
     pub live_gradients: Vec<Tensor>,
-    /// What puts the parameters back that something stands in for.
+    /// Which kind of `srkl_replace` restores the parameters, while they are perturbed or replaced.
     restores: Option<u32>,
-    /// Masters are compared with their parameters in the launch that does statistics.
+    /// Whether any block has masters: these are compared with their parameters in the launch that does statistics.
     pub has_masters: bool,
 }
 
-/// One for each CUDA device that parameters are on.
+/// A backend for each CUDA device that has parameters.
 pub(crate) fn devices_of(all: &Parameters) -> Result<Vec<CudaBackend>> {
     let mut devices: Vec<&CudaDevice> = vec![];
     for block in &all.blocks {
@@ -66,7 +66,7 @@ pub(crate) fn devices_of(all: &Parameters) -> Result<Vec<CudaBackend>> {
 }
 
 impl CudaBackend {
-    /// Prepares the steps of those blocks that are on `device`.
+    /// Prepares steps of the blocks that are on `device`.
     pub fn new(device: &CudaDevice, all: &Parameters) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = stream.context();
@@ -79,7 +79,7 @@ impl CudaBackend {
         let captures = Captures::new(device, &stream, count)?;
         let live_count = blocks.iter().filter(|block| block.chunk_count > 0).count();
         let kernels = Kernels::load(&stream)?;
-        // Whatever thread steps, and so whatever its stream is, finds all of this there.
+        // All of this must be there for any thread that steps, whatever its stream.
         stream.synchronize().w()?;
         Ok(Self {
             device: device.clone(),
@@ -105,12 +105,12 @@ impl CudaBackend {
 
     // -- Launches --
 
-    /// The table for some stages, with the gradients at this address.
+    /// The table for these stages, with the gradients at this address.
     pub fn table_for(&self, stages: u32, gradients: u64) -> abi::SrklTable {
         abi::SrklTable { stages: stages as u64, gradients, ..self.table }
     }
 
-    /// Stages 1 to 3, those of them that are asked for; if it `sums_up`, the update leaves how blocks move.
+    /// Launches those of stages 1 to 3 that are asked for. If it `sums_up`, the update leaves the sums over the step.
     pub fn launch_step(&self, stages: u32, gradients: u64, sums_up: bool) -> Result<()> {
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
@@ -129,13 +129,13 @@ impl CudaBackend {
         unsafe { self.kernels.step(&table, elements, sums_up) }
     }
 
-    /// Stage 2 alone, where it needs no statistics.
+    /// Launches stage 2 alone, if it needs no statistics.
     pub fn launch_decide(&self, gradients: u64) -> Result<()> {
         // SAFETY: as for `launch_step`.
         unsafe { self.kernels.decide(&self.table_for(0, gradients)) }
     }
 
-    /// Sums of the kind `what`; if the device `decides`, it goes on by them itself.
+    /// Launches the sums of the kind `what`. If the device `decides`, it uses them itself.
     pub fn launch_sums(&self, gradients: u64, what: u32, delta: f64, decides: bool) -> Result<()> {
         let table = self.table_for(if decides { abi::SRKL_DECIDE } else { 0 }, gradients);
         // SAFETY: as for `launch_step`. Those who call this launch what must come before it, with the gradients alive
@@ -143,9 +143,9 @@ impl CudaBackend {
         unsafe { self.kernels.sums(&table, what, delta) }
     }
 
-    /// Exchanges parameters and what is kept for them.
+    /// Perturbs parameters or swaps in their averages, or restores them from their backups.
     pub fn launch_replace(&mut self, what: u32, seed: u64, draw: u64) -> Result<()> {
-        // SAFETY: as for `launch_step`. Its callers come from settings that have asked for a backup in `new`.
+        // SAFETY: as for `launch_step`. Callers have settings for which `new` has allocated backups.
         unsafe { self.kernels.replace(&self.table, what, seed, draw) }?;
         self.restores = match what {
             abi::SRKL_PERTURB => Some(abi::SRKL_RESTORE_PERTURBED),
@@ -185,7 +185,7 @@ impl CudaBackend {
         })
     }
 
-    /// Finds and checks the gradient of every block. The tensors that come along are what is read: the
+    /// Finds and checks the gradient of every block. The tensors that are returned are those to keep alive: the
     /// gradients, or contiguous copies of them.
     pub fn resolve_gradients(
         &self,
@@ -204,7 +204,7 @@ impl CudaBackend {
             };
             block.check_gradient(gradient)?;
             block.check_alias(storage_address(&gradient.storage_and_layout().0), &all.storages)?;
-            // Without its graph, which may live no longer than the step's caller wants.
+            // Detached, since keeping it must not keep its graph.
             let gradient = gradient.detach().contiguous()?;
             let (storage, layout) = gradient.storage_and_layout();
             let address = address_of(&storage, layout.start_offset(), &self.stream)?;
@@ -225,7 +225,7 @@ impl CudaBackend {
         self.captures.refill(&self.stream)
     }
 
-    /// First gradients, with the settings of their step. The tensors are what is read.
+    /// Sends first gradients, and the settings of their step. The tensors that are returned must be kept alive.
     pub fn upload_first(
         &mut self,
         all: &Parameters,
@@ -238,7 +238,7 @@ impl CudaBackend {
         Ok(alive)
     }
 
-    /// Second gradients. The tensors are what is read.
+    /// Sends second gradients. The tensors that are returned must be kept alive.
     pub fn upload_again(
         &mut self,
         all: &Parameters,
@@ -270,7 +270,7 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// By cudarc alone: candle's own copy keeps what it has copied while its cache for graphs is on.
+    /// By cudarc: candle's own copy would keep what it copies while candle's cache for graphs is on.
     pub fn upload<T: DeviceRepr>(
         &mut self,
         values: &[T],
@@ -279,7 +279,7 @@ impl CudaBackend {
         self.stream.memcpy_htod(values, to(&mut self.memory)).w()
     }
 
-    /// Room for the sums of strips, if a step measures.
+    /// Allocates the sums of strips, if a step measures.
     pub fn make_strips(&mut self, measures: bool) -> Result<()> {
         if measures && self.memory.strips.is_none() {
             let count = self.table.chunk_count as usize * (CHUNK / STRIP);
@@ -303,7 +303,7 @@ impl CudaBackend {
     }
 }
 
-/// Stages that the host decides about. The gradients of a step are kept until [`Backend::release`].
+/// Runs the stages of steps that the host decides. The gradients of a step are kept until [`Backend::release`].
 impl Backend for CudaBackend {
     fn check(&self, all: &Parameters, grads: &GradStore, _: Range<usize>) -> Result<()> {
         self.resolve_gradients(all, grads).map(|_| ())
@@ -405,7 +405,7 @@ impl Backend for CudaBackend {
         _: &mut [Option<Pair>],
     ) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
-        // The stream's order protects what is read from being written anew.
+        // The stream's order protects its memory from being reused before it is read.
         let _alive = self.upload_again(all, again.grads, again.scalars)?;
         self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0., false)
     }

@@ -1,5 +1,5 @@
-//! What the kernels know of an optimizer: the table that they are given, the memory that it points to, and how our
-//! structs become those of `abi.rs`.
+//! The kernels' view of an optimizer: the table, the memory that it points to, and conversions between our structs
+//! and those of `abi.rs`.
 
 use std::sync::Arc;
 
@@ -50,14 +50,14 @@ device_repr!(
 
 pub(crate) const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
 
-/// What the settings of an optimizer come to for its kernels.
+/// The settings of an optimizer, as its kernels read them.
 #[derive(Clone, PartialEq)]
 pub(crate) struct Settings {
     pub groups: Vec<abi::SrklGroup>,
     pub scalars: abi::SrklScalars,
 }
 
-/// What the table points to.
+/// The memory that the table points to.
 pub(crate) struct Memory {
     pub blocks: CudaSlice<abi::SrklBlock>,
     pub gradients: CudaSlice<abi::SrklGradient>,
@@ -75,27 +75,27 @@ pub(crate) struct Memory {
     pub chunk_pairs: CudaSlice<abi::SrklPair>,
     pub pairs: CudaSlice<abi::SrklPair>,
     pub step_sums: CudaSlice<abi::SrklStepSums>,
-    /// Made for the first step that measures.
+    /// Allocated for the first step that measures.
     pub strips: Option<CudaSlice<f64>>,
     pub remaining: CudaSlice<u32>,
-    /// Room for all parameters as they were, where settings ask for it.
+    /// Backups of all parameters, if settings ask for them.
     pub _backup: Option<CudaSlice<u8>>,
     pub skipped: CudaSlice<u64>,
     pub state: CudaSlice<abi::SrklState>,
 }
 
-/// The blocks of one device, as a table has them.
+/// The blocks of one device, as entries of the table.
 pub(crate) struct Packed {
     pub blocks: Vec<abi::SrklBlock>,
     pub chunks: Vec<abi::SrklChunk>,
-    /// Their places in the optimizer's list.
+    /// Their indices in the optimizer's list.
     pub places: Vec<usize>,
-    /// Room for all parameters as they were, if settings ask for it.
+    /// Backups of all parameters, if settings ask for them.
     backup: Option<CudaSlice<u8>>,
 }
 
 impl Packed {
-    /// `l2` is the size of the device's second cache, in bytes.
+    /// `l2` is the size of the device's L2 cache, in bytes.
     pub fn new(
         device: &CudaDevice,
         stream: &Arc<CudaStream>,
@@ -106,7 +106,7 @@ impl Packed {
         let mut backup_size = 0;
         for (place, block) in all.blocks.iter().enumerate().filter(|(_, b)| b.is_on(device)) {
             let chunk_count = block.n.div_ceil(CHUNK) as u64;
-            // Of the gradient, which L2 must hold beside the parameter and what comes next.
+            // The size of a gradient of the same dtype. L2 must hold it beside the parameter and what comes next.
             let bytes = block.n * block.dtype.size_in_bytes();
             let address = |slot: &Option<Slot>| match slot {
                 Some(slot) => address_of(slot.storage(), 0, stream),
@@ -313,7 +313,7 @@ pub(crate) fn read_pair(pair: abi::SrklPair) -> Pair {
     Pair { a: pair.a, b: pair.b }
 }
 
-/// What a measurement has left of an estimate, if it was about its block, and whether there is one.
+/// What a measurement did to a block's estimate (`None` if it left the block out), and whether there is an estimate.
 pub(crate) fn read_remaining(remaining: u32) -> (Option<Left>, bool) {
     let is = |bit| (remaining & bit != 0).then_some(());
     let lost = is(abi::SRKL_LOST).map(|()| Left::Lost);
@@ -336,7 +336,7 @@ pub(crate) fn read_decision(
 /// The curvature of a block that has not been measured, as kernels/rule.cuh has it.
 const UNKNOWN: f64 = -1.;
 
-/// A decision of the host, with the corrections that it makes at the update.
+/// A decision of the host, with the bias corrections that the update needs.
 pub(crate) fn decision(
     decision: &Decision,
     params: &ParamsSrkl,
