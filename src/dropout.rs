@@ -54,6 +54,7 @@ pub struct Dropout {
 impl Dropout {
     /// Drops an element with probability `drop_p`, in [0, 1). There is no default; 0.1 is usual. Of another
     /// number [`forward`](Self::forward) tells.
+    #[must_use]
     pub fn new(drop_p: f32) -> Self {
         Self { drop_p }
     }

@@ -159,6 +159,7 @@ impl Srkl {
     ///
     /// It depends on [`Srkl::set_seed`] and the number of the step alone, and on the seed of a
     /// [`random::with_seed`] around the call, if there is one; it goes on from a checkpoint.
+    #[must_use]
     pub fn step_seed(&self) -> u64 {
         let waits = self.measure_state.awaiting_observe as u64;
         let outer = random::current_seed().unwrap_or(0);
@@ -188,6 +189,7 @@ impl Srkl {
     /// assert_eq!(opt.untrained(), ["1"]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
+    #[must_use]
     pub fn untrained(&self) -> Vec<&str> {
         let mut untrained: Vec<&Block> = self.all.blocks.iter().filter(|b| !b.trained).collect();
         untrained.sort_by_key(|block| block.place);
@@ -233,6 +235,7 @@ impl Srkl {
     /// opt.step(&grads)?;
     /// # Ok::<(), candle_core::Error>(())
     /// ```
+    #[must_use]
     pub fn measuring(&self) -> bool {
         let Some(MeasureSchedule { every, first, probe }) = self.measure_schedule else {
             return false;
@@ -243,6 +246,7 @@ impl Srkl {
     }
 
     /// When curvature is measured; `None` if no group measures it.
+    #[must_use]
     pub fn measure(&self) -> Option<Measure> {
         let measured = |params: &&ParamsSrkl| MeasureSchedule::of(params).is_some();
         self.all
@@ -288,7 +292,7 @@ impl Srkl {
 
     /// Makes the next step one that measures. For those who replay captured steps, which the optimizer does
     /// not see, and which can't measure. (Before replays ask [`Srkl::measuring`] too: it is true where a measurement
-    /// has left no estimate.)
+    /// has left no estimate.) Without effect where no group measures.
     pub fn request_measurement(&mut self) {
         self.measure_state.requested = true;
     }
