@@ -53,6 +53,7 @@ pub struct Dropout {
 impl Dropout {
     /// Drops an element with probability `drop_p`, in [0, 1). There is no default; 0.1 is usual. Any other number
     /// makes [`forward`](Self::forward) fail in training.
+    #[must_use]
     pub fn new(drop_p: f32) -> Self {
         Self { drop_p }
     }

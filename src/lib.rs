@@ -39,6 +39,16 @@
 //! parameters each time. [`Dropout`] draws the same masks in both calls; [`random::current_seed`] seeds random layers of
 //! your own.
 //!
+//! # Features
+//!
+//! | feature | what |
+//! |---|---|
+//! | `cuda` | steps on CUDA devices; needs nvcc to build and a driver to run |
+//! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] |
+//!
+//! The interface has types of `candle-core` and `candle-nn` 0.11: with another version of these comes another of this crate.
+//! (Feature `bindgen` is for work on the kernels.)
+//!
 //! # Where to go on
 //!
 //! - [`Srkl`]: groups, schedules, gradient scale, checkpoints, telemetry, loops of your own.

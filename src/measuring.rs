@@ -160,6 +160,7 @@ impl Srkl {
     ///
     /// It depends only on [`Srkl::set_seed`], the number of the step, and the seed of an enclosing
     /// [`random::with_seed`], if there is one. A checkpoint restores it.
+    #[must_use]
     pub fn step_seed(&self) -> u64 {
         let waits = self.measure_state.awaiting_observe as u64;
         let outer = random::current_seed().unwrap_or(0);
@@ -189,6 +190,7 @@ impl Srkl {
     /// assert_eq!(opt.untrained(), ["1"]);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
+    #[must_use]
     pub fn untrained(&self) -> Vec<&str> {
         let mut untrained: Vec<&Block> = self.all.blocks.iter().filter(|b| !b.trained).collect();
         untrained.sort_by_key(|block| block.place);
@@ -238,6 +240,7 @@ impl Srkl {
     /// opt.step(&grads)?;
     /// # Ok::<(), candle_core::Error>(())
     /// ```
+    #[must_use]
     pub fn measuring(&self) -> bool {
         let Some(MeasureSchedule { every, first, probe }) = self.measure_schedule else {
             return false;
@@ -248,6 +251,7 @@ impl Srkl {
     }
 
     /// When curvature is measured; `None` if no group measures it.
+    #[must_use]
     pub fn measure(&self) -> Option<Measure> {
         let measured = |params: &&ParamsSrkl| MeasureSchedule::of(params).is_some();
         self.all
@@ -292,7 +296,8 @@ impl Srkl {
     }
 
     /// Makes the next step measure. For replays of captured steps, which can't measure and which the optimizer does
-    /// not see. (Before replays check [`Srkl::measuring`] too: it is true if a measurement has left no estimate.)
+    /// not see. (Before replays check [`Srkl::measuring`] too: it is true if a measurement has left no estimate.) Without
+    /// effect if no group measures.
     pub fn request_measurement(&mut self) {
         self.measure_state.requested = true;
     }

@@ -86,7 +86,7 @@ pub const CHUNK: usize = 8192;
 pub const LANES: usize = 1024;
 
 /// Elements in a strip: neighbours in a chunk that have a sum of their own.
-pub(crate) const STRIP: usize = 32;
+pub const STRIP: usize = 32;
 
 /// A compute type: f32, or f64 for f64 parameters.
 pub(crate) trait Real: Copy + Default + Send + Sync + 'static {

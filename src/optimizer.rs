@@ -173,6 +173,7 @@ impl Optimizer for Srkl {
 impl Srkl {
     /// The factor that the loss was multiplied by (1 unless set): gradients are divided by it
     /// before everything else.
+    #[must_use]
     pub fn grad_scale(&self) -> f64 {
         self.grad_scale
     }
@@ -239,6 +240,7 @@ impl Srkl {
     }
 
     /// The settings of a group; [`DEFAULT_GROUP`] always exists.
+    #[must_use]
     pub fn params(&self, group: &str) -> Option<&ParamsSrkl> {
         self.all.groups.iter().find(|g| g.name == group).map(|g| &g.params)
     }

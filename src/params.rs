@@ -22,6 +22,10 @@ use candle_core::{Result, bail};
 /// phi  = s * lr / (1 + beta * H)                 s: the schedule, 1 unless set
 /// w   <- (1 - phi * weight_decay) * w - phi * d
 /// ```
+///
+/// Write settings as `ParamsSrkl { lr: 1., ..ParamsSrkl::braked_adam() }`: a new field, with a value in every preset, is
+/// no breaking change. With feature `serde` a missing field has the value of [`ParamsSrkl::reference`], and an unknown one
+/// is an error; ranges are checked when an optimizer takes them.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
@@ -88,7 +92,7 @@ pub enum Direction {
     Gradient,
     /// `m <- mu m + (1 - mu) g`, `d = m / (1 - mu^t)`. State: m, 4 bytes a parameter.
     Momentum {
-        /// 0 or above and below 1.
+        /// 0 or above and below 1; 0.9 in the presets.
         mu: f64,
     },
     /// `m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2`,
@@ -97,11 +101,11 @@ pub enum Direction {
     ///
     /// In f32 `g^2` overflows from |g| = 1.8e19 on: `v` is then infinite, and the element never moves again.
     Adam {
-        /// 0 or above and below 1.
+        /// 0 or above and below 1; 0.9 in the presets.
         beta1: f64,
-        /// 0 or above and below 1.
+        /// 0 or above and below 1; 0.999 in the presets.
         beta2: f64,
-        /// Finite and above 0, in f32 too.
+        /// Finite and above 0, in f32 too; 1e-8 in the presets.
         eps: f64,
     },
 }
@@ -324,6 +328,7 @@ impl ParamsSrkl {
     ///
     /// For w = \[1, -2, 3\] and g = \[0.5, -1, 2\], H = 4.1306777, phi = 7.076801e-4 and
     /// w becomes \[0.9996462, -1.9992924, 2.9985847\].
+    #[must_use]
     pub fn reference() -> Self {
         Self {
             lr: 1e-3,
@@ -348,6 +353,7 @@ impl ParamsSrkl {
     ///
     /// An `lr` of 10 does not make long steps: with `beta` tied to it `phi = s / (0.1 + 0.8 H)`, and the curvature of
     /// a network is far above 0.2. Results hardly change from 0.3 to 1000.
+    #[must_use]
     pub fn braked_adam() -> Self {
         Self {
             lr: 10.,
@@ -363,6 +369,7 @@ impl ParamsSrkl {
     /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)), with `average` 0.98. Averages remove the noise of steps
     /// that are a little too long, so `beta = lr / 2`, and curvature is measured on the first 10 and every 50th step,
     /// decay 0.95, noise 1.
+    #[must_use]
     pub fn braked_adam_averaged() -> Self {
         Self {
             curvature: Curvature::Step(StepCurvature { decay: 0.95, noise: 1. }),
@@ -375,6 +382,7 @@ impl ParamsSrkl {
 
     /// Momentum braked by the curvature along its steps. `Momentum { 0.9 }`, `beta = lr / 2`, trust clip 0.1; `lr`
     /// and [`Curvature::Step`] as [`braked_adam`](Self::braked_adam).
+    #[must_use]
     pub fn kinetic() -> Self {
         Self {
             direction: Direction::Momentum { mu: 0.9 },
@@ -387,6 +395,7 @@ impl ParamsSrkl {
     /// Momentum braked by the row norms of the Hessian. `lr = 1`, `Momentum { 0.9 }`,
     /// [`Curvature::Hutchinson`] on each of the first 10 steps and every 10th, decay 0.95, delta 3e-3,
     /// [`Scope::Mixed`] of 1/2, `beta = lr`, trust clip 0.1.
+    #[must_use]
     pub fn hessian() -> Self {
         Self {
             lr: 1.,
@@ -399,6 +408,7 @@ impl ParamsSrkl {
     }
 
     /// The number `beta`: as given, or `gamma * lr`.
+    #[must_use]
     pub fn beta_value(&self) -> f64 {
         match self.beta {
             Beta::Fixed(beta) => beta,

@@ -93,6 +93,7 @@ impl Drop for Restore {
 /// assert_eq!(with_seed(7, current_seed), Some(7));
 /// assert_eq!(current_seed(), None);
 /// ```
+#[must_use]
 pub fn current_seed() -> Option<u64> {
     CURRENT.get().map(|draws| draws.seed)
 }

@@ -27,6 +27,21 @@
 //! | piece | 65,536 elements: what a thread of the CPU takes of a large block |
 //! | run | neighbouring blocks that go through all stages before the next ones begin; all blocks if a decision needs all |
 //! | small step | with `Curvature::Step`, a step that measures without an estimate, as the first one does |
+//!
+//! # Where the two sides differ
+//!
+//! Both give the same bits; this is where their code is not alike, and why.
+//!
+//! | what | CPU | kernels |
+//! |---|---|---|
+//! | decisions | `engine/host.rs` adds up totals and applies policies; the bias corrections are made at the update, where the products of decays are at hand | `decide.cuh` does all of it: an update reads one struct a block |
+//! | order of blocks | runs of a million elements, so that a gradient is still in the caches | all at once; chunks are taken by tickets |
+//! | sums of two terms | a type for the terms of each sum, in `cpu/curvature.rs`, for loops in vectors | one loop with a switch: a kernel for each would be loaded, and few are launched |
+//! | finiteness alone | a pass without sums, which is faster | `sum4` as for the other policies: memory is what takes time |
+//! | overwritten masters | looked for at the update, which has the parameter's lock | at the statistics, so that an update reads one flag |
+//! | no average, no second moment | `Option`, and no loop | a decay of 1, which changes nothing |
+//! | random bits | once for 64 elements | once an element: threads share nothing |
+//! | measuring steps | summed up in the update's own loop | element by element, by a kernel of its own: registers are few |
 
 use std::ops::Range;
 

@@ -13,16 +13,13 @@ use approx::abs_diff_eq;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Init, Optimizer, VarMap};
-pub use candle_srkl::numerics::{CHUNK, LANES};
+pub use candle_srkl::numerics::{CHUNK, LANES, STRIP};
 use candle_srkl::{Curvature, DEFAULT_GROUP, Srkl};
 use half::{bf16, f16};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use safetensors::SafeTensors;
 
 pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
-
-/// Neighbours that make one sum for the curvature along a step: the contract's.
-pub const STRIP: usize = 32;
 
 /// Elements that a thread takes at once: the CPU path's.
 pub const PIECE: usize = 8 * CHUNK;

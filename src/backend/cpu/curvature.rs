@@ -314,7 +314,7 @@ pub(crate) fn average_probe(
                     *q = C::from_f64(decay * q.to_f64() + (1. - decay) * square);
                     *lane += q.to_f64();
                 }
-                part.store(&inputs.state);
+                part.store(&mut inputs.state);
             }
             Pair { a: tree(&mut lanes[..width]), b: 0. }
         };

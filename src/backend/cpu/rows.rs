@@ -16,7 +16,7 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     fn load<'r>(&'r mut self, room: &'r mut Room) -> RowMut<'r, C>;
 
     /// Stores what was changed after [`StateRows::load`].
-    fn store(&mut self, room: &Room);
+    fn store(&mut self, room: &mut Room);
 }
 
 /// Buffers for a row of each kind of state.
@@ -90,5 +90,5 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     }
 
     #[inline(always)]
-    fn store(&mut self, _: &Room) {}
+    fn store(&mut self, _: &mut Room) {}
 }

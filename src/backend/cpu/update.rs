@@ -309,3 +309,97 @@ fn for_each<P: Parameter>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::gradient::RowBuffer;
+    use super::super::rows::{Room, Row};
+    use super::*;
+    use crate::numerics::{Sums, bf16_to_f32, f32_to_bf16};
+    use crate::rule::{self, StepScalars};
+
+    /// A format that packs its numbers: moments in bf16.
+    struct Halves<'a> {
+        m: &'a mut [u16],
+        v: &'a mut [u16],
+    }
+
+    fn decode<'r>(packed: &[u16], room: &'r mut RowBuffer) -> &'r mut [f32] {
+        let row = &mut f32::buffer(room)[..packed.len()];
+        row.iter_mut().zip(packed).for_each(|(x, packed)| *x = bf16_to_f32(*packed));
+        row
+    }
+
+    impl StateRows<f32> for Halves<'_> {
+        fn take(&mut self, len: usize) -> Self {
+            let m = self.m.split_off_mut(..len).unwrap();
+            Self { m, v: self.v.split_off_mut(..len).unwrap() }
+        }
+        fn read<'r>(&'r self, _: usize, _: usize, _: &'r mut Room) -> Row<'r, f32> {
+            unreachable!("an update changes what it reads")
+        }
+        fn load<'r>(&'r mut self, [m, v, ..]: &'r mut Room) -> RowMut<'r, f32> {
+            let (m, v) = (decode(self.m, m), decode(self.v, v));
+            RowMut { master: None, m: Some(m), v: Some(v), average: None, q: None }
+        }
+        fn store(&mut self, room: &mut Room) {
+            let [m, v, ..] = room;
+            for (packed, row) in [(&mut *self.m, m), (&mut *self.v, v)] {
+                let row = &f32::buffer(row)[..packed.len()];
+                packed.iter_mut().zip(row).for_each(|(packed, x)| *packed = f32_to_bf16(*x));
+            }
+        }
+    }
+
+    /// The update takes any format of state: what is loaded is computed with in f32, and stored.
+    #[test]
+    fn state_may_be_packed() {
+        let n = 2 * LANES + 17;
+        let numbers = |salt: u64| -> Vec<f32> {
+            (0..n as u64).map(|i| ((i * 37 + salt) as f32 * 0.61).sin()).collect()
+        };
+        let params = ParamsSrkl::braked_adam();
+        let scalars = StepScalars { schedule: 1., grad_scale: 1. };
+        let mut decision =
+            rule::decide(&params, scalars, &Sums::ZERO, &Sums::ZERO, &Estimate::NONE);
+        decision.phi = 0.25;
+        let step = BlockStep {
+            params: &params,
+            decision: &decision,
+            powers: &Powers { first: 0.81, second: 0.998, average: 1. },
+            estimate: &Estimate::NONE,
+            sums_up: false,
+        };
+        let coefficients = step.coefficients::<f32>();
+        let (g, w) = (numbers(3), numbers(5));
+        let pack = |xs: Vec<f32>| xs.into_iter().map(f32_to_bf16).collect::<Vec<u16>>();
+        let m = pack(numbers(7));
+        let v = pack(numbers(11).into_iter().map(|x| x * x).collect());
+
+        let (mut new_w, mut new_m, mut new_v) = (w.clone(), m.clone(), v.clone());
+        let gradient = Tensor::new(&g[..], &candle_core::Device::Cpu).unwrap();
+        let (storage, layout) = gradient.storage_and_layout();
+        let part = Part { w: &mut new_w[..], state: Halves { m: &mut new_m, v: &mut new_v } };
+        Simd::detect().run(Update {
+            start: 0,
+            part,
+            g: &Gradient::new(&storage, layout).unwrap(),
+            coefficients,
+            sums_up: false,
+            scratch: &mut Scratch::new(),
+        });
+
+        let moments = coefficients.moments;
+        let (step_size, decay_factor) = coefficients.step_coefficients(0.25);
+        for i in 0..n {
+            let m = moments.first_moment(bf16::from_bits(m[i]).to_f32(), g[i]);
+            let v = moments.second_moment(bf16::from_bits(v[i]).to_f32(), g[i]);
+            let w = apply_step(w[i], m.div(moments.denom(v)), step_size, decay_factor);
+            assert_eq!(new_w[i].to_bits(), w.to_bits(), "w[{i}]");
+            assert_eq!(new_m[i], bf16::from_f32(m).to_bits(), "m[{i}]");
+            assert_eq!(new_v[i], bf16::from_f32(v).to_bits(), "v[{i}]");
+        }
+    }
+}
