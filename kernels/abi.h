@@ -67,6 +67,9 @@
 #define SRKL_INFINITE 1
 #define SRKL_NOTHING 2
 
+// The curvature of a block that has not been measured.
+#define SRKL_UNKNOWN -1
+
 // What a measurement has left of an estimate.
 #define SRKL_KNOWN 1     // there is one
 #define SRKL_LOST 2      // `Left::Lost` in src/estimate.rs
@@ -235,7 +238,7 @@ typedef struct {
     unsigned long long scalars;     // SrklScalars
     unsigned long long chunks;      // SrklChunk[chunk_count]
     unsigned long long chunk_sums;  // SrklSums[]: by chunk
-    unsigned long long chunks_done; // unsigned int[block_count]: chunks whose sums are ready
+    unsigned long long chunks_done; // unsigned int[block_count]: chunks whose sums are ready; 0 between steps
     unsigned long long ready;       // unsigned int[block_count]: whether it is decided; 0 between steps
     unsigned long long statistics;  // SrklStatistics[block_count]
     unsigned long long decisions;   // SrklDecision[block_count]

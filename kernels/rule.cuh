@@ -6,7 +6,7 @@
 #include "sums.cuh"
 
 // The curvature of a block that has not been measured.
-static const double UNKNOWN = -1.;
+static const double UNKNOWN = SRKL_UNKNOWN;
 
 // The measured `H`, or UNKNOWN.
 __device__ inline double estimated_curvature(const SrklEstimate &estimate) {

@@ -110,9 +110,9 @@ __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient 
 // the same ones in every row, and writes the sums of `D^2` over the chunk's strips to `strips`, unless that
 // is 0.
 template <bool ELEMENT, bool MEASURES, typename P, typename C>
-__device__ inline void update_scalar_tail(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
-                                          int len, bool reset_master, const BlockStep &block_step,
-                                          const Coefficients<C> &k, Lanes &lanes, double *strips) {
+__device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
+                                      int len, bool reset_master, const BlockStep &block_step,
+                                      const Coefficients<C> &k, Lanes &lanes, double *strips) {
     const SrklGroup &group = block_step.group;
     if (MEASURES)
         for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = lanes.sum4[l] = 0.;
@@ -176,11 +176,10 @@ __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64
     else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
         wide = update_vectors<P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
     if (ELEMENTS && has_element_brakes(block_step.group))
-        update_scalar_tail<true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes,
-                                           strips);
+        update_scalars<true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes, strips);
     else
-        update_scalar_tail<false, MEASURES>(part, g, start, wide, len, reset_master, block_step, k, lanes,
-                                            strips);
+        update_scalars<false, MEASURES>(part, g, start, wide, len, reset_master, block_step, k, lanes,
+                                        strips);
 }
 
 template <bool ELEMENTS, bool MEASURES>

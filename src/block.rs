@@ -78,7 +78,7 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 }
 
 impl Block {
-    /// Still lacks its masters and `elements`: see `masters.rs` and `access.rs` in `backend`.
+    /// Still lacks its masters and `elements`: see `backend/masters.rs` and `backend/cpu/access.rs`.
     ///
     /// # Errors
     ///

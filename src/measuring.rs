@@ -116,12 +116,11 @@ impl Srkl {
             perturbed.observe(&again)?;
         }
         self.step(&grads)?;
-        // Cleared first: if the measurement fails, no later step waits for it.
-        if std::mem::take(&mut self.measure_state.awaiting_observe) {
+        if self.measure_state.awaiting_observe {
             drop(grads);
-            let again = loss().and_then(|loss| Ok(loss.backward()?));
-            let observed = again.and_then(|again| Ok(self.measure_step(&again)?));
-            observed.inspect_err(|_| self.engine.release(&mut self.all))?;
+            let awaited = Awaited(self);
+            let again = loss()?.backward()?;
+            awaited.0.observe(&again)?;
         }
         Ok(first)
     }
@@ -326,14 +325,9 @@ impl Srkl {
                  `measuring()` was true, with `Curvature::Step`"
             )
         }
-        self.measure_step(grads_again)?;
-        self.measure_state.awaiting_observe = false;
-        Ok(())
-    }
-
-    fn measure_step(&mut self, again: &GradStore) -> Result<()> {
         let scalars = self.scalars()?;
-        let remaining = self.engine.observe(&mut self.all, again, scalars)?;
+        let remaining = self.engine.observe(&mut self.all, grads_again, scalars)?;
+        self.measure_state.awaiting_observe = false;
         self.note_estimates(remaining);
         Ok(())
     }
@@ -445,6 +439,17 @@ impl Srkl {
             )
         }
         Ok(())
+    }
+}
+
+/// A step whose measurement is under way. If that fails, or the closure panics, no later step waits for it.
+struct Awaited<'a>(&'a mut Srkl);
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        if std::mem::take(&mut self.0.measure_state.awaiting_observe) {
+            self.0.engine.release(&mut self.0.all);
+        }
     }
 }
 

@@ -291,9 +291,10 @@ impl Srkl {
             group.into_iter().for_each(|group| group.params = old.clone());
             return Err(e);
         }
+        let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
         let had = std::mem::replace(&mut self.measure_schedule, plan);
-        // A block without an estimate is noticed in the next step.
-        if had == self.measure_schedule { Ok(()) } else { self.recall_estimates() }
+        // What has not been measured so far is missed in the next step.
+        if kind(had) == kind(plan) { Ok(()) } else { self.recall_estimates() }
     }
 
     /// Updates the masters of parameters that were written outside of the optimizer, for instance by

@@ -86,6 +86,7 @@ pub struct ParamsSrkl {
 /// Its state is f32 (f64 for f64 parameters) and starts at 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub enum Direction {
     /// `d = g`. No state.
@@ -440,17 +441,14 @@ impl ParamsSrkl {
                 check("eps (in f32)", f64::from(eps as f32), Above::Zero)?;
             }
         }
+        self.measure.validate()?;
         match self.curvature {
             Curvature::GradSquare => {}
             Curvature::Step(StepCurvature { decay, noise }) => {
-                self.measure.validate()?;
                 check_decay("decay", decay)?;
                 check("noise", noise, Above::OrZero)?;
             }
-            Curvature::Hutchinson(HutchinsonCurvature { decay }) => {
-                self.measure.validate()?;
-                check_decay("decay", decay)?;
-            }
+            Curvature::Hutchinson(HutchinsonCurvature { decay }) => check_decay("decay", decay)?,
         }
         match (self.scope, self.curvature) {
             (Scope::Element, Curvature::Step(_)) => {
@@ -603,7 +601,8 @@ mod tests {
             ..ParamsSrkl::reference()
         };
         assert_eq!(read(json).unwrap(), expected);
-        for json in [r#"{"learning_rate": 3.0}"#, r#"{"measure": {"evry": 7}}"#] {
+        let momentum = r#"{"direction": {"Momentum": {"mu": 0.5, "beta": 0.1}}}"#;
+        for json in [r#"{"learning_rate": 3.0}"#, r#"{"measure": {"evry": 7}}"#, momentum] {
             assert!(read(json).unwrap_err().to_string().contains("unknown field"), "{json}");
         }
     }

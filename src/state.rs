@@ -3,7 +3,9 @@
 use std::borrow::Cow;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Var, bail};
+#[cfg(feature = "cuda")]
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Var, bail};
 
 use crate::params::{Curvature, Direction, ParamsSrkl};
 
@@ -173,14 +175,19 @@ impl Slot {
         if self.n == 0 {
             return Ok(());
         }
-        let layout = Layout::contiguous(self.n);
         match &mut self.storage {
             Storage::Cpu(storage) => *storage = values,
-            Storage::Cuda(storage) => {
-                let new = storage.device().storage_from_cpu_storage_owned(values)?;
-                new.copy_strided_src(storage, 0, &layout)?;
-            }
-            Storage::Metal(_) => bail!("no state on Metal"),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(storage) => match (&mut storage.slice, values) {
+                (CudaStorageSlice::F32(slot), CpuStorage::F32(values)) => {
+                    slot.stream().clone().memcpy_htod(&values, slot).w()?
+                }
+                (CudaStorageSlice::F64(slot), CpuStorage::F64(values)) => {
+                    slot.stream().clone().memcpy_htod(&values, slot).w()?
+                }
+                _ => bail!("expected values of the state's dtype, f32 or f64"),
+            },
+            _ => bail!("no state on this device"),
         }
         Ok(())
     }

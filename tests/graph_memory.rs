@@ -59,5 +59,26 @@ fn a_measuring_step_peaks_as_a_plain_one() -> Result<()> {
             drop(loss);
         }
     }
+
+    // A closure that panics in its second call leaves no gradients behind.
+    let mut opt = Srkl::new(vars.clone(), ParamsSrkl::braked_adam())?;
+    opt.backward_step_with(loss)?;
+    let gradients = depth as usize * width * width * size_of::<f32>();
+    // A first panic, whose backtrace keeps what it has read of this program.
+    assert!(std::panic::catch_unwind(|| panic!("the first one")).is_err());
+    let idle = ALLOCATOR.current_usage();
+    let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut calls = 0;
+        opt.backward_step_with(|| {
+            calls += 1;
+            assert!(calls < 2, "the second call");
+            loss()
+        })
+    }));
+    assert!(panics.is_err());
+    let held = ALLOCATOR.current_usage().saturating_sub(idle);
+    assert!(held < gradients / 2, "{held} bytes held of {gradients}");
+    // And the training goes on.
+    opt.backward_step_with(loss)?;
     Ok(())
 }

@@ -212,7 +212,7 @@ pub(crate) trait Backend: Send + Sync {
     ) -> Result<()>;
 
     /// Reads the [`StepSums`] of a step that measured or recorded norms.
-    fn read_step_sums(&self, _: &mut [Tracked]) -> Result<()> {
+    fn read_step_sums(&self, _: &mut [StepSums]) -> Result<()> {
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cuda::capture::SETTINGS_IN_CAPTURE;
 use crate::backend::cuda::table::{self, Settings};
-use crate::backend::cuda::{CudaBackend, abi};
+use crate::backend::cuda::{CudaBackend, GradientTable, abi};
 use crate::backend::{Backend, Last, Step};
 use crate::block::Parameters;
 use crate::estimate::Estimate;
@@ -23,7 +23,7 @@ impl Device {
     }
 
     /// Launches the sums of the kind `what`, which the device itself uses.
-    fn sum(&self, gradients: u64, what: u32, delta: f64) -> Result<()> {
+    fn sum(&self, gradients: GradientTable, what: u32, delta: f64) -> Result<()> {
         self.cuda.launch_sums(gradients, what, delta, true)
     }
 
@@ -59,7 +59,7 @@ impl Engine for Device {
             cuda.make_strips(measures)?;
             cuda.upload_changed(settings)?;
             cuda.upload_gradients(gradients)?;
-            cuda.table.gradients
+            cuda.own_gradients()
         };
         let launch = |stages: u32| {
             let stages = stages | if records { abi::SRKL_RECORD } else { 0 };
@@ -90,7 +90,7 @@ impl Engine for Device {
     ) -> Result<Vec<Remaining>> {
         self.cuda.refuse_capture("a measurement of curvature")?;
         let _alive = self.cuda.upload_again(all, again, scalars)?;
-        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_STEP, 0.)?;
+        self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_STEP, 0.)?;
         self.release(all);
         self.remaining()
     }
@@ -101,7 +101,7 @@ impl Engine for Device {
         let alive = self.cuda.upload_first(all, step.grads, step.scalars)?;
         self.release(all);
         self.cuda.live_gradients = alive;
-        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_SQUARES, delta)?;
+        self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_SQUARES, delta)?;
         self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw)
     }
 
@@ -115,8 +115,8 @@ impl Engine for Device {
         let alive = self.cuda.upload_first(all, step.grads, step.scalars)?;
         self.cuda.live_gradients = self.cuda.upload_again(all, again, step.scalars)?;
         self.cuda.live_gradients.extend(alive);
-        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_PROBE, 0.)?;
-        self.sum(self.cuda.table.gradients, abi::SRKL_SUM_AVERAGE, 0.)?;
+        self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_PROBE, 0.)?;
+        self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_AVERAGE, 0.)?;
         self.release(all);
         self.remaining()
     }

@@ -9,7 +9,7 @@ use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BlockGradient, GradSums, GradientPair, Last, Step, Tracked};
 use crate::block::{Block, Parameters};
-use crate::estimate::{Averaging, Estimate, Left, Measured, Probe};
+use crate::estimate::{Averaging, Estimate, Left, Measured, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope, StepCurvature};
 use crate::rule::{self, Decision, Directions, Powers, StepScalars};
@@ -239,6 +239,13 @@ impl Host {
         self.backends.iter().try_for_each(|backend| backend.check(all, grads, every.clone()))
     }
 
+    /// How blocks moved in a step that measured or recorded norms, wherever they are.
+    fn step_sums(&self) -> Result<Vec<StepSums>> {
+        let mut sums = self.tracked.iter().map(|tracked| tracked.step_sums).collect::<Vec<_>>();
+        self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut sums))?;
+        Ok(sums)
+    }
+
     fn upload_estimates(&mut self) -> Result<()> {
         let tracked = &self.tracked;
         self.backends.iter_mut().try_for_each(|backend| backend.upload_estimates(tracked))
@@ -300,13 +307,11 @@ impl Engine for Host {
         again: &GradStore,
         scalars: StepScalars,
     ) -> Result<Vec<Remaining>> {
-        let first = std::mem::take(&mut self.first);
-        let observed = self.observe_by(all, &first, again, scalars);
-        match observed {
-            Ok(_) => self.release(all),
-            Err(_) => self.first = first,
-        }
-        observed
+        // They stay until the measurement has been taken: an error leaves it to be tried again.
+        let first = self.first.clone();
+        let observed = self.observe_by(all, &first, again, scalars)?;
+        self.release(all);
+        Ok(observed)
     }
 
     fn perturb(&mut self, all: &mut Parameters, step: Step, by: Perturbation) -> Result<()> {
@@ -459,20 +464,20 @@ impl Engine for Host {
     }
 
     fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
-        let mut tracked = self.tracked.clone();
         let recorded = |t: &Tracked| t.last.is_some_and(|last| last.norms.is_some());
-        // The sums of steps on devices are still there.
-        if tracked.iter().any(recorded) {
-            self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut tracked))?;
-        }
-        let outcome = |t: Tracked| {
+        let step_sums = match self.tracked.iter().any(recorded) {
+            // The sums of steps on devices are still there.
+            true => self.step_sums()?,
+            false => vec![StepSums::default(); self.tracked.len()],
+        };
+        let outcome = |(t, sums): (&Tracked, StepSums)| {
             let mut last = t.last;
             if let Some(Last { norms: Some([_, step]), .. }) = &mut last {
-                *step = t.step_sums.step.sqrt();
+                *step = sums.step.sqrt();
             }
             (last, t.skipped)
         };
-        Ok(tracked.into_iter().map(outcome).collect())
+        Ok(self.tracked.iter().zip(step_sums).map(outcome).collect())
     }
 
     fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>> {
@@ -506,8 +511,9 @@ impl Host {
             backend.change_of_gradient(all, &self.tracked, step, &given, &mut changes)?;
         }
         self.read_sums(&given, &mut changes)?;
-        for backend in &self.backends {
-            backend.read_step_sums(&mut self.tracked)?;
+        let step_sums = self.step_sums()?;
+        for (tracked, sums) in self.tracked.iter_mut().zip(step_sums) {
+            tracked.step_sums = sums;
         }
         let measured = |(tracked, change): (&Tracked, &Option<Pair>)| match change {
             Some(change) => rule::measured(*change, &tracked.step_sums),
@@ -520,6 +526,7 @@ impl Host {
         let mut left = vec![None; given.len()];
         for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
             let params = all.of(block);
+            tracked.strips = vec![];
             let Curvature::Step(curvature) = params.curvature else { continue };
             let is_missing = first[place].is_some() && given[place].is_none();
             tracked.estimate.counts.missing += is_missing as u64;
@@ -530,7 +537,6 @@ impl Host {
             let (estimate, small) = (&mut tracked.estimate, tracked.small);
             left[place] = measured
                 .map(|measured| rule::observe_step(estimate, measured, averaging, small, now));
-            tracked.strips = vec![];
         }
         Ok(self.remaining(left))
     }

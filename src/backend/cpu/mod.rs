@@ -194,7 +194,9 @@ impl Backend for CpuBackend {
         self.each(&mut blocks[run], given, sums, |scratch, block, i, (gradient, decision)| {
             let params = &groups[block.group].params;
             let Tracked { powers, estimate, .. } = &tracked[i];
-            let step = update::BlockStep { params, decision, powers, estimate, sums_up: false };
+            let (sums_up, keeps_strips) = (false, false);
+            let step =
+                update::BlockStep { params, decision, powers, estimate, sums_up, keeps_strips };
             curvature::directions(block, gradient, step, self.simd, scratch)
         })
     }
@@ -224,9 +226,11 @@ impl Backend for CpuBackend {
             for (((block, tracked), found), decision) in all.filter(|item| item.0.0.0.on_cpu) {
                 let (Some(found), Some(decision)) = (found, decision) else { continue };
                 let params = &groups[block.group].params;
-                let sums_up = step.measures && params.measures_steps() || step.records;
+                let keeps_strips = step.measures && params.measures_steps();
+                let sums_up = keeps_strips || step.records;
                 let Tracked { powers, estimate, .. } = &*tracked;
-                let numbers = update::BlockStep { params, decision, powers, estimate, sums_up };
+                let numbers =
+                    update::BlockStep { params, decision, powers, estimate, sums_up, keeps_strips };
                 (tracked.step_sums, tracked.strips) =
                     update::update(block, found.gradient, numbers, self.simd, scratch)?;
             }

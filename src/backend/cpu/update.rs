@@ -24,6 +24,8 @@ pub(crate) struct BlockStep<'a> {
     pub estimate: &'a Estimate,
     /// Whether to compute the sums over the step: [`StepSums`] and strips.
     pub sums_up: bool,
+    /// Whether to keep the sums over strips, which a measurement along the step needs.
+    pub keeps_strips: bool,
 }
 
 impl BlockStep<'_> {
@@ -80,7 +82,8 @@ fn block_update<P: Parameter>(
     }
     let part = Part { w, state };
     let update = |scratch: &mut Scratch, start, part| {
-        simd.run(Update { start, part, g, coefficients, sums_up: step.sums_up, scratch })
+        let BlockStep { sums_up, keeps_strips, .. } = step;
+        simd.run(Update { start, part, g, coefficients, sums_up, keeps_strips, scratch })
     };
     let parts: Vec<Stepped> = if !splits(n) {
         vec![update(scratch, 0, part)]
@@ -132,6 +135,7 @@ struct Update<'a, P: Parameter, S> {
     coefficients: Coefficients<P::Compute>,
     /// Whether to compute the sums over the step.
     sums_up: bool,
+    keeps_strips: bool,
     scratch: &'a mut Scratch,
 }
 
@@ -140,7 +144,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
 
     #[inline(always)]
     fn run(self) -> Stepped {
-        let Self { start, mut part, g, coefficients, sums_up, scratch } = self;
+        let Self { start, mut part, g, coefficients, sums_up, keeps_strips, scratch } = self;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, d, terms: [squares, _] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
@@ -231,7 +235,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 let squares = &mut f64::buffer(squares)[..w.len()];
                 step_squares(squares, before, w);
                 step.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
-                stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
+                if keeps_strips {
+                    stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
+                }
                 let is_adam = match (m.as_deref(), v.as_deref()) {
                     (Some(m), Some(v)) => {
                         add_adam_direction(direction, along, m, v, &moments);
@@ -371,6 +377,7 @@ mod tests {
             powers: &Powers { first: 0.81, second: 0.998, average: 1. },
             estimate: &Estimate::NONE,
             sums_up: false,
+            keeps_strips: false,
         };
         let coefficients = step.coefficients::<f32>();
         let (g, w) = (numbers(3), numbers(5));
@@ -388,6 +395,7 @@ mod tests {
             g: &Gradient::new(&storage, layout).unwrap(),
             coefficients,
             sums_up: false,
+            keeps_strips: false,
             scratch: &mut Scratch::new(),
         });
 

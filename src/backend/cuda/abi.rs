@@ -39,6 +39,7 @@ pub const SRKL_SUM_PARAMETERS: u32 = 6;
 pub const SRKL_FINITE: u32 = 0;
 pub const SRKL_INFINITE: u32 = 1;
 pub const SRKL_NOTHING: u32 = 2;
+pub const SRKL_UNKNOWN: i32 = -1;
 pub const SRKL_KNOWN: u32 = 1;
 pub const SRKL_LOST: u32 = 2;
 pub const SRKL_UNCHANGED: u32 = 4;

@@ -6,6 +6,8 @@
 //!   only captured steps use;
 //! - the settings must be on the device before the capture: their setters send them at once.
 
+use std::sync::Arc;
+
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{CudaDevice, Result, bail};
 use cudarc::driver::sys::CUstreamCaptureStatus;
@@ -20,6 +22,7 @@ pub(crate) const SETTINGS_IN_CAPTURE: &str = "the optimizer's settings have chan
 
 /// The memory of captured steps.
 pub(crate) struct Captures {
+    stream: Arc<CudaStream>,
     /// Their table of gradients, which each replay fills again.
     gradients: CudaSlice<abi::SrklGradient>,
     /// For the next capture. A step outside of a capture allocates it again.
@@ -41,8 +44,9 @@ unsafe impl Sync for Pinned {}
 
 impl Captures {
     /// Room for `count` blocks.
-    pub fn new(device: &CudaDevice, stream: &CudaStream, count: usize) -> Result<Self> {
+    pub fn new(device: &CudaDevice, stream: &Arc<CudaStream>, count: usize) -> Result<Self> {
         Ok(Self {
+            stream: stream.clone(),
             gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
             spare: Some(Pinned::new(stream, count)?),
             recorded: vec![],
@@ -50,21 +54,24 @@ impl Captures {
     }
 
     /// Makes room for the next capture, outside of one.
-    pub fn refill(&mut self, stream: &CudaStream) -> Result<()> {
+    pub fn refill(&mut self) -> Result<()> {
         if self.spare.is_none() {
-            self.spare = Some(Pinned::new(stream, self.gradients.len())?);
+            self.spare = Some(Pinned::new(&self.stream, self.gradients.len())?);
         }
         Ok(())
     }
 
     /// Records a copy of `gradients`, and returns the address that they are copied to.
-    pub fn record(&mut self, stream: &CudaStream, gradients: &[abi::SrklGradient]) -> Result<u64> {
+    pub fn record(&mut self, gradients: &[abi::SrklGradient]) -> Result<u64> {
+        if gradients.len() != self.gradients.len() {
+            bail!("expected {} gradients, got {}", self.gradients.len(), gradients.len())
+        }
         let Some(pinned) = self.spare.take() else {
             bail!(
                 "two steps of one optimizer captured without one outside of a capture between them"
             )
         };
-        let (to, _guard) = self.gradients.device_ptr_mut(stream);
+        let (to, _guard) = self.gradients.device_ptr_mut(&self.stream);
         // SAFETY:
         // 1. `address` points to as many entries as there are blocks, as `gradients` has;
         // 2. nobody else reads or writes them now: the memory was in `spare`, which no copy has read from;
@@ -74,17 +81,18 @@ impl Captures {
         unsafe {
             pinned.address.copy_from_nonoverlapping(gradients.as_ptr(), gradients.len());
             let source = std::slice::from_raw_parts(pinned.address, gradients.len());
-            result::memcpy_htod_async(to, source, stream.cu_stream()).w()?;
+            result::memcpy_htod_async(to, source, self.stream.cu_stream()).w()?;
         }
         self.recorded.push(pinned);
         Ok(to)
     }
+}
 
-    /// Waits until nobody reads what was recorded.
-    pub fn finish(&self, stream: &CudaStream) {
+impl Drop for Captures {
+    fn drop(&mut self) {
         if !self.recorded.is_empty() {
             // A replay may still be reading it. If this fails the device has failed.
-            let _ = stream.synchronize();
+            let _ = self.stream.synchronize();
         }
     }
 }

@@ -6,7 +6,7 @@ use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
 use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
-    PushKernelArg,
+    PushKernelArg, ValidAsZeroBits,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -50,7 +50,7 @@ pub(crate) fn apply(mask: &Mask, xs: &CudaStorage, layout: &Layout) -> Result<Cu
     Ok(CudaStorage { slice, device: device.clone() })
 }
 
-fn apply_to<T: DeviceRepr>(
+fn apply_to<T: DeviceRepr + ValidAsZeroBits>(
     mask: &Mask,
     device: &CudaDevice,
     xs: &CudaSlice<T>,
@@ -61,12 +61,12 @@ fn apply_to<T: DeviceRepr>(
         bail!("dropout: expected a contiguous tensor")
     };
     let n = to - from;
-    // SAFETY: the kernel writes all of its elements, but the one of an empty tensor, which nobody reads. (No
-    // memory of size 0 can be had.)
-    let mut ys = unsafe { device.alloc::<T>(n.max(1)) }?;
     if n == 0 {
-        return Ok(ys);
+        // No memory of size 0 can be had, and candle copies what there is.
+        return device.alloc_zeros(1);
     }
+    // SAFETY: the kernel writes all of its elements.
+    let mut ys = unsafe { device.alloc::<T>(n) }?;
     let stream = device.cuda_stream();
     let kernel = kernel(&stream)?;
     {

@@ -18,7 +18,7 @@ use self::launch::Kernels;
 use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
 use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
 use crate::block::{Parameters, storage_address};
-use crate::estimate::Probe;
+use crate::estimate::{Probe, StepSums};
 use crate::numerics::{CHUNK, Pair, STRIP};
 use crate::rule::{Decision, StepScalars};
 
@@ -41,9 +41,10 @@ pub(crate) struct CudaBackend {
     blocks: Vec<abi::SrklBlock>,
     gradients: Vec<abi::SrklGradient>,
     pub settings: Settings,
+    /// Before `memory`: its drop waits for replays.
+    captures: Captures,
     pub memory: Memory,
-    pub table: abi::SrklTable,
-    pub captures: Captures,
+    table: abi::SrklTable,
     /// Gradients that later launches read: an update that the host decides, or a measurement.
     pub live_gradients: Vec<Tensor>,
     /// Which kind of `srkl_replace` restores the parameters, while they are perturbed or replaced.
@@ -51,6 +52,10 @@ pub(crate) struct CudaBackend {
     /// Whether any block has masters: these are compared with their parameters in the launch that does statistics.
     pub has_masters: bool,
 }
+
+/// The address of a table of gradients on the device, as [`CudaBackend::resolve_gradients`] has found them.
+#[derive(Clone, Copy)]
+pub(crate) struct GradientTable(u64);
 
 /// A backend for each CUDA device that has parameters.
 pub(crate) fn devices_of(all: &Parameters) -> Result<Vec<CudaBackend>> {
@@ -105,13 +110,18 @@ impl CudaBackend {
 
     // -- Launches --
 
+    /// The table of gradients that were uploaded last.
+    pub fn own_gradients(&self) -> GradientTable {
+        GradientTable(self.table.gradients)
+    }
+
     /// The table for these stages, with the gradients at this address.
-    pub fn table_for(&self, stages: u32, gradients: u64) -> abi::SrklTable {
-        abi::SrklTable { stages: stages as u64, gradients, ..self.table }
+    fn table_for(&self, stages: u32, gradients: GradientTable) -> abi::SrklTable {
+        abi::SrklTable { stages: stages as u64, gradients: gradients.0, ..self.table }
     }
 
     /// Launches those of stages 1 to 3 that are asked for. If it `sums_up`, the update leaves the sums over the step.
-    pub fn launch_step(&self, stages: u32, gradients: u64, sums_up: bool) -> Result<()> {
+    pub fn launch_step(&self, stages: u32, gradients: GradientTable, sums_up: bool) -> Result<()> {
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
         let elements = self.settings.groups.iter().any(own);
@@ -130,13 +140,19 @@ impl CudaBackend {
     }
 
     /// Launches stage 2 alone, if it needs no statistics.
-    pub fn launch_decide(&self, gradients: u64) -> Result<()> {
+    pub fn launch_decide(&self, gradients: GradientTable) -> Result<()> {
         // SAFETY: as for `launch_step`.
         unsafe { self.kernels.decide(&self.table_for(0, gradients)) }
     }
 
     /// Launches the sums of the kind `what`. If the device `decides`, it uses them itself.
-    pub fn launch_sums(&self, gradients: u64, what: u32, delta: f64, decides: bool) -> Result<()> {
+    pub fn launch_sums(
+        &self,
+        gradients: GradientTable,
+        what: u32,
+        delta: f64,
+        decides: bool,
+    ) -> Result<()> {
         let table = self.table_for(if decides { abi::SRKL_DECIDE } else { 0 }, gradients);
         // SAFETY: as for `launch_step`. Those who call this launch what must come before it, with the gradients alive
         // and in the table.
@@ -185,6 +201,22 @@ impl CudaBackend {
         })
     }
 
+    /// The gradient of a block, checked; `None` where it has none, or is frozen.
+    fn gradient_of<'g>(
+        &self,
+        all: &Parameters,
+        place: usize,
+        grads: &'g GradStore,
+    ) -> Result<Option<&'g Tensor>> {
+        let block = &all.blocks[place];
+        let Some(gradient) = grads.get_id(block.id).filter(|_| all.of(block).lr != 0.) else {
+            return Ok(None);
+        };
+        block.check_gradient(gradient)?;
+        block.check_alias(storage_address(&gradient.storage_and_layout().0), &all.storages)?;
+        Ok(Some(gradient))
+    }
+
     /// Finds and checks the gradient of every block. The tensors that are returned are those to keep alive: the
     /// gradients, or contiguous copies of them.
     pub fn resolve_gradients(
@@ -197,14 +229,10 @@ impl CudaBackend {
         self.check_addresses(all)?;
         for &place in &self.places {
             let block = &all.blocks[place];
-            let frozen = all.of(block).lr == 0.;
-            let Some(gradient) = grads.get_id(block.id).filter(|_| !frozen) else {
+            let Some(gradient) = self.gradient_of(all, place, grads)? else {
                 gradients.push(NO_GRADIENT);
                 continue;
             };
-            block.check_gradient(gradient)?;
-            block.check_alias(storage_address(&gradient.storage_and_layout().0), &all.storages)?;
-            // Detached, since keeping it must not keep its graph.
             let gradient = gradient.detach().contiguous()?;
             let (storage, layout) = gradient.storage_and_layout();
             let address = address_of(&storage, layout.start_offset(), &self.stream)?;
@@ -222,7 +250,7 @@ impl CudaBackend {
             self.upload(&gradients, |memory| &mut memory.gradients)?;
             self.gradients = gradients;
         }
-        self.captures.refill(&self.stream)
+        self.captures.refill()
     }
 
     /// Sends first gradients, and the settings of their step. The tensors that are returned must be kept alive.
@@ -252,8 +280,8 @@ impl CudaBackend {
     }
 
     /// Records a copy of gradients in a capture, and returns the address that they are copied to.
-    pub fn record_gradients(&mut self, gradients: &[abi::SrklGradient]) -> Result<u64> {
-        self.captures.record(&self.stream, gradients)
+    pub fn record_gradients(&mut self, gradients: &[abi::SrklGradient]) -> Result<GradientTable> {
+        self.captures.record(gradients).map(GradientTable)
     }
 
     /// Sends what differs from the settings that the device has.
@@ -306,7 +334,8 @@ impl CudaBackend {
 /// Runs the stages of steps that the host decides. The gradients of a step are kept until [`Backend::release`].
 impl Backend for CudaBackend {
     fn check(&self, all: &Parameters, grads: &GradStore, _: Range<usize>) -> Result<()> {
-        self.resolve_gradients(all, grads).map(|_| ())
+        self.check_addresses(all)?;
+        self.places.iter().try_for_each(|&place| self.gradient_of(all, place, grads).map(|_| ()))
     }
 
     fn statistics<'g>(
@@ -325,7 +354,7 @@ impl Backend for CudaBackend {
         }
         self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
         let record = if step.records { abi::SRKL_RECORD } else { 0 };
-        self.launch_step(abi::SRKL_STATISTICS | record, self.table.gradients, false)
+        self.launch_step(abi::SRKL_STATISTICS | record, self.own_gradients(), false)
     }
 
     fn read_statistics<'g>(
@@ -371,7 +400,7 @@ impl Backend for CudaBackend {
         _: &mut [Option<Pair>],
     ) -> Result<()> {
         let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
-        self.launch_sums(self.table.gradients, what, 0., false)
+        self.launch_sums(self.own_gradients(), what, 0., false)
     }
 
     fn update(
@@ -385,13 +414,13 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.make_strips(step.measures)?;
         let sums_up = step.measures || step.records;
-        self.launch_step(abi::SRKL_UPDATE, self.table.gradients, sums_up)
+        self.launch_step(abi::SRKL_UPDATE, self.own_gradients(), sums_up)
     }
 
-    fn read_step_sums(&self, tracked: &mut [Tracked]) -> Result<()> {
+    fn read_step_sums(&self, step_sums: &mut [StepSums]) -> Result<()> {
         let sums = self.device.clone_dtoh(&self.memory.step_sums)?;
         for (&place, sums) in self.places.iter().zip(sums) {
-            tracked[place].step_sums = table::read_step_sums(sums);
+            step_sums[place] = table::read_step_sums(sums);
         }
         Ok(())
     }
@@ -407,7 +436,7 @@ impl Backend for CudaBackend {
         self.refuse_capture("a measurement of curvature")?;
         // The stream's order protects its memory from being reused before it is read.
         let _alive = self.upload_again(all, again.grads, again.scalars)?;
-        self.launch_sums(self.table.gradients, abi::SRKL_SUM_STEP, 0., false)
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_STEP, 0., false)
     }
 
     fn squares(
@@ -419,7 +448,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
-        self.launch_sums(self.table.gradients, abi::SRKL_SUM_SQUARES, 0., false)
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_SQUARES, 0., false)
     }
 
     fn perturb(
@@ -446,7 +475,7 @@ impl Backend for CudaBackend {
         let alive = self.upload_first(all, step.grads, step.scalars)?;
         self.live_gradients = self.upload_again(all, again, step.scalars)?;
         self.live_gradients.extend(alive);
-        self.launch_sums(self.table.gradients, abi::SRKL_SUM_PROBE, 0., false)
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PROBE, 0., false)
     }
 
     fn average_probe(
@@ -456,7 +485,7 @@ impl Backend for CudaBackend {
         _: f64,
         _: &mut [Option<Pair>],
     ) -> Result<()> {
-        self.launch_sums(self.table.gradients, abi::SRKL_SUM_AVERAGE, 0., false)?;
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_AVERAGE, 0., false)?;
         self.live_gradients.clear();
         Ok(())
     }
@@ -472,7 +501,7 @@ impl Backend for CudaBackend {
     fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()> {
         self.refuse_capture("telemetry")?;
         self.check_addresses(all)?;
-        self.launch_sums(self.table.gradients, abi::SRKL_SUM_PARAMETERS, 0., false)?;
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PARAMETERS, 0., false)?;
         for (&place, pair) in self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?) {
             squares[place] = Some(table::read_pair(pair).a);
         }
@@ -520,12 +549,6 @@ impl Backend for CudaBackend {
         let probe = table::probe(probe);
         let state = abi::SrklState { probe_size: size, probe, ..Default::default() };
         self.upload(&[state], |memory| &mut memory.state)
-    }
-}
-
-impl Drop for CudaBackend {
-    fn drop(&mut self) {
-        self.captures.finish(&self.stream);
     }
 }
 
@@ -591,7 +614,7 @@ mod tests {
             self.upload_changed(Settings::new(&all.groups, scalars))?;
             self.upload_gradients(gradients)?;
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
-            self.launch_step(stages | abi::SRKL_COUNT, self.table.gradients, false)
+            self.launch_step(stages | abi::SRKL_COUNT, self.own_gradients(), false)
         }
     }
 }

@@ -334,7 +334,7 @@ pub(crate) fn read_decision(
 }
 
 /// The curvature of a block that has not been measured, as kernels/rule.cuh has it.
-const UNKNOWN: f64 = -1.;
+const UNKNOWN: f64 = abi::SRKL_UNKNOWN as f64;
 
 /// A decision of the host, with the bias corrections that the update needs.
 pub(crate) fn decision(
