@@ -72,7 +72,11 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
 
     #[inline(always)]
     fn read<'r>(&'r self, start: usize, len: usize, _: &'r mut Room) -> Row<'r, C> {
-        let row = |slot: &'r Option<&mut [C]>| Some(&slot.as_deref()?[start..start + len]);
+        #[inline(always)]
+        fn row<'r, C>(slot: &'r Option<&mut [C]>, start: usize, len: usize) -> Option<&'r [C]> {
+            slot.as_deref().map(|slot| &slot[start..start + len])
+        }
+        let row = |slot| row(slot, start, len);
         let Self { m, v, average, q, .. } = self;
         Row { m: row(m), v: row(v), average: row(average), q: row(q) }
     }
