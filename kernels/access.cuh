@@ -22,7 +22,7 @@ template <typename T, int N> struct Elements {
 };
 
 // How many elements of a chunk, `start..start + len` of the `n` at `p`, are in its wide part.
-template <typename T> __device__ inline int wide_part(const T *p, u64 start, int len, u64 n) {
+template <typename T> __device__ inline int vector_part(const T *p, u64 start, int len, u64 n) {
     const u64 first = (u64)(p + start), end = (u64)(p + n), shift = first & 15;
     if (shift == 0) return len / 16 * 16;
     // A misaligned vector is made of two aligned ones, which must not reach beyond the tensor's end. (Up to

@@ -31,7 +31,7 @@ __device__ inline void dropout(const T *x, T *y, u64 n, u64 first, u64 key, doub
     for (u64 tile = first + blockIdx.x; tile * SRKL_DROPOUT_TILE < n; tile += gridDim.x) {
         const u64 start = tile * SRKL_DROPOUT_TILE, left = n - start;
         const int len = left < SRKL_DROPOUT_TILE ? (int)left : SRKL_DROPOUT_TILE;
-        const int wide = wide_part(x, start, len, n), at = threadIdx.x * N;
+        const int wide = vector_part(x, start, len, n), at = threadIdx.x * N;
         Vector<T> xs[ROWS];
         load_rows<STRIDE>(xs, x + start, at, wide);
 #pragma unroll

@@ -22,7 +22,7 @@ __device__ inline void add_element(double g, bool norm, double &sum2, double &su
 // The lanes of the wide part of a chunk at `g`. A thread has 8 lanes, in groups of as many neighbours as
 // 16 bytes hold.
 template <typename T>
-__device__ inline void wide_lanes(const T *g, int wide, int width, bool norm, double scale, Lanes &lanes) {
+__device__ inline void vector_lanes(const T *g, int wide, int width, bool norm, double scale, Lanes &lanes) {
     const int N = Vector<T>::N;
     // Rows that are loaded together: registers hold two sums of each lane beside them.
     const int AT_ONCE = N == 8 ? 2 : 4;
@@ -71,20 +71,20 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
     int wide = 0;
     if (g.dtype == SRKL_F32 && !f64) {
         const float *p = (const float *)g.address;
-        wide = wide_part(p, start, len, n);
-        wide_lanes(p + start, wide, width, norm, scale, lanes);
+        wide = vector_part(p, start, len, n);
+        vector_lanes(p + start, wide, width, norm, scale, lanes);
     } else if (g.dtype == SRKL_BF16 && !f64) {
         const bf16 *p = (const bf16 *)g.address;
-        wide = wide_part(p, start, len, n);
-        wide_lanes(p + start, wide, width, norm, scale, lanes);
+        wide = vector_part(p, start, len, n);
+        vector_lanes(p + start, wide, width, norm, scale, lanes);
     } else if (g.dtype == SRKL_F16 && !f64) {
         const f16 *p = (const f16 *)g.address;
-        wide = wide_part(p, start, len, n);
-        wide_lanes(p + start, wide, width, norm, scale, lanes);
+        wide = vector_part(p, start, len, n);
+        vector_lanes(p + start, wide, width, norm, scale, lanes);
     } else {
         const double *p = (const double *)g.address;
-        if (g.dtype == SRKL_F64 && f64) wide = wide_part(p, start, len, n);
-        wide_lanes(p + start, wide, width, norm, scale, lanes);
+        if (g.dtype == SRKL_F64 && f64) wide = vector_part(p, start, len, n);
+        vector_lanes(p + start, wide, width, norm, scale, lanes);
     }
 
     // The elements behind the wide part; all of them if the gradient is f64 and the block is not, or the

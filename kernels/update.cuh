@@ -94,7 +94,7 @@ template <typename P, typename C, typename G>
 __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
                                      bool reset_master, u32 direction, const Coefficients<C> &k) {
     const G *p = (const G *)g.address;
-    const int wide = wide_part(p, start, len, n);
+    const int wide = vector_part(p, start, len, n);
     switch (direction) {
     case SRKL_GRADIENT: update_vectors<SRKL_GRADIENT>(part, p + start, wide, reset_master, k); break;
     case SRKL_MOMENTUM: update_vectors<SRKL_MOMENTUM>(part, p + start, wide, reset_master, k); break;

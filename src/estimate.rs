@@ -1,6 +1,6 @@
 //! The estimate of a block's curvature. How a measurement enters it is in [`rule`](crate::rule).
 
-use crate::numerics::{Pair, fold};
+use crate::numerics::fold;
 use crate::params::Curvature;
 
 /// The estimate of a block's curvature.
@@ -132,6 +132,24 @@ pub(crate) enum Left {
     Unchanged,
 }
 
+/// Sums over a block of the change `G` of its gradient along a step `D`.
+#[derive(Clone, Copy)]
+pub(crate) struct ChangeSums {
+    /// Of `G^2`.
+    pub change_sq: f64,
+    /// Of `||G|| ||D||` over strips.
+    pub bound: f64,
+}
+
+/// Sums over all blocks of a measurement by a product with the Hessian.
+#[derive(Clone, Copy)]
+pub(crate) struct ProbeSums {
+    /// Of `(H z)^2`.
+    pub product_sq: f64,
+    /// Of the first gradient's squares.
+    pub gradient_sq: f64,
+}
+
 /// Whether a product with the Hessian is finite.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Probe {
@@ -144,8 +162,8 @@ pub(crate) enum Probe {
 
 impl Probe {
     /// From the sums of [`probe_sums`](crate::backend::Backend::probe_sums) over all blocks.
-    pub fn of(total: Pair) -> Self {
-        match (total.b.is_finite(), total.a.is_finite()) {
+    pub fn of(total: ProbeSums) -> Self {
+        match (total.gradient_sq.is_finite(), total.product_sq.is_finite()) {
             (false, _) => Self::Nothing,
             (true, false) => Self::Infinite,
             (true, true) => Self::Finite,

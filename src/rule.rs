@@ -24,7 +24,7 @@
 //! which threads, is in `backend`.
 
 use crate::estimate::{Averaging, Estimate, Left, Measured, Probe, StepSums};
-use crate::numerics::{Pair, Real, Sums, eighths, pow2};
+use crate::numerics::{Real, Sums, eighths, pow2};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// What a step uses that is neither a setting of a group nor a gradient.
@@ -174,15 +174,23 @@ pub(crate) fn is_known(decision: &Decision) -> bool {
     decision.has_curvature && (0. ..f64::INFINITY).contains(&decision.curvature)
 }
 
-/// The sums that [`adjust`] needs of the directions: of `d^2` (of `(phi d)^2` if elements have their own brakes) and
-/// of `w^2`.
+/// Sums over a block, or over several.
+#[derive(Clone, Copy)]
+pub(crate) struct DirectionSums {
+    /// Of `d^2`, or of `(phi d)^2` if elements have their own brakes.
+    pub direction_sq: f64,
+    /// Of `w^2`.
+    pub parameter_sq: f64,
+}
+
+/// What [`adjust`] needs of the directions.
 #[derive(Clone, Copy)]
 pub(crate) struct Directions {
     /// Over the block, which has `n` elements.
-    pub own: Pair,
+    pub block: DirectionSums,
     pub n: f64,
     /// Over all blocks that move and have [`Curvature::Step`], and how many elements these have.
-    pub total: Pair,
+    pub total: DirectionSums,
     pub total_n: f64,
 }
 
@@ -205,10 +213,10 @@ pub(crate) fn adjust(
     still: u64,
     measures: bool,
 ) {
-    let Directions { own, n, total, total_n } = directions;
+    let Directions { block, n, total, total_n } = directions;
     if params.measures_steps() && measures && !is_known(decision) {
-        let rms_w = (total.b / total_n).sqrt().max(LEAST_RMS);
-        let rms_d = (total.a / total_n).sqrt();
+        let rms_w = (total.parameter_sq / total_n).sqrt().max(LEAST_RMS);
+        let rms_d = (total.direction_sq / total_n).sqrt();
         let share = SMALL_STEP * pow2(still.min(MOST_DOUBLINGS) as i32);
         let by_direction = share * rms_w / rms_d;
         // Infinite without decay.
@@ -219,9 +227,9 @@ pub(crate) fn adjust(
         decision.phi = if decision.small { small } else { lr };
     }
     if let Some(tau) = params.trust {
-        let length = own.a.sqrt();
+        let length = block.direction_sq.sqrt();
         let length = if params.has_element_brakes() { length } else { decision.phi * length };
-        let most = tau * own.b.sqrt().max(LEAST_RMS * n.sqrt());
+        let most = tau * block.parameter_sq.sqrt().max(LEAST_RMS * n.sqrt());
         if length > most {
             decision.phi *= most / length;
         }
@@ -401,13 +409,13 @@ fn step_metric(sums: &StepSums) -> f64 {
     if sums.direction == 0. { 0. } else { sums.step * (sums.along / sums.direction) }
 }
 
-/// The sums of a measurement of a block. `change` has those of `G^2`, and of `||G|| ||D||` over strips.
-pub(crate) fn measured(change: Pair, sums: &StepSums) -> Measured {
+/// The sums of a measurement of a block: over the change of its gradient, and over its step.
+pub(crate) fn measured(change: ChangeSums, sums: &StepSums) -> Measured {
     Measured {
-        change: change.a,
+        change: change.change_sq,
         step: sums.step,
         direction: sums.direction,
-        bound: change.b,
+        bound: change.bound,
         metric: step_metric(sums),
     }
 }

@@ -9,10 +9,12 @@ use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BlockGradient, GradSums, GradientPair, Last, Step, Tracked};
 use crate::block::{Block, Parameters};
-use crate::estimate::{Averaging, Estimate, Left, Measured, Probe, StepSums};
+use crate::estimate::{
+    Averaging, ChangeSums, Estimate, Left, Measured, Probe, ProbeSums, StepSums,
+};
 use crate::numerics::{Pair, Sums};
 use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope, StepCurvature};
-use crate::rule::{self, Decision, Directions, Powers, StepScalars};
+use crate::rule::{self, Decision, DirectionSums, Directions, Powers, StepScalars};
 
 /// If steps need not wait for all blocks, these are taken in runs of about this many elements, so that a gradient is
 /// still in the caches when it is read again.
@@ -170,12 +172,13 @@ impl Host {
         let moving: Vec<Option<Pair>> = blocks.iter().zip(&sums).map(counted).collect();
         let sizes = blocks.iter().zip(&moving).filter(|(_, sums)| sums.is_some());
         let total_n = sizes.map(|(block, _)| block.n as u64).sum::<u64>() as f64;
-        let total = fold(&moving);
+        let total = direction_sums(fold(&moving));
         let places = run.zip(decisions).zip(sums);
         for ((place, decision), own) in places {
             if let (Some(decision), Some(own)) = (decision, own) {
                 let block = &all.blocks[place];
-                let directions = Directions { own, n: block.n as f64, total, total_n };
+                let (own, n) = (direction_sums(own), block.n as f64);
+                let directions = Directions { block: own, n, total, total_n };
                 let still = self.tracked[place].estimate.still;
                 rule::adjust(decision, all.of(block), scalars, &directions, still, measures);
             }
@@ -366,7 +369,8 @@ impl Engine for Host {
             backend.probe_sums(all, step, again, &given, size, &mut squares)?;
         }
         self.read_sums(&given, &mut squares)?;
-        let probe = Probe::of(fold(&squares));
+        let Pair { a: product_sq, b: gradient_sq } = fold(&squares);
+        let probe = Probe::of(ProbeSums { product_sq, gradient_sq });
         if probe == Probe::Finite {
             let mut sums = vec![None; given.len()];
             for backend in &mut self.backends {
@@ -516,7 +520,10 @@ impl Host {
             tracked.step_sums = sums;
         }
         let measured = |(tracked, change): (&Tracked, &Option<Pair>)| match change {
-            Some(change) => rule::measured(*change, &tracked.step_sums),
+            Some(Pair { a: change_sq, b: bound }) => {
+                let change = ChangeSums { change_sq: *change_sq, bound: *bound };
+                rule::measured(change, &tracked.step_sums)
+            }
             None => Measured::default(),
         };
         let measured: Vec<Measured> = self.tracked.iter().zip(&changes).map(measured).collect();
@@ -576,6 +583,10 @@ fn first_gradients(
             found.filter(|_| moves).map(|found| found.gradient.detach())
         })
         .collect()
+}
+
+fn direction_sums(sums: Pair) -> DirectionSums {
+    DirectionSums { direction_sq: sums.a, parameter_sq: sums.b }
 }
 
 /// The total over all blocks, in order.
