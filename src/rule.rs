@@ -23,7 +23,7 @@
 //! operations in both is part of the contract in [`numerics`](crate::numerics); what runs them, over which elements and on
 //! which threads, is in `backend`.
 
-use crate::estimate::{Averaging, Estimate, Left, Measured, Probe, StepSums};
+use crate::estimate::{Averaging, ChangeSums, Estimate, Left, Measured, Probe, StepSums};
 use crate::numerics::{Real, Sums, eighths, pow2};
 use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
