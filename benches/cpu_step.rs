@@ -98,13 +98,15 @@ impl Bench<'_> {
 /// readings of a gradient that is larger than the caches.
 type Contender = (&'static str, usize, usize);
 
-const CONTENDERS: [Contender; 10] = [
+const CONTENDERS: [Contender; 12] = [
     (SRKL, 12, 16),
     (SRKL_SKIP_BLOCK, 12, 16),
     (BRAKED, 28, 32),
     (BRAKED_PROPAGATE, 28, 28),
     (BRAKED_MEASURING, 28, 44),
     (KINETIC, 20, 36),
+    (SGD_PROPAGATE, 12, 12),
+    (ADAMW_PROPAGATE, 28, 28),
     (CANDLE_SGD, 12, 12),
     (CANDLE_ADAMW, 28, 28),
     (PLAIN_1, 12, 12),
@@ -117,6 +119,8 @@ const BRAKED: &str = "srkl braked Adam";
 const BRAKED_PROPAGATE: &str = "srkl braked Adam, Propagate";
 const BRAKED_MEASURING: &str = "srkl braked Adam, measuring";
 const KINETIC: &str = "srkl kinetic";
+const SGD_PROPAGATE: &str = "srkl SGD, Propagate";
+const ADAMW_PROPAGATE: &str = "srkl AdamW, Propagate";
 const CANDLE_SGD: &str = "candle SGD";
 const CANDLE_ADAMW: &str = "candle AdamW";
 const PLAIN_1: &str = "plain loop, 1 thread";
@@ -161,6 +165,13 @@ fn main() -> anyhow::Result<()> {
             let mut srkl = Srkl::new(vars.clone(), measured(params, u64::MAX))?;
             srkl.step(&grads)?;
             srkl.observe(&others)?;
+            bench.run(&list, contender, || srkl.step(&grads).unwrap());
+        }
+        for (contender, params) in
+            [(SGD_PROPAGATE, ParamsSrkl::sgd(1e-3)), (ADAMW_PROPAGATE, ParamsSrkl::adamw(1e-3))]
+        {
+            let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..params };
+            let mut srkl = Srkl::new(vars.clone(), params)?;
             bench.run(&list, contender, || srkl.step(&grads).unwrap());
         }
         let mut srkl = Srkl::new(vars.clone(), measured(ParamsSrkl::braked_adam(), 1))?;

@@ -47,7 +47,7 @@ struct Options {
     #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block", "propagate"])]
     policy: String,
     /// With --steps: the settings; braked Adam measures at the first step
-    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam"])]
+    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam", "sgd", "adamw"])]
     preset: String,
     /// What cargo bench passes
     #[arg(long, hide = true)]
@@ -94,6 +94,9 @@ fn main() -> Result<()> {
             ("braked Adam", 28., "braked-adam", "skip-step"),
             ("braked Adam, SkipBlock", 28., "braked-adam", "skip-block"),
             ("braked Adam, Propagate", 28., "braked-adam", "propagate"),
+            ("SGD, Propagate", 12., "sgd", "propagate"),
+            ("AdamW", 28., "adamw", "skip-step"),
+            ("AdamW, Propagate", 28., "adamw", "propagate"),
         ] {
             let mut srkl = Srkl::new(vars.clone(), settings(preset, policy))?;
             step(&mut srkl, &vars, &grads)?;
@@ -139,6 +142,8 @@ fn main() -> Result<()> {
 fn settings(preset: &str, policy: &str) -> ParamsSrkl {
     let preset = match preset {
         "reference" => ParamsSrkl::reference(),
+        "sgd" => ParamsSrkl::sgd(1e-3),
+        "adamw" => ParamsSrkl::adamw(1e-3),
         // Measures at its first step alone.
         _ => ParamsSrkl {
             measure: Measure { every: u64::MAX, first: 1, ..Measure::default() },

@@ -35,11 +35,13 @@
 #define SRKL_GRADIENT 0
 #define SRKL_MOMENTUM 1
 #define SRKL_ADAM 2
+#define SRKL_NESTEROV 3 // momentum that looks ahead
 
 // Curvatures.
 #define SRKL_GRAD_SQUARE 0
 #define SRKL_STEP 1
 #define SRKL_HUTCHINSON 2
+#define SRKL_NO_CURVATURE 3
 
 // Policies for gradients that are not finite.
 #define SRKL_SKIP_STEP 0
@@ -113,7 +115,9 @@ typedef struct {
     double max_grad_norm; // 0 for no clipping
     double trust;         // 0 for no clip
     double average;       // the decay of the parameters' average; 1 for none
-    double decay1;        // of the first moment; 1 for none
+    double decay1;        // of the first moment
+    double gain1;         // the weight of a gradient in it
+    double power1;        // the decay that its bias correction goes by; 1 for none
     double decay2;        // of the second moment; 1 for none
     double eps;
     double decay; // of the curvature's average
@@ -262,7 +266,7 @@ typedef struct {
 #include <cstddef>
 static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 120 && offsetof(SrklGroup, pad) == 116, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 136 && offsetof(SrklGroup, pad) == 132, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");

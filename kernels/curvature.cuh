@@ -46,6 +46,7 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
         C d = g;
         if (direction != SRKL_GRADIENT) d = k.moments.first_moment(part.m().load_one(at), g);
+        if (direction == SRKL_NESTEROV) d = k.moments.nesterov(d, g);
         if (direction == SRKL_ADAM)
             d = div(d, k.moments.denom(k.moments.second_moment(part.v().load_one(at), g)));
         double a = (double)d, w = (double)widen(part.w()[at]);

@@ -30,7 +30,7 @@ __device__ inline double brake(double lr, double beta, double curvature) {
 // The products of decays after one more step.
 __device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGroup &p) {
     SrklPowers next;
-    next.first = __dmul_rn(powers.first, p.decay1);
+    next.first = __dmul_rn(powers.first, p.power1);
     next.second = __dmul_rn(powers.second, p.decay2);
     next.average = __dmul_rn(powers.average, p.average);
     return next;
@@ -54,6 +54,9 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
         curvature = curvature_of(p.scope == SRKL_GLOBAL ? total : own, c);
         finite = finite && is_finite(curvature);
         phi = brake(lr, p.beta, curvature);
+    } else if (p.curvature == SRKL_NO_CURVATURE) {
+        curvature = UNKNOWN;
+        phi = lr;
     } else {
         curvature = estimated_curvature(estimate);
         if (curvature != UNKNOWN && is_finite(curvature)) phi = brake(lr, p.beta, curvature);
@@ -115,11 +118,11 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
 
 // The numbers by which moments, and from them the direction, are computed.
 template <typename C> struct Moments {
-    C decay1, one_minus_decay1_factor, decay2, one_minus_decay2, grad_factor, scale_v, eps;
+    C decay1, gain1_factor, decay2, one_minus_decay2, grad_factor, scale_v, eps;
 
     __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
         from_f64(p.decay1, decay1);
-        from_f64(__dmul_rn(__dsub_rn(1., p.decay1), decision.grad_factor), one_minus_decay1_factor);
+        from_f64(__dmul_rn(p.gain1, decision.grad_factor), gain1_factor);
         from_f64(p.decay2, decay2);
         from_f64(__dsub_rn(1., p.decay2), one_minus_decay2);
         from_f64(decision.grad_factor, grad_factor);
@@ -128,9 +131,10 @@ template <typename C> struct Moments {
     }
 
     // `m <- mu m + (1 - mu) grad_factor g`
-    __device__ C first_moment(C m, C g) const {
-        return canonical(mul_add(g, one_minus_decay1_factor, mul(decay1, m)));
-    }
+    __device__ C first_moment(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
+
+    // `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
+    __device__ C nesterov(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
 
     // `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
     __device__ C second_moment(C v, C g) const {

@@ -58,6 +58,10 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
                 ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first_moment(ds[j][e], d);
             }
             if (DIRECTION != SRKL_GRADIENT) part.m().store(at + j * STRIDE, wide, ds[j]);
+            if (DIRECTION == SRKL_NESTEROV) {
+#pragma unroll
+                for (int e = 0; e < N; e++) ds[j][e] = k.moments.nesterov(ds[j][e], (C)widen(gs[j][e]));
+            }
             if (DIRECTION == SRKL_ADAM) {
                 part.v().store(at + j * STRIDE, wide, states[j]);
 #pragma unroll
@@ -98,6 +102,7 @@ __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient 
     switch (direction) {
     case SRKL_GRADIENT: update_vectors<SRKL_GRADIENT>(part, p + start, wide, reset_master, k); break;
     case SRKL_MOMENTUM: update_vectors<SRKL_MOMENTUM>(part, p + start, wide, reset_master, k); break;
+    case SRKL_NESTEROV: update_vectors<SRKL_NESTEROV>(part, p + start, wide, reset_master, k); break;
     default: update_vectors<SRKL_ADAM>(part, p + start, wide, reset_master, k); break;
     }
     return wide;
@@ -131,6 +136,7 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
             C d = gradient;
             if (group.direction != SRKL_GRADIENT)
                 d = part.m().store_one(at, k.moments.first_moment(part.m().load_one(at), gradient));
+            if (group.direction == SRKL_NESTEROV) d = k.moments.nesterov(d, gradient);
             const C m = d;
             if (group.direction == SRKL_ADAM) {
                 C v = part.v().store_one(at, k.moments.second_moment(part.v().load_one(at), gradient));

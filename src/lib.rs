@@ -32,6 +32,7 @@
 //! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state tensor less |
 //! | [`ParamsSrkl::hessian`] | studies of curvature |
 //! | [`ParamsSrkl::reference`] | the original rule, whose `lr` needs a search |
+//! | [`ParamsSrkl::adamw`], [`ParamsSrkl::sgd`] | the plain optimizers, fused, with an `lr` of yours |
 //!
 //! # What it requires
 //!

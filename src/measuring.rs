@@ -14,7 +14,7 @@ use crate::engine::{Perturbation, Remaining};
 use crate::estimate::{Left, Measurements};
 use crate::numerics::random_bits;
 use crate::optimizer::Srkl;
-use crate::params::{Curvature, Measure, ParamsSrkl, Repeatable};
+use crate::params::{Measure, ParamsSrkl, Repeatable};
 use crate::random;
 use crate::schedule::{MeasureSchedule, MeasureState};
 
@@ -261,7 +261,8 @@ impl Srkl {
             .map(|params| params.measure)
     }
 
-    /// Replaces [`ParamsSrkl::measure`] of all groups, from the next step on.
+    /// Replaces [`ParamsSrkl::measure`] of all groups, from the next step on. Without effect on a step where no group
+    /// measures.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -475,7 +476,7 @@ impl Srkl {
         }
         let all = &self.all;
         let missing = |block: &Block| {
-            let measured = !matches!(all.of(block).curvature, Curvature::GradSquare);
+            let measured = MeasureSchedule::of(all.of(block)).is_some();
             let moves = block.n > 0 && all.of(block).lr > 0. && grads.get_id(block.id).is_some();
             !block.known && measured && moves
         };

@@ -14,6 +14,15 @@
 //!   terms of sums, and here for norm and curvature); a fused multiply-add is used exactly where these files say
 //!   `mul_add`. No reassociation, no approximate
 //!   division, no flushing of subnormals.
+//!   For an element, with `fma(a, b, c) = a b + c` rounded once, and `k` the gradient's factor:
+//!
+//!   ```text
+//!   m <- fma(g, gain1 k, decay1 m)                    gain1 = 1 - decay1, or 1 for Direction::Sgd
+//!   v <- fma(((1 - decay2) (k g)), k g, decay2 v)
+//!   d  = g, or m, or fma(g, gain1 k, decay1 m) again with the new m (nesterov), or m / (sqrt(scale_v v) + eps)
+//!   w <- fma(d, -step_size, decay_factor w)
+//!   a <- fma(w - a, weight, a)
+//!   ```
 //! * A parameter is stored by rounding to nearest, ties to even; beyond the largest finite value it
 //!   becomes an infinity. A NaN is stored as the one positive quiet pattern without payload:
 //!   `7fc00000` (f32), `7ff8000000000000` (f64), `7fc0` (bf16), `7e00` (f16).

@@ -9,7 +9,7 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
-use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
+use crate::params::{Above, Direction, Group, ParamsSrkl, check, check_grad_scale};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::{STATE, has_state};
@@ -275,6 +275,15 @@ impl Srkl {
                     group.name
                 )
             }
+        }
+        let kind = std::mem::discriminant::<Direction>;
+        if kind(&group.params.direction) != kind(&params.direction) {
+            bail!(
+                "`direction` of group `{}`: expected one of the kind of {:?}, as it was built, got {:?}",
+                group.name,
+                group.params.direction,
+                params.direction
+            )
         }
         if group.params.master_weights != params.master_weights {
             bail!(

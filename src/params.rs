@@ -91,6 +91,19 @@ pub struct ParamsSrkl {
 pub enum Direction {
     /// `d = g`. No state.
     Gradient,
+    /// PyTorch's SGD with momentum: `b <- momentum * b + g`, `d = b`, or with `nesterov` `d = momentum * b + g`. The same
+    /// path as [`Momentum`](Self::Momentum), with steps `1 / (1 - momentum)` times as long and no bias correction. State:
+    /// b, 4 bytes a parameter.
+    ///
+    /// On a quadratic of curvature `h` it is stable for `phi h < 2 (1 + momentum)`, and with `nesterov` for
+    /// `phi h < 2 (1 + momentum) / (1 + 2 momentum)`, which is 1.36 for 0.9. So with `nesterov` a brake needs
+    /// `Beta::Tied(1.)`; [`Momentum`](Self::Momentum) leaves more room.
+    Sgd {
+        /// 0 or above and below 1. (For 0 take [`Gradient`](Self::Gradient), which has no state.)
+        momentum: f64,
+        /// Whether the step looks ahead by the momentum (Nesterov).
+        nesterov: bool,
+    },
     /// `m <- mu m + (1 - mu) g`, `d = m / (1 - mu^t)`. State: m, 4 bytes a parameter.
     Momentum {
         /// 0 or above and below 1; 0.9 in the presets.
@@ -120,6 +133,8 @@ pub enum Direction {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Curvature {
+    /// None, so that there is no brake: `phi = s * lr`, whatever [`ParamsSrkl::beta`] is.
+    None,
     /// The reference rule's: `H = sqrt(sum g^4)`. Costs nothing, and is **not** a curvature.
     GradSquare,
     /// The curvature along the step just taken, in the metric of its direction:
@@ -408,6 +423,36 @@ impl ParamsSrkl {
         }
     }
 
+    /// Plain gradient descent, `w <- w - lr * g`, as candle's `SGD`: no brake, no state. For momentum, as PyTorch has it:
+    ///
+    /// ```
+    /// use candle_srkl::{Direction, ParamsSrkl};
+    ///
+    /// let direction = Direction::Sgd { momentum: 0.9, nesterov: true };
+    /// let params = ParamsSrkl { direction, ..ParamsSrkl::sgd(0.1) };
+    /// # params.validate()?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// (Weight decay is decoupled here, and added to the gradient in PyTorch's SGD.)
+    #[must_use]
+    pub fn sgd(lr: f64) -> Self {
+        Self { lr, curvature: Curvature::None, ..Self::reference() }
+    }
+
+    /// AdamW (Loshchilov and Hutter, 2019) with the defaults of candle's and PyTorch's but for `lr`:
+    /// `Adam { 0.9, 0.999, 1e-8 }`, weight decay 0.01, no brake.
+    #[must_use]
+    pub fn adamw(lr: f64) -> Self {
+        Self {
+            lr,
+            direction: Direction::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+            curvature: Curvature::None,
+            weight_decay: 0.01,
+            ..Self::reference()
+        }
+    }
+
     /// The number `beta`: as given, or `gamma * lr`.
     #[must_use]
     pub fn beta_value(&self) -> f64 {
@@ -433,6 +478,7 @@ impl ParamsSrkl {
         }
         match self.direction {
             Direction::Gradient => {}
+            Direction::Sgd { momentum, .. } => check_decay("momentum", momentum)?,
             Direction::Momentum { mu } => check_decay("mu", mu)?,
             Direction::Adam { beta1, beta2, eps } => {
                 check_decay("beta1", beta1)?;
@@ -443,7 +489,7 @@ impl ParamsSrkl {
         }
         self.measure.validate()?;
         match self.curvature {
-            Curvature::GradSquare => {}
+            Curvature::None | Curvature::GradSquare => {}
             Curvature::Step(StepCurvature { decay, noise }) => {
                 check_decay("decay", decay)?;
                 check("noise", noise, Above::OrZero)?;
@@ -453,6 +499,9 @@ impl ParamsSrkl {
         match (self.scope, self.curvature) {
             (Scope::Element, Curvature::Step(_)) => {
                 bail!("`scope`: `Curvature::Step` has `Scope::Tensor` or `Global`, got `Element`")
+            }
+            (Scope::Element, Curvature::None) => {
+                bail!("`scope`: `Curvature::None` has `Scope::Tensor` or `Global`, got `Element`")
             }
             (Scope::Mixed(p), Curvature::Hutchinson(_))
                 if !(0. ..=1.).contains(&p) || (8. * p).fract() != 0. =>

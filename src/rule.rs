@@ -90,7 +90,7 @@ impl Powers {
 /// The powers after one more step.
 pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
     let (first, second) = match params.direction {
-        Direction::Gradient => (1., 1.),
+        Direction::Gradient | Direction::Sgd { .. } => (1., 1.),
         Direction::Momentum { mu } => (mu, 1.),
         Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
     };
@@ -146,6 +146,7 @@ pub(crate) fn decide(
             finite &= curvature.is_finite();
             (Some(curvature), brake(lr, params.beta_value(), curvature))
         }
+        Curvature::None => (None, lr),
         _ => {
             let curvature = estimated_curvature(estimate);
             // No step without a finite estimate; `adjust` may allow a small one.
@@ -241,8 +242,8 @@ pub(crate) fn adjust(
 pub(crate) struct Moments<C> {
     pub direction: Direction,
     pub decay1: C,
-    /// `(1 - decay1) * grad_factor`
-    pub one_minus_decay1_factor: C,
+    /// `gain1 * grad_factor`, where `gain1` is `1 - decay1`, or 1 for [`Direction::Sgd`].
+    pub gain1_factor: C,
     pub decay2: C,
     pub one_minus_decay2: C,
     pub grad_factor: C,
@@ -252,15 +253,16 @@ pub(crate) struct Moments<C> {
 
 impl<C: Real> Moments<C> {
     pub fn new(params: &ParamsSrkl, grad_factor: f64, scale_v: f64) -> Self {
-        let (decay1, decay2, eps) = match params.direction {
-            Direction::Gradient => (0., 0., 0.),
-            Direction::Momentum { mu } => (mu, 0., 0.),
-            Direction::Adam { beta1, beta2, eps } => (beta1, beta2, eps),
+        let (decay1, gain1, decay2, eps) = match params.direction {
+            Direction::Gradient => (0., 1., 0., 0.),
+            Direction::Sgd { momentum, .. } => (momentum, 1., 0., 0.),
+            Direction::Momentum { mu } => (mu, 1. - mu, 0., 0.),
+            Direction::Adam { beta1, beta2, eps } => (beta1, 1. - beta1, beta2, eps),
         };
         Self {
             direction: params.direction,
             decay1: C::from_f64(decay1),
-            one_minus_decay1_factor: C::from_f64((1. - decay1) * grad_factor),
+            gain1_factor: C::from_f64(gain1 * grad_factor),
             decay2: C::from_f64(decay2),
             one_minus_decay2: C::from_f64(1. - decay2),
             grad_factor: C::from_f64(grad_factor),
@@ -269,10 +271,16 @@ impl<C: Real> Moments<C> {
         }
     }
 
-    /// `m <- mu m + (1 - mu) grad_factor g`
+    /// `m <- mu m + (1 - mu) grad_factor g`; of [`Direction::Sgd`] `m <- mu m + grad_factor g`
     #[inline(always)]
     pub fn first_moment(&self, m: C, g: C) -> C {
-        g.mul_add(self.one_minus_decay1_factor, self.decay1.mul(m)).canonical()
+        g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
+    }
+
+    /// `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
+    #[inline(always)]
+    pub fn nesterov(&self, m: C, g: C) -> C {
+        g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
     }
 
     /// `v <- beta2 v + (1 - beta2) (grad_factor g)^2`

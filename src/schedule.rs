@@ -17,7 +17,7 @@ impl MeasureSchedule {
     pub fn of(params: &ParamsSrkl) -> Option<Self> {
         let Measure { every, first, delta, seed } = params.measure;
         match params.curvature {
-            Curvature::GradSquare => None,
+            Curvature::None | Curvature::GradSquare => None,
             Curvature::Step(_) => Some(Self { every, first, probe: None }),
             Curvature::Hutchinson(_) => Some(Self { every, first, probe: Some((delta, seed)) }),
         }

@@ -136,6 +136,7 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
     let measure = Measure { every: 3, first: 2, delta: 1e-2, seed: 5 };
     let momentum = Direction::Momentum { mu: 0.9 };
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let sgd = |nesterov| Direction::Sgd { momentum: 0.8, nesterov };
     let cases = [
         (momentum, Curvature::GradSquare, Scope::Tensor),
         (adam, Curvature::GradSquare, Scope::Element),
@@ -146,6 +147,12 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
         (momentum, rows, Scope::Mixed(0.625)),
         (adam, rows, Scope::Tensor),
         (momentum, rows, Scope::Global),
+        (Direction::Gradient, Curvature::None, Scope::Tensor),
+        (adam, Curvature::None, Scope::Global),
+        (sgd(true), Curvature::None, Scope::Tensor),
+        (sgd(false), step, Scope::Tensor),
+        (sgd(true), step, Scope::Global),
+        (sgd(true), Curvature::GradSquare, Scope::Element),
     ];
     let mut all = vec![];
     for (case, (direction, curvature, scope)) in cases.into_iter().enumerate() {

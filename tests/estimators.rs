@@ -329,6 +329,15 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
         Direction::Gradient => {
             (gradients.last().unwrap().clone(), gradients.last().unwrap().clone())
         }
+        Direction::Sgd { momentum, nesterov } => {
+            let (mut d, mut b) = (vec![0.; 26], vec![0.; 26]);
+            for g in gradients {
+                b.iter_mut().zip(g).for_each(|(b, g)| *b = momentum * *b + g);
+                let ahead = b.iter().zip(g).map(|(b, g)| momentum * b + g).collect();
+                d = if nesterov { ahead } else { b.clone() };
+            }
+            (d.clone(), d)
+        }
         Direction::Momentum { mu } => (average(mu, |g| g), average(mu, |g| g)),
         Direction::Adam { beta1, beta2, eps } => {
             let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));
@@ -353,7 +362,9 @@ fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 
 /// The estimate is that of the mean Hessian along the step, here by Simpson's rule over the exact one.
 #[test]
 fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
-    for direction in [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM] {
+    let sgd = |nesterov| Direction::Sgd { momentum: 0.5, nesterov };
+    let averages = [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM];
+    for direction in averages.into_iter().chain([sgd(false), sgd(true)]) {
         for scope in [Scope::Global, Scope::Tensor] {
             let network = Network::new()?;
             let mut opt = Srkl::new(network.vars.clone(), along(0., scope, direction))?;

@@ -115,7 +115,12 @@ impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
         let Row { m, v, q, .. } = self.state.read(start, a.len(), state);
         let moments = self.coefficients.moments;
         match (moments.direction, m, v) {
-            (Direction::Momentum { .. }, Some(m), _) => {
+            (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
+                for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
+                    *a = moments.nesterov(moments.first_moment(*m, *g), *g).to_f64();
+                }
+            }
+            (Direction::Momentum { .. } | Direction::Sgd { .. }, Some(m), _) => {
                 for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
                     *a = moments.first_moment(*m, *g).to_f64();
                 }

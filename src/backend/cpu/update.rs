@@ -184,7 +184,15 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     }
                     &[]
                 }
-                (Direction::Momentum { .. }, Some(m), _) => {
+                (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for ((d, m), g) in d.iter_mut().zip(m).zip(g) {
+                        *m = moments.first_moment(*m, *g);
+                        *d = moments.nesterov(*m, *g);
+                    }
+                    d
+                }
+                (Direction::Momentum { .. } | Direction::Sgd { .. }, Some(m), _) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
                     m
                 }
@@ -238,16 +246,12 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 if keeps_strips {
                     stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
                 }
-                let is_adam = match (m.as_deref(), v.as_deref()) {
-                    (Some(m), Some(v)) => {
-                        add_adam_direction(direction, along, m, v, &moments);
-                        true
-                    }
-                    (m, _) => {
-                        add_squares(direction, m.unwrap_or(g));
-                        false
-                    }
-                };
+                let is_adam = matches!(moments.direction, Direction::Adam { .. });
+                if !is_adam {
+                    add_squares(direction, d);
+                } else if let (Some(m), Some(v)) = (m.as_deref(), v.as_deref()) {
+                    add_adam_direction(direction, along, m, v, &moments);
+                }
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
                     let (step, direction) = (tree(step), tree(direction));
                     let along = if is_adam { tree(along) } else { direction };

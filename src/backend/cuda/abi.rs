@@ -18,9 +18,11 @@ pub const SRKL_MIXED: u32 = 3;
 pub const SRKL_GRADIENT: u32 = 0;
 pub const SRKL_MOMENTUM: u32 = 1;
 pub const SRKL_ADAM: u32 = 2;
+pub const SRKL_NESTEROV: u32 = 3;
 pub const SRKL_GRAD_SQUARE: u32 = 0;
 pub const SRKL_STEP: u32 = 1;
 pub const SRKL_HUTCHINSON: u32 = 2;
+pub const SRKL_NO_CURVATURE: u32 = 3;
 pub const SRKL_SKIP_STEP: u32 = 0;
 pub const SRKL_SKIP_BLOCK: u32 = 1;
 pub const SRKL_PROPAGATE: u32 = 2;
@@ -110,6 +112,8 @@ pub struct SrklGroup {
     pub trust: f64,
     pub average: f64,
     pub decay1: f64,
+    pub gain1: f64,
+    pub power1: f64,
     pub decay2: f64,
     pub eps: f64,
     pub decay: f64,
@@ -124,7 +128,7 @@ pub struct SrklGroup {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 120usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 136usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -135,20 +139,22 @@ const _: () = {
     ["Offset of field: SrklGroup::trust"][::std::mem::offset_of!(SrklGroup, trust) - 32usize];
     ["Offset of field: SrklGroup::average"][::std::mem::offset_of!(SrklGroup, average) - 40usize];
     ["Offset of field: SrklGroup::decay1"][::std::mem::offset_of!(SrklGroup, decay1) - 48usize];
-    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 56usize];
-    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 64usize];
-    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 72usize];
-    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 80usize];
-    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 88usize];
-    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 96usize];
-    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 100usize];
+    ["Offset of field: SrklGroup::gain1"][::std::mem::offset_of!(SrklGroup, gain1) - 56usize];
+    ["Offset of field: SrklGroup::power1"][::std::mem::offset_of!(SrklGroup, power1) - 64usize];
+    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 72usize];
+    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 80usize];
+    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 88usize];
+    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 96usize];
+    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 104usize];
+    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 112usize];
+    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 116usize];
     ["Offset of field: SrklGroup::direction"]
-        [::std::mem::offset_of!(SrklGroup, direction) - 104usize];
+        [::std::mem::offset_of!(SrklGroup, direction) - 120usize];
     ["Offset of field: SrklGroup::curvature"]
-        [::std::mem::offset_of!(SrklGroup, curvature) - 108usize];
+        [::std::mem::offset_of!(SrklGroup, curvature) - 124usize];
     ["Offset of field: SrklGroup::nonfinite"]
-        [::std::mem::offset_of!(SrklGroup, nonfinite) - 112usize];
-    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 116usize];
+        [::std::mem::offset_of!(SrklGroup, nonfinite) - 128usize];
+    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

@@ -236,12 +236,22 @@ fn group(group: &Group) -> abi::SrklGroup {
         Scope::Element => (abi::SRKL_ELEMENT, 0),
         Scope::Mixed(p) => (abi::SRKL_MIXED, (8. * p) as u32),
     };
-    let (direction, decay1, decay2, eps) = match group.params.direction {
-        Direction::Gradient => (abi::SRKL_GRADIENT, 1., 1., 0.),
-        Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, mu, 1., 0.),
-        Direction::Adam { beta1, beta2, eps } => (abi::SRKL_ADAM, beta1, beta2, eps),
+    // The decay of the first moment, the weight of a gradient in it, and the decay that its bias correction goes by.
+    let (direction, [decay1, gain1, power1], decay2, eps) = match group.params.direction {
+        Direction::Gradient => (abi::SRKL_GRADIENT, [0., 1., 1.], 1., 0.),
+        Direction::Sgd { momentum, nesterov: false } => {
+            (abi::SRKL_MOMENTUM, [momentum, 1., 1.], 1., 0.)
+        }
+        Direction::Sgd { momentum, nesterov: true } => {
+            (abi::SRKL_NESTEROV, [momentum, 1., 1.], 1., 0.)
+        }
+        Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, [mu, 1. - mu, mu], 1., 0.),
+        Direction::Adam { beta1, beta2, eps } => {
+            (abi::SRKL_ADAM, [beta1, 1. - beta1, beta1], beta2, eps)
+        }
     };
     let (curvature, decay, noise) = match group.params.curvature {
+        Curvature::None => (abi::SRKL_NO_CURVATURE, 0., 0.),
         Curvature::GradSquare => (abi::SRKL_GRAD_SQUARE, 0., 0.),
         Curvature::Step(step) => (abi::SRKL_STEP, step.decay, step.noise),
         Curvature::Hutchinson(rows) => (abi::SRKL_HUTCHINSON, rows.decay, 0.),
@@ -254,6 +264,8 @@ fn group(group: &Group) -> abi::SrklGroup {
         trust: group.params.trust.unwrap_or(0.),
         average: group.params.average.unwrap_or(1.),
         decay1,
+        gain1,
+        power1,
         decay2,
         eps,
         decay,
