@@ -115,6 +115,7 @@ typedef struct {
     double max_grad_norm; // 0 for no clipping
     double trust;         // 0 for no clip
     double average;       // the decay of the parameters' average; 1 for none
+    double polynomial;    // or k of a polynomial average; below 0 for none
     double decay1;        // of the first moment
     double gain1;         // the weight of a gradient in it
     double power1;        // the decay that its bias correction goes by; 1 for none
@@ -266,7 +267,7 @@ typedef struct {
 #include <cstddef>
 static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 136 && offsetof(SrklGroup, pad) == 132, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 144 && offsetof(SrklGroup, pad) == 140, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");

@@ -32,7 +32,7 @@ __device__ inline SrklPowers next_powers(const SrklPowers &powers, const SrklGro
     SrklPowers next;
     next.first = __dmul_rn(powers.first, p.power1);
     next.second = __dmul_rn(powers.second, p.decay2);
-    next.average = __dmul_rn(powers.average, p.average);
+    next.average = p.polynomial >= 0. ? __dadd_rn(powers.average, 1.) : __dmul_rn(powers.average, p.average);
     return next;
 }
 
@@ -69,8 +69,15 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     decision.powers = powers;
     decision.scale_m = bias_correction(powers.first);
     decision.scale_v = bias_correction(powers.second);
-    decision.average =
-        p.average == 1. ? 0. : __dmul_rn(__dsub_rn(1., p.average), bias_correction(powers.average));
+    // One division for both kinds of average.
+    const bool polynomial = p.polynomial >= 0.;
+    const double over = polynomial ? __dadd_rn(1., p.polynomial) : 1.;
+    const double under =
+        polynomial ? __dadd_rn(__dsub_rn(powers.average, 1.), p.polynomial) : __dsub_rn(1., powers.average);
+    const double weight = __ddiv_rn(over, under);
+    decision.average = polynomial        ? weight
+                       : p.average == 1. ? 0.
+                                         : __dmul_rn(__dsub_rn(1., p.average), weight);
     return finite;
 }
 

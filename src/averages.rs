@@ -25,10 +25,10 @@ impl Srkl {
     ///
     /// ```
     /// # use candle_core::{Device, Var};
-    /// # use candle_srkl::{ParamsSrkl, Srkl};
+    /// # use candle_srkl::{Average, ParamsSrkl, Srkl};
     /// # use candle_nn::Optimizer;
     /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
-    /// let params = ParamsSrkl { average: Some(0.98), ..ParamsSrkl::braked_adam() };
+    /// let params = ParamsSrkl { average: Some(Average::Exponential(0.98)), ..ParamsSrkl::braked_adam() };
     /// let mut opt = Srkl::new(vec![w.clone()], params)?;
     /// opt.backward_step_with(|| w.sqr()?.sum_all())?;
     /// {

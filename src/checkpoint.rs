@@ -36,7 +36,7 @@ use crate::engine::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
-use crate::params::{Above, ParamsSrkl, check, check_grad_scale};
+use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
 use crate::state::{STATE, SavedTensor};
@@ -393,8 +393,14 @@ fn load_block(
     let skipped = number(metadata, &format!("skipped.{name}"))?;
     let [first, second, average] = numbers(metadata, &format!("powers.{name}"))?;
     let powers = Powers { first, second, average };
-    if ![first, second, average].iter().all(|power| (0. ..=1.).contains(power)) {
-        bail!("`powers.{name}`: expected numbers from 0 to 1, got {powers:?}")
+    let counted = matches!(params.average, Some(Average::Polynomial(_)));
+    let valid = |power: &f64| (0. ..=1.).contains(power);
+    let valid_average =
+        if counted { average >= 1. && average.fract() == 0. } else { valid(&average) };
+    if ![first, second].iter().all(valid) || !valid_average {
+        bail!(
+            "`powers.{name}`: expected numbers from 0 to 1 (for a polynomial average a whole one from 1), got {powers:?}"
+        )
     }
     let (key, estimate) = match version {
         1 => {

@@ -87,8 +87,8 @@ pub use estimate::Measurements;
 pub use measuring::Perturbed;
 pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{
-    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
-    Repeatable, Scope, StepCurvature,
+    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
+    ParamsSrkl, Repeatable, Scope, StepCurvature,
 };
 pub use telemetry::BlockTelemetry;
 

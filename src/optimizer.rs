@@ -9,7 +9,7 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
-use crate::params::{Above, Direction, Group, ParamsSrkl, check, check_grad_scale};
+use crate::params::{Above, Average, Direction, Group, ParamsSrkl, check, check_grad_scale};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::{STATE, has_state};
@@ -283,6 +283,15 @@ impl Srkl {
                 group.name,
                 group.params.direction,
                 params.direction
+            )
+        }
+        let kind = |average: &Option<Average>| average.as_ref().map(std::mem::discriminant);
+        if kind(&group.params.average) != kind(&params.average) {
+            bail!(
+                "`average` of group `{}`: expected one of the kind of {:?}, as it was built, got {:?}",
+                group.name,
+                group.params.average,
+                params.average
             )
         }
         if group.params.master_weights != params.master_weights {

@@ -62,12 +62,11 @@ pub struct ParamsSrkl {
     /// the (unscaled) gradients of **all** parameters of the optimizer, is above it. Finite and
     /// above 0; default `None`, no clipping.
     pub max_grad_norm: Option<f64>,
-    /// The decay `c` of an exponential average of the parameters, `a <- a + (1 - c) / (1 - c^t) * (w - a)` after step
-    /// `t` of the block, for [`Srkl::swap_averaged`]. 0 or above and below 1; default `None`, no average. Costs 4
-    /// bytes a parameter (8 for f64), and room for a copy of all parameters, on the CPU from the first swap on.
+    /// Keeps an average of the parameters, for [`Srkl::swap_averaged`]. Default `None`. Costs 4 bytes a parameter (8 for
+    /// f64), and room for a copy of all parameters, on the CPU from the first swap on.
     ///
     /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
-    pub average: Option<f64>,
+    pub average: Option<Average>,
     /// Whether parameters of 16 bits keep an f32 copy that the steps accumulate in. Default
     /// [`MasterWeights::Auto`].
     pub master_weights: MasterWeights,
@@ -251,6 +250,20 @@ impl Default for Measure {
     }
 }
 
+/// How the parameters are averaged, after step `t` of a parameter, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum Average {
+    /// `a <- a + (1 - c) / (1 - c^t) * (w - a)`: an exponential average of decay `c`, 0 or above and below 1, corrected
+    /// for its start. It is about the last `1 / (1 - c)` steps.
+    Exponential(f64),
+    /// `a <- a + (1 + k) / (t + k) * (w - a)` (Shamir and Zhang, 2013): about the last `1 / (1 + k)` of a training,
+    /// however long that is, so there is no length to choose. Finite, 0 or above; 8 is a good choice, and 0 the mean of
+    /// all steps.
+    Polynomial(f64),
+}
+
 /// The rule's kinetic sensitivity `beta`, in `phi = s * lr / (1 + beta * H)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -391,7 +404,7 @@ impl ParamsSrkl {
             curvature: Curvature::Step(StepCurvature { decay: 0.95, noise: 1. }),
             measure: Measure { every: 50, ..Measure::default() },
             beta: Beta::Tied(0.5),
-            average: Some(0.98),
+            average: Some(Average::Exponential(0.98)),
             ..Self::braked_adam()
         }
     }
@@ -516,7 +529,13 @@ impl ParamsSrkl {
         }
         check("weight_decay", self.weight_decay, Above::OrZero)?;
         self.trust.map_or(Ok(()), |tau| check("trust", tau, Above::Zero))?;
-        self.average.map_or(Ok(()), |c| check_decay("average", c))?;
+        match self.average {
+            Some(Average::Exponential(c)) => check_decay("average", c)?,
+            Some(Average::Polynomial(k)) => {
+                check("average (Average::Polynomial)", k, Above::OrZero)?
+            }
+            None => {}
+        }
         self.max_grad_norm.map_or(Ok(()), |norm| check("max_grad_norm", norm, Above::Zero))
     }
 }

@@ -25,7 +25,7 @@
 
 use crate::estimate::{Averaging, ChangeSums, Estimate, Left, Measured, Probe, StepSums};
 use crate::numerics::{Real, Sums, eighths, pow2};
-use crate::params::{Curvature, Direction, NonFinite, ParamsSrkl, Scope};
+use crate::params::{Average, Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// What a step uses that is neither a setting of a group nor a gradient.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +79,7 @@ pub(crate) struct Powers {
     pub first: f64,
     /// Of `beta2`.
     pub second: f64,
-    /// Of the average's decay.
+    /// Of the average's decay; of a polynomial average 1 more than the number of steps.
     pub average: f64,
 }
 
@@ -97,7 +97,11 @@ pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
     Powers {
         first: powers.first * first,
         second: powers.second * second,
-        average: powers.average * params.average.unwrap_or(1.),
+        average: match params.average {
+            Some(Average::Exponential(c)) => powers.average * c,
+            Some(Average::Polynomial(_)) => powers.average + 1.,
+            None => powers.average,
+        },
     }
 }
 
@@ -112,7 +116,7 @@ pub(crate) struct Corrections {
     /// `1 / (1 - mu^t)` of the first moment, and of the second.
     pub scale_m: f64,
     pub scale_v: f64,
-    /// `(1 - c) / (1 - c^t)`: the weight of the new parameter in its average.
+    /// The weight of the new parameter in its average: see [`Average`].
     pub average: f64,
 }
 
@@ -123,7 +127,12 @@ impl Corrections {
         Self {
             scale_m: bias_correction(powers.first),
             scale_v: bias_correction(powers.second),
-            average: params.average.map_or(0., |c| (1. - c) * bias_correction(powers.average)),
+            average: match params.average {
+                Some(Average::Exponential(c)) => (1. - c) * bias_correction(powers.average),
+                // 1 more than the number of steps, this one included.
+                Some(Average::Polynomial(k)) => (1. + k) / (powers.average - 1. + k),
+                None => 0.,
+            },
         }
     }
 }

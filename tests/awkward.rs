@@ -6,7 +6,7 @@ use approx::abs_diff_eq;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 use candle_srkl::{
-    Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl, StepCurvature,
+    Average, Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl, StepCurvature,
 };
 use common::*;
 
@@ -134,6 +134,7 @@ fn a_gradient_shared_by_two_parameters() -> Result<()> {
 #[test]
 fn settings_out_of_range_are_named() -> Result<()> {
     let reference = ParamsSrkl::reference;
+    let averaged = |average| ParamsSrkl { average: Some(average), ..reference() };
     let noise = |noise| Curvature::Step(StepCurvature { decay: 0., noise });
     let cases = [
         ("`lr`", ParamsSrkl { lr: -1., ..reference() }),
@@ -146,6 +147,8 @@ fn settings_out_of_range_are_named() -> Result<()> {
         ("`beta", ParamsSrkl { beta: Beta::Tied(1e300), lr: 1e300, ..reference() }),
         ("`weight_decay`", ParamsSrkl { weight_decay: -1e-9, ..reference() }),
         ("`weight_decay`", ParamsSrkl { weight_decay: f64::NAN, ..reference() }),
+        ("`average", averaged(Average::Polynomial(-0.1))),
+        ("`average", averaged(Average::Polynomial(f64::INFINITY))),
         ("`noise`", ParamsSrkl { curvature: noise(-1.), ..reference() }),
         ("`noise`", ParamsSrkl { curvature: noise(f64::NAN), ..reference() }),
         ("`noise`", ParamsSrkl { curvature: noise(f64::INFINITY), ..reference() }),

@@ -12,8 +12,8 @@ mod common;
 
 use candle_core::{Device, Result};
 use candle_srkl::{
-    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
-    Repeatable, Scope, StepCurvature,
+    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
+    ParamsSrkl, Repeatable, Scope, StepCurvature,
 };
 use common::training::{Kind, Left, STEPS, train};
 use twox_hash::XxHash3_128;
@@ -62,7 +62,7 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
                 trust: (case % 2 == variant % 2).then_some(0.05),
                 weight_decay: 0.1,
                 max_grad_norm: (variant == 1).then_some(5.),
-                average: (variant % 2 == 0).then_some(0.9),
+                average: (variant % 2 == 0).then_some(Average::Exponential(0.9)),
                 master_weights,
                 nonfinite,
                 repeatable: Repeatable::Assume,

@@ -23,8 +23,8 @@ use candle_core::cuda_backend::CudaStorage;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
-    Repeatable, Scope, Srkl, StepCurvature,
+    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
+    ParamsSrkl, Repeatable, Scope, Srkl, StepCurvature,
 };
 use common::cuda::{model, state, step};
 use common::training::{assert_same, train};
@@ -169,7 +169,8 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
                 trust: (case % 2 == variant % 2).then_some(0.05),
                 weight_decay: 0.1,
                 max_grad_norm: (variant == 1).then_some(5.),
-                average: (variant != 1).then_some(0.9),
+                average: [Some(Average::Exponential(0.9)), None, Some(Average::Polynomial(3.))]
+                    [variant],
                 master_weights: masters[variant],
                 nonfinite,
                 repeatable: Repeatable::Assume,
@@ -208,7 +209,7 @@ fn the_same_bits_of_small_presets() -> Result<()> {
     let device = Device::new_cuda(0)?;
     let seed = seed();
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
-        let params = ParamsSrkl { average: Some(0.9), ..params };
+        let params = ParamsSrkl { average: Some(Average::Exponential(0.9)), ..params };
         let sizes = [3, LANES + 1, 9, CHUNK + 1, 17, 1, CHUNK + 8, 31, 64, 5];
         assert_as_on_cpu(&params, &sizes, seed, &[&[&device], &[&Device::Cpu, &device]])?;
     }

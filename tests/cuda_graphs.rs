@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Curvature, Dropout, Measure, ParamsSrkl, Srkl, StepCurvature};
+use candle_srkl::{Average, Curvature, Dropout, Measure, ParamsSrkl, Srkl, StepCurvature};
 use common::cuda::{model, state, step};
 use common::*;
 use cudarc::driver::CudaGraph;
@@ -155,7 +155,7 @@ fn measuring_steps_between_replays() -> Result<()> {
     let params = ParamsSrkl {
         curvature: Curvature::Step(StepCurvature { decay: 0.9, noise: 1.5 }),
         measure: Measure { every: 4, first: 2, ..Measure::default() },
-        average: Some(0.9),
+        average: Some(Average::Exponential(0.9)),
         ..ParamsSrkl::braked_adam()
     };
     for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {

@@ -9,8 +9,8 @@ use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Result, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use candle_srkl::{
-    Beta, Curvature, Direction, MasterWeights, Measure, NonFinite, ParamsSrkl, Scope, Srkl,
-    StepCurvature,
+    Average, Beta, Curvature, Direction, MasterWeights, Measure, NonFinite, ParamsSrkl, Scope,
+    Srkl, StepCurvature,
 };
 use common::*;
 
@@ -232,12 +232,16 @@ fn check(case: &Case) -> Result<()> {
                 let error = near.error + half_ulp(near.value, stored_dtype);
                 let near = Near { error, ..*near };
                 assert_near(after, near, || format!("element {k}, {}", block()));
-                if let Some(c) = params.average {
+                if let Some(kind) = params.average {
                     let Memory { average, t, .. } = &mut memory[i];
                     average.resize(sizes[i], Near::default());
-                    // a <- a + (1 - c) / (1 - c^t) (w - a)
                     let old = average[k];
-                    let by = (1. - c) / (1. - c.powi(*t));
+                    // a <- a + by (w - a)
+                    let by = match kind {
+                        Average::Exponential(c) => (1. - c) / (1. - c.powi(*t)),
+                        Average::Polynomial(k) => (1. + k) / (*t as f64 + k),
+                        other => panic!("not here: {other:?}"),
+                    };
                     let value = old.value + by * (after - old.value);
                     // What is left of the old error; two roundings of the difference, one of the sum.
                     let rounding = 2. * (value - old.value).abs() + value.abs();
@@ -285,13 +289,17 @@ fn settings() -> Vec<ParamsSrkl> {
             ParamsSrkl { beta: Beta::Tied(0.5), lr: 0.3, scope: Scope::Global, ..plain.clone() },
             ParamsSrkl { scope: Scope::Element, weight_decay: 0.4, ..plain.clone() },
             ParamsSrkl { scope: Scope::Global, max_grad_norm: Some(0.7), ..plain.clone() },
-            ParamsSrkl { max_grad_norm: Some(1e9), average: Some(0.9), ..plain.clone() },
+            ParamsSrkl {
+                max_grad_norm: Some(1e9),
+                average: Some(Average::Exponential(0.9)),
+                ..plain.clone()
+            },
             ParamsSrkl { trust: Some(0.01), weight_decay: 0.4, ..plain.clone() },
             ParamsSrkl {
                 trust: Some(1e-3),
                 scope: Scope::Element,
                 max_grad_norm: Some(0.7),
-                average: Some(0.),
+                average: Some(Average::Exponential(0.)),
                 ..plain.clone()
             },
             ParamsSrkl {
@@ -299,7 +307,7 @@ fn settings() -> Vec<ParamsSrkl> {
                 scope: Scope::Global,
                 weight_decay: 0.4,
                 max_grad_norm: Some(0.7),
-                average: Some(0.98),
+                average: Some(Average::Polynomial(8.)),
                 ..plain
             },
         ]
@@ -325,7 +333,7 @@ fn gradients_of_every_dtype_with_and_without_masters() -> Result<()> {
                 for master_weights in [MasterWeights::Auto, MasterWeights::None] {
                     let params = ParamsSrkl {
                         master_weights,
-                        average: Some(0.9),
+                        average: Some(Average::Exponential(0.9)),
                         trust: Some(0.05),
                         ..steep(direction)
                     };
@@ -345,7 +353,7 @@ fn large_tensors() -> Result<()> {
             let params = ParamsSrkl {
                 trust: Some(0.01),
                 max_grad_norm: Some(5.),
-                average: Some(0.9),
+                average: Some(Average::Exponential(0.9)),
                 ..steep(direction)
             };
             let sizes = &[LARGE, PIECE - 1, PIECE, PIECE + 1, 7];
@@ -477,7 +485,7 @@ fn the_trust_clip_in_numbers() -> Result<()> {
 fn averages_are_swapped_out_after_a_panic() -> Result<()> {
     for dtype in FLOATS {
         let w = var(&noise(LANES + 1, 1., 1), dtype)?;
-        let params = ParamsSrkl { average: Some(0.9), ..steep(MOMENTUM) };
+        let params = ParamsSrkl { average: Some(Average::Exponential(0.9)), ..steep(MOMENTUM) };
         let mut opt = Srkl::new(vec![w.clone()], params)?;
         for salt in 2..5 {
             opt.step(&grads([(&w, tensor(&noise(LANES + 1, 1., salt), dtype)?)]))?;
@@ -561,12 +569,13 @@ fn state(varmap: &VarMap, opt: &mut Srkl) -> Result<String> {
 
 #[test]
 fn resumed_runs_have_the_bits_of_uninterrupted_ones() -> Result<()> {
-    let average = Some(0.9);
+    let average = Some(Average::Exponential(0.9));
     let tensors = Curvature::Step(StepCurvature { decay: 0.8, noise: 2. });
     let measure = Measure { every: 3, first: 2, ..Measure::default() };
     let settings = [
         ParamsSrkl { average, ..steep(MOMENTUM) },
         ParamsSrkl { scope: Scope::Element, ..steep(ADAM) },
+        ParamsSrkl { average: Some(Average::Polynomial(8.)), ..steep(ADAM) },
         ParamsSrkl { average, ..ParamsSrkl::braked_adam() },
         ParamsSrkl { average, weight_decay: 0.1, ..ParamsSrkl::kinetic() },
         ParamsSrkl { curvature: tensors, measure, scope: Scope::Tensor, ..ParamsSrkl::kinetic() },
@@ -629,7 +638,7 @@ fn checkpoints_of_other_settings() -> Result<()> {
         ParamsSrkl::reference(),
         steep(MOMENTUM),
         steep(ADAM),
-        ParamsSrkl { average: Some(0.9), ..steep(MOMENTUM) },
+        ParamsSrkl { average: Some(Average::Exponential(0.9)), ..steep(MOMENTUM) },
         ParamsSrkl::hessian(),
     ];
     let folder = tempfile::tempdir()?;

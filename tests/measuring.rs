@@ -10,8 +10,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite, ParamsSrkl,
-    Repeatable, Scope, Srkl, StepCurvature,
+    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
+    ParamsSrkl, Repeatable, Scope, Srkl, StepCurvature,
 };
 use common::*;
 use half::{bf16, f16};
@@ -882,7 +882,7 @@ fn skipping_a_measurement() -> Result<()> {
 fn a_measurement_given_up_leaves_nothing_behind() -> Result<()> {
     for closure_fails in [false, true] {
         let vars = [var(&[1., -2.], DType::F32)?, var(&[3.], DType::F32)?];
-        let averaged = ParamsSrkl { average: Some(0.9), ..along(10, 2) };
+        let averaged = ParamsSrkl { average: Some(Average::Exponential(0.9)), ..along(10, 2) };
         let mut opt = Srkl::builder()
             .default_group(along(10, 2))
             .group("averaged", averaged, |name, _| name == "b")
@@ -941,7 +941,7 @@ fn large_blocks_on_any_number_of_threads() -> Result<()> {
         Ok(format!("{state:?} {parameters:?} {averages:?} {told:?}"))
     };
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::kinetic(), ParamsSrkl::hessian()] {
-        let params = ParamsSrkl { average: Some(0.9), ..params };
+        let params = ParamsSrkl { average: Some(Average::Exponential(0.9)), ..params };
         let one = pool(1)?.install(|| train(&params))?;
         for threads in [2, 3, 7] {
             assert!(

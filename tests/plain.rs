@@ -7,7 +7,7 @@ mod common;
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Beta, Curvature, Direction, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{Average, Beta, Curvature, Direction, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 use serde_json::Value;
 
@@ -185,6 +185,13 @@ fn what_does_not_fit_is_named() -> Result<()> {
     let other = ParamsSrkl { direction: Direction::Momentum { mu: 0.9 }, ..sgd() };
     assert_error(opt.set_params("default", other), &["`direction`", "kind"]);
     opt.set_params("default", ParamsSrkl { direction: NESTEROV, ..sgd() })?;
+    // Nor is an average of one kind one of the other.
+    let w = var(&[1.], DType::F32)?;
+    let averaged = |average| ParamsSrkl { average: Some(average), ..sgd() };
+    let mut averaging = Srkl::new(vec![w], averaged(Average::Polynomial(8.)))?;
+    let exponential = averaged(Average::Exponential(0.9));
+    assert_error(averaging.set_params("default", exponential), &["`average`", "kind"]);
+    averaging.set_params("default", averaged(Average::Polynomial(2.)))?;
     // A brake may come, and go.
     let curvature = Curvature::GradSquare;
     opt.set_params("default", ParamsSrkl { direction: NESTEROV, curvature, ..sgd() })

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
-use candle_srkl::{Beta, Direction, NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{Average, Beta, Direction, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
 
 /// Several of one shape.
@@ -101,7 +101,7 @@ fn presets() -> Vec<ParamsSrkl> {
         max_grad_norm: Some(1.),
         ..ParamsSrkl::reference()
     };
-    let average = Some(0.9);
+    let average = Some(Average::Exponential(0.9));
     let all = [
         clipped,
         ParamsSrkl { lr: 0.1, ..ParamsSrkl::reference() },

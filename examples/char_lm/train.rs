@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use candle_srkl::{Measure, ParamsSrkl, Srkl};
+use candle_srkl::{Average, Measure, ParamsSrkl, Srkl};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
@@ -321,7 +321,7 @@ impl AnyOptimizer {
             lr,
             weight_decay,
             max_grad_norm: settings.clip,
-            average: settings.average(),
+            average: settings.average().map(Average::Exponential),
             ..preset
         };
         let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };

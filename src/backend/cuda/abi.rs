@@ -111,6 +111,7 @@ pub struct SrklGroup {
     pub max_grad_norm: f64,
     pub trust: f64,
     pub average: f64,
+    pub polynomial: f64,
     pub decay1: f64,
     pub gain1: f64,
     pub power1: f64,
@@ -128,7 +129,7 @@ pub struct SrklGroup {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 136usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 144usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -138,23 +139,25 @@ const _: () = {
         [::std::mem::offset_of!(SrklGroup, max_grad_norm) - 24usize];
     ["Offset of field: SrklGroup::trust"][::std::mem::offset_of!(SrklGroup, trust) - 32usize];
     ["Offset of field: SrklGroup::average"][::std::mem::offset_of!(SrklGroup, average) - 40usize];
-    ["Offset of field: SrklGroup::decay1"][::std::mem::offset_of!(SrklGroup, decay1) - 48usize];
-    ["Offset of field: SrklGroup::gain1"][::std::mem::offset_of!(SrklGroup, gain1) - 56usize];
-    ["Offset of field: SrklGroup::power1"][::std::mem::offset_of!(SrklGroup, power1) - 64usize];
-    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 72usize];
-    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 80usize];
-    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 88usize];
-    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 96usize];
-    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 104usize];
-    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 112usize];
-    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 116usize];
+    ["Offset of field: SrklGroup::polynomial"]
+        [::std::mem::offset_of!(SrklGroup, polynomial) - 48usize];
+    ["Offset of field: SrklGroup::decay1"][::std::mem::offset_of!(SrklGroup, decay1) - 56usize];
+    ["Offset of field: SrklGroup::gain1"][::std::mem::offset_of!(SrklGroup, gain1) - 64usize];
+    ["Offset of field: SrklGroup::power1"][::std::mem::offset_of!(SrklGroup, power1) - 72usize];
+    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 80usize];
+    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 88usize];
+    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 96usize];
+    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 104usize];
+    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 112usize];
+    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 120usize];
+    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 124usize];
     ["Offset of field: SrklGroup::direction"]
-        [::std::mem::offset_of!(SrklGroup, direction) - 120usize];
+        [::std::mem::offset_of!(SrklGroup, direction) - 128usize];
     ["Offset of field: SrklGroup::curvature"]
-        [::std::mem::offset_of!(SrklGroup, curvature) - 124usize];
+        [::std::mem::offset_of!(SrklGroup, curvature) - 132usize];
     ["Offset of field: SrklGroup::nonfinite"]
-        [::std::mem::offset_of!(SrklGroup, nonfinite) - 128usize];
-    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 132usize];
+        [::std::mem::offset_of!(SrklGroup, nonfinite) - 136usize];
+    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

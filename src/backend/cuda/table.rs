@@ -13,7 +13,7 @@ use super::abi;
 use crate::block::{Block, Parameters};
 use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
 use crate::numerics::{CHUNK, LANES, Pair, STRIP, Sums};
-use crate::params::{Curvature, Direction, Group, NonFinite, ParamsSrkl, Scope};
+use crate::params::{Average, Curvature, Direction, Group, NonFinite, ParamsSrkl, Scope};
 use crate::rule::{Corrections, Decision, Powers, StepScalars};
 use crate::state::Slot;
 
@@ -262,7 +262,14 @@ fn group(group: &Group) -> abi::SrklGroup {
         weight_decay,
         max_grad_norm: max_grad_norm.unwrap_or(0.),
         trust: group.params.trust.unwrap_or(0.),
-        average: group.params.average.unwrap_or(1.),
+        average: match group.params.average {
+            Some(Average::Exponential(c)) => c,
+            _ => 1.,
+        },
+        polynomial: match group.params.average {
+            Some(Average::Polynomial(k)) => k,
+            _ => -1.,
+        },
         decay1,
         gain1,
         power1,
