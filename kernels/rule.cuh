@@ -141,7 +141,7 @@ template <typename C> struct Moments {
     __device__ C first_moment(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
 
     // `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
-    __device__ C nesterov(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
+    __device__ C nesterov(C m, C g) const { return first_moment(m, g); }
 
     // `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
     __device__ C second_moment(C v, C g) const {

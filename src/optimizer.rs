@@ -9,10 +9,10 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
-use crate::params::{Above, Average, Direction, Group, ParamsSrkl, check, check_grad_scale};
+use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
-use crate::state::{STATE, has_state};
+use crate::state::refuse_other_state;
 
 /// The name of the group that holds every parameter no other group takes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -266,42 +266,7 @@ impl Srkl {
         let Some(group) = self.all.groups.iter_mut().find(|g| changed(g)) else {
             bail!("no parameter group `{group}`")
         };
-        for name in STATE {
-            let (had, has) = (has_state(&group.params, name), has_state(&params, name));
-            if had != has {
-                let expected = if had { "settings that keep" } else { "settings without" };
-                bail!(
-                    "group `{}`: expected {expected} the state `{name}`, as it was built, got {params:?}",
-                    group.name
-                )
-            }
-        }
-        let kind = std::mem::discriminant::<Direction>;
-        if kind(&group.params.direction) != kind(&params.direction) {
-            bail!(
-                "`direction` of group `{}`: expected one of the kind of {:?}, as it was built, got {:?}",
-                group.name,
-                group.params.direction,
-                params.direction
-            )
-        }
-        let kind = |average: &Option<Average>| average.as_ref().map(std::mem::discriminant);
-        if kind(&group.params.average) != kind(&params.average) {
-            bail!(
-                "`average` of group `{}`: expected one of the kind of {:?}, as it was built, got {:?}",
-                group.name,
-                group.params.average,
-                params.average
-            )
-        }
-        if group.params.master_weights != params.master_weights {
-            bail!(
-                "`master_weights` of group `{}`: expected {:?} as it was built, got {:?}",
-                group.name,
-                group.params.master_weights,
-                params.master_weights
-            )
-        }
+        refuse_other_state(&group.name, &group.params, &params)?;
         let old = std::mem::replace(&mut group.params, params);
         let name = group.name.clone();
         if let Err(e) = self.upload_settings() {

@@ -289,7 +289,7 @@ impl<C: Real> Moments<C> {
     /// `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
     #[inline(always)]
     pub fn nesterov(&self, m: C, g: C) -> C {
-        g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
+        self.first_moment(m, g)
     }
 
     /// `v <- beta2 v + (1 - beta2) (grad_factor g)^2`

@@ -1,6 +1,8 @@
 //! The state that is kept for a parameter: where, and in which format.
 
 use std::borrow::Cow;
+use std::fmt::Debug;
+use std::mem::discriminant;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 #[cfg(feature = "cuda")]
@@ -28,7 +30,7 @@ pub(crate) struct State {
 pub(crate) const STATE: [&str; 5] = ["master", "m", "v", "average", "q"];
 
 /// Whether these settings ask for state of this name; masters depend on the parameter's dtype too.
-pub(crate) fn has_state(params: &ParamsSrkl, name: &str) -> bool {
+fn has_state(params: &ParamsSrkl, name: &str) -> bool {
     match name {
         "m" => params.direction != Direction::Gradient,
         "v" => matches!(params.direction, Direction::Adam { .. }),
@@ -36,6 +38,39 @@ pub(crate) fn has_state(params: &ParamsSrkl, name: &str) -> bool {
         "q" => matches!(params.curvature, Curvature::Hutchinson(_)),
         _ => false,
     }
+}
+
+/// An error if the settings `new` of a group need other state than `built`, those that it was built with.
+pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSrkl) -> Result<()> {
+    for name in STATE {
+        let (had, has) = (has_state(built, name), has_state(new, name));
+        if had != has {
+            let expected = if had { "settings that keep" } else { "settings without" };
+            bail!(
+                "group `{group}`: expected {expected} the state `{name}`, as it was built, got {new:?}"
+            )
+        }
+    }
+    // The same name, with numbers that mean something else.
+    let other_kind = |field: &str, built: &dyn Debug, new: &dyn Debug| -> Result<()> {
+        bail!(
+            "`{field}` of group `{group}`: expected one of the kind of {built:?}, as it was built, got {new:?}"
+        )
+    };
+    if discriminant(&built.direction) != discriminant(&new.direction) {
+        other_kind("direction", &built.direction, &new.direction)?;
+    }
+    if built.average.as_ref().map(discriminant) != new.average.as_ref().map(discriminant) {
+        other_kind("average", &built.average, &new.average)?;
+    }
+    if built.master_weights != new.master_weights {
+        bail!(
+            "`master_weights` of group `{group}`: expected {:?} as it was built, got {:?}",
+            built.master_weights,
+            new.master_weights
+        )
+    }
+    Ok(())
 }
 
 impl State {

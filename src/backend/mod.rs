@@ -147,12 +147,12 @@ pub(crate) struct GradientPair<'g> {
 /// Lists are those of the whole optimizer; a backend ignores blocks that are elsewhere. The sums of a device are read
 /// by a separate call, after all backends have begun, so that they work at the same time.
 pub(crate) trait Backend: Send + Sync {
-    /// Finds and checks the gradients of a run, without summing up anything.
+    /// Finds and checks all gradients, without summing up anything.
     ///
     /// # Errors
     ///
     /// A gradient that does not fit. Nothing has changed then.
-    fn check(&self, all: &Parameters, grads: &GradStore, run: Range<usize>) -> Result<()>;
+    fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()>;
 
     /// Stage 1: finds and checks the gradients of a run, and starts their sums.
     ///

@@ -238,8 +238,7 @@ impl Host {
 
     /// An error for a gradient that does not fit.
     fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
-        let every = 0..all.blocks.len();
-        self.backends.iter().try_for_each(|backend| backend.check(all, grads, every.clone()))
+        self.backends.iter().try_for_each(|backend| backend.check(all, grads))
     }
 
     /// How blocks moved in a step that measured or recorded norms, wherever they are.

@@ -161,9 +161,10 @@ impl CpuBackend {
 }
 
 impl Backend for CpuBackend {
-    fn check(&self, all: &Parameters, grads: &GradStore, run: Range<usize>) -> Result<()> {
-        let mut gradients = vec![None; run.len()];
-        self.gradients(all, grads, run, |_, _, _| Sums::ZERO, &mut gradients)
+    fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
+        let every = 0..all.blocks.len();
+        let mut gradients = vec![None; every.len()];
+        self.gradients(all, grads, every, |_, _, _| Sums::ZERO, &mut gradients)
     }
 
     fn statistics<'g>(

@@ -288,13 +288,12 @@ impl CudaBackend {
     pub fn upload_changed(&mut self, settings: Settings) -> Result<()> {
         if settings.groups != self.settings.groups {
             self.upload(&settings.groups, |memory| &mut memory.groups)?;
-            self.settings.groups = settings.groups.clone();
         }
         if settings.scalars != self.settings.scalars {
             // SAFETY: `memory` keeps the place for scalars.
             unsafe { self.kernels.set(&self.table, &settings.scalars) }?;
-            self.settings.scalars = settings.scalars;
         }
+        self.settings = settings;
         Ok(())
     }
 
@@ -333,7 +332,7 @@ impl CudaBackend {
 
 /// Runs the stages of steps that the host decides. The gradients of a step are kept until [`Backend::release`].
 impl Backend for CudaBackend {
-    fn check(&self, all: &Parameters, grads: &GradStore, _: Range<usize>) -> Result<()> {
+    fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
         self.check_addresses(all)?;
         self.places.iter().try_for_each(|&place| self.gradient_of(all, place, grads).map(|_| ()))
     }
