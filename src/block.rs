@@ -5,6 +5,7 @@
 use candle_core::CudaDevice;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
+use crate::matrices::Matrices;
 use crate::params::{Group, MasterWeights, ParamsSrkl};
 use crate::state::{Slot, State};
 
@@ -31,6 +32,10 @@ pub(crate) struct Block {
     /// Its index in the list that the optimizer was built from. Loading a checkpoint may reorder blocks.
     pub place: usize,
     pub state: State,
+    /// What [`Direction::Muon`](crate::Direction::Muon) takes it for, if it is in a group of that.
+    pub matrices: Option<Matrices>,
+    /// Where these matrices are orthogonalised: a tensor of shape `(count, rows, cols)` that a backend makes.
+    pub orthogonal: Option<Tensor>,
     /// A copy of the parameter, while it is perturbed or replaced.
     pub backup: Backup,
     /// Whether any step has had a gradient for it.
@@ -78,7 +83,8 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 }
 
 impl Block {
-    /// Still lacks its masters and `elements`: see `backend/masters.rs` and `backend/cpu/access.rs`.
+    /// Still lacks its masters, `elements`, `matrices` and `orthogonal`: see `backend/masters.rs`, `backend/cpu/access.rs`,
+    /// and `matrices.rs`.
     ///
     /// # Errors
     ///
@@ -129,6 +135,8 @@ impl Block {
             group,
             place: 0,
             state,
+            matrices: None,
+            orthogonal: None,
             backup: Backup::default(),
             trained: false,
             known: false,
@@ -179,6 +187,11 @@ impl Block {
     pub fn backup(&self) -> Option<&Tensor> {
         let Backup { memory, valid } = &self.backup;
         memory.as_deref().filter(|_| *valid)
+    }
+
+    /// What the orthogonal matrices of the block are multiplied by; 1 if there are none.
+    pub fn matrix_scale(&self) -> f64 {
+        self.matrices.as_ref().map_or(1., Matrices::scale)
     }
 
     /// The masters, on the host.

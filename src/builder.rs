@@ -15,6 +15,7 @@ use crate::engine::Engine;
 #[cfg(feature = "cuda")]
 use crate::engine::device::Device;
 use crate::engine::host::Host;
+use crate::matrices::{Matrices, hidden_matrices};
 use crate::optimizer::{DEFAULT_GROUP, Srkl};
 use crate::params::{Group, ParamsSrkl};
 use crate::schedule::{MeasureSchedule, MeasureState};
@@ -52,18 +53,23 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn builder<'a>() -> SrklBuilder<'a> {
-        SrklBuilder { default: ParamsSrkl::default(), groups: vec![] }
+        let matrices = Box::new(hidden_matrices);
+        SrklBuilder { default: ParamsSrkl::default(), groups: vec![], matrices }
     }
 }
 
 /// Whether a name and a variable belong to a group.
 type Predicate<'a> = Box<dyn Fn(&str, &Var) -> bool + 'a>;
 
+/// How many matrices a name and a variable are taken for.
+type MatricesOf<'a> = Box<dyn Fn(&str, &Var) -> usize + 'a>;
+
 /// Builds an [`Srkl`] with several parameter groups: see [`Srkl::builder`].
 #[must_use = "`build` or `build_varmap` makes the optimizer"]
 pub struct SrklBuilder<'a> {
     default: ParamsSrkl,
     groups: Vec<(Group, Predicate<'a>)>,
+    matrices: MatricesOf<'a>,
 }
 
 impl<'a> SrklBuilder<'a> {
@@ -83,7 +89,35 @@ impl<'a> SrklBuilder<'a> {
         params: ParamsSrkl,
         belongs: impl Fn(&str, &Var) -> bool + 'a,
     ) -> Self {
-        self.groups.push((Group { name: name.into(), params }, Box::new(belongs)));
+        self.groups.push((Group::new(name.into(), params), Box::new(belongs)));
+        self
+    }
+
+    /// For groups of [`Direction::Muon`](crate::Direction::Muon): how many matrices a parameter is taken for, given its
+    /// name and variable. 0: none, and it takes Adam; 1: it is one matrix, or a convolution's kernel as out x rest; n: it
+    /// is n of them, of equal shape, one after the other along the first dimension, and each is orthogonalised by itself.
+    /// [`hidden_matrices`](crate::hidden_matrices) if not set. Of a variable of several names (tied weights) each must be a
+    /// matrix.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_srkl::{ParamsSrkl, Srkl, hidden_matrices};
+    ///
+    /// let varmap = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    /// let hidden = candle_nn::linear(4, 16, vb.pp("hidden"))?;
+    /// let last = candle_nn::linear(16, 2, vb.pp("last"))?;
+    ///
+    /// // `last` is the head of this model, which its name does not tell.
+    /// let opt = Srkl::builder()
+    ///     .default_group(ParamsSrkl::braked_muon())
+    ///     .matrices(|name, var| if name == "last.weight" { 0 } else { hidden_matrices(name, var) })
+    ///     .build_varmap(&varmap)?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn matrices(mut self, of: impl Fn(&str, &Var) -> usize + 'a) -> Self {
+        self.matrices = Box::new(of);
         self
     }
 
@@ -118,8 +152,9 @@ impl<'a> SrklBuilder<'a> {
     ///
     /// Settings out of range (see [`ParamsSrkl::validate`]), two groups of one name, the same name
     /// or the same variable twice, a variable on a device that is neither the CPU nor (with feature
-    /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, or one of f64 in
-    /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32).
+    /// `cuda`) a CUDA device, one of a float dtype other than f32, f64, bf16 and f16, one of f64 in
+    /// a group of [`MasterWeights::F32`](crate::MasterWeights::F32), or one that [`SrklBuilder::matrices`] takes for
+    /// matrices that its shape is not.
     pub fn build(self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Srkl> {
         self.build_all(named.into_iter().map(|(name, var)| (name, vec![], var)))
     }
@@ -129,7 +164,7 @@ impl<'a> SrklBuilder<'a> {
         self,
         named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
     ) -> Result<Srkl> {
-        let default = Group { name: DEFAULT_GROUP.to_string(), params: self.default };
+        let default = Group::new(DEFAULT_GROUP.to_string(), self.default);
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
         let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
         let mut names = HashSet::new();
@@ -137,6 +172,16 @@ impl<'a> SrklBuilder<'a> {
             group.params.validate().map_err(|e| e.context(format!("group `{}`", group.name)))?;
             if !names.insert(group.name.as_str()) {
                 bail!("two parameter groups are named `{}`", group.name)
+            }
+        }
+
+        // What takes Adam beside Muon comes behind all groups.
+        let mut beside: HashMap<usize, usize> = HashMap::new();
+        let mut groups = groups;
+        for i in 0..groups.len() {
+            if groups[i].params.is_muon() {
+                beside.insert(i, groups.len());
+                groups.push(groups[i].beside());
             }
         }
 
@@ -166,14 +211,24 @@ impl<'a> SrklBuilder<'a> {
                     groups[group_of(other)].name
                 )
             }
+            let names = std::iter::once(&name).chain(&tied);
+            let count = names.map(|name| (self.matrices)(name, &var)).min().unwrap_or(0);
+            let matrices = match beside.contains_key(&group) && count > 0 {
+                true => Some(Matrices::new(&name, &groups[group].name, var.dims(), count)?),
+                false => None,
+            };
+            let group = match (matrices, beside.get(&group)) {
+                (None, Some(beside)) => *beside,
+                _ => group,
+            };
             let params = &groups[group].params;
-            let mut block = Block::new(name, var, group, params)?;
+            let mut block = Block { matrices, ..Block::new(name, var, group, params)? };
             block.state.master = masters::of_block(&block, params.master_weights)?;
             block.elements = access::first_element(&block)?;
             blocks.push(Block { place: blocks.len(), tied, ..block });
         }
-        let all = Parameters::new(groups, blocks);
-        let engine = engine_of(&all)?;
+        let mut all = Parameters::new(groups, blocks);
+        let engine = engine_of(&mut all)?;
         let measure_state =
             MeasureState { blind: measure_schedule.is_some(), ..MeasureState::default() };
         Ok(Srkl {
@@ -191,7 +246,7 @@ impl<'a> SrklBuilder<'a> {
 }
 
 /// The engine for these parameters.
-fn engine_of(all: &Parameters) -> Result<Box<dyn Engine>> {
+fn engine_of(all: &mut Parameters) -> Result<Box<dyn Engine>> {
     #[cfg(not(feature = "cuda"))]
     let devices = vec![];
     #[cfg(feature = "cuda")]

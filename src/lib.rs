@@ -70,6 +70,7 @@ mod dropout;
 mod engine;
 mod estimate;
 mod file;
+mod matrices;
 mod measuring;
 pub mod numerics;
 mod optimizer;
@@ -84,6 +85,7 @@ pub use averages::Averaged;
 pub use builder::SrklBuilder;
 pub use dropout::Dropout;
 pub use estimate::Measurements;
+pub use matrices::hidden_matrices;
 pub use measuring::Perturbed;
 pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{

@@ -255,7 +255,7 @@ impl Srkl {
     /// - a step that waits for its measurement;
     /// - groups that measure curvature in different ways;
     /// - settings that need other state than the group was built with: other `master_weights`, another kind of
-    ///   direction, an average added or removed, or a change to or from
+    ///   direction, another `bf16` of [`Direction::Muon`](crate::Direction::Muon), an average added or removed, or a change to or from
     ///   [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
@@ -267,17 +267,22 @@ impl Srkl {
             bail!("no parameter group `{group}`")
         };
         refuse_other_state(&group.name, &group.params, &params)?;
-        let old = std::mem::replace(&mut group.params, params);
+        let old = group.params.clone();
         let name = group.name.clone();
+        self.set_group(&name, params);
         if let Err(e) = self.upload_settings() {
-            let group = self.all.groups.iter_mut().find(|g| g.name == name);
-            group.into_iter().for_each(|group| group.params = old.clone());
+            self.set_group(&name, old);
             return Err(e);
         }
         let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
         let had = std::mem::replace(&mut self.measure_schedule, plan);
         // What has not been measured so far is missed in the next step.
         if kind(had) == kind(plan) { Ok(()) } else { self.recall_estimates() }
+    }
+
+    fn set_group(&mut self, name: &str, params: ParamsSrkl) {
+        let parts = self.all.groups.iter_mut().filter(|group| group.name == name);
+        parts.for_each(|part| part.set(params.clone()));
     }
 
     /// Updates the masters of parameters that were written outside of the optimizer, for instance by
@@ -341,7 +346,13 @@ impl fmt::Debug for Srkl {
         f.debug_struct("Srkl")
             .field(
                 "groups",
-                &self.all.groups.iter().map(|g| (&g.name, &g.params)).collect::<Vec<_>>(),
+                &self
+                    .all
+                    .groups
+                    .iter()
+                    .filter(|group| !group.beside_muon)
+                    .map(|group| (&group.name, &group.params))
+                    .collect::<Vec<_>>(),
             )
             .field("parameters", &self.all.blocks.len())
             .field("learning_rate", &self.learning_rate())

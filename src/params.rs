@@ -121,6 +121,45 @@ pub enum Direction {
         /// Finite and above 0, in f32 too; 1e-8 in the presets.
         eps: f64,
     },
+    /// For the matrices of hidden layers the momentum with its singular values made equal, as far as a few matrix
+    /// products can (Muon; Jordan and others, 2024):
+    ///
+    /// ```text
+    /// m <- mu m + (1 - mu) g
+    /// n  = mu m + (1 - mu) g            with `nesterov`; else n = m
+    /// X  = n / ||n||_F, then `steps` times  A = X X^T,  X <- 3.4445 X + (2.0315 A^2 - 4.7750 A) X
+    /// d  = 0.2 sqrt(max(rows, cols)) X
+    /// ```
+    ///
+    /// After 5 steps the singular values of X are between 0.65 and 1.25, but for those that are less than a hundredth
+    /// of the largest or so. The factor of `d` gives it the RMS of Adam's direction (Liu and others, 2025), so that
+    /// both can have the same `lr`.
+    ///
+    /// **Which parameters.** [`hidden_matrices`](crate::hidden_matrices) says, by name and shape, which parameters of the
+    /// group are matrices of hidden layers. All others (embeddings, the head, norms, biases) take
+    /// `Adam { 0.9, 0.999, 1e-8 }`, with all other settings of the group.
+    /// [`SrklBuilder::matrices`](crate::SrklBuilder::matrices) sets another rule, and
+    /// [`BlockTelemetry::direction`](crate::BlockTelemetry::direction) tells what became of each parameter.
+    ///
+    /// State: m, 4 bytes a parameter; and while it lives the optimizer has room for X, of the dtype of the products.
+    /// The time goes into the products, by candle's `matmul`, with which the contract of [`numerics`](crate::numerics)
+    /// has an exception.
+    Muon {
+        /// 0 or above and below 1; 0.95 in the presets.
+        mu: f64,
+        /// Whether the step looks ahead by the momentum; it does in the presets.
+        nesterov: bool,
+        /// How many steps of the iteration, 1 or above; 5 in the presets.
+        steps: u32,
+        /// Whether a CUDA device computes the products in bf16, as it does in the presets: much faster, with an error
+        /// of about 1% of X. Otherwise they are in f32, as on the CPU; for f64 parameters always in f64.
+        bf16: bool,
+    },
+}
+
+impl Direction {
+    /// The direction of those parameters of a group of [`Direction::Muon`] that this isn't for.
+    pub(crate) const BESIDE_MUON: Self = Self::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 }
 
 /// What the curvature `H` is, and how it is computed.
@@ -409,6 +448,25 @@ impl ParamsSrkl {
         }
     }
 
+    /// Muon for the matrices of hidden layers and Adam for all other parameters, braked by the curvature along the steps
+    /// of both together: [`braked_adam`](Self::braked_adam) with `Muon { 0.95, nesterov, 5 steps }`.
+    #[must_use]
+    pub fn braked_muon() -> Self {
+        Self { direction: Self::MUON, ..Self::braked_adam() }
+    }
+
+    /// [`braked_muon`](Self::braked_muon) for evaluation on averaged weights
+    /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): the one to recommend for transformers.
+    #[must_use]
+    pub fn braked_muon_averaged() -> Self {
+        Self {
+            direction: Self::MUON,
+            beta: Beta::Tied(0.25),
+            average: Some(Average::Polynomial(8.)),
+            ..Self::braked_adam_averaged()
+        }
+    }
+
     /// Momentum braked by the curvature along its steps. `Momentum { 0.9 }`, `beta = lr / 2`, trust clip 0.1; `lr`
     /// and [`Curvature::Step`] as [`braked_adam`](Self::braked_adam).
     #[must_use]
@@ -466,6 +524,16 @@ impl ParamsSrkl {
         }
     }
 
+    /// [`Direction::Muon`] for the matrices of hidden layers, and Adam for all other parameters, with one `lr` for both
+    /// and no brake: `Muon { 0.95, nesterov, 5 steps }`, weight decay 0.1 as PyTorch's `Muon` has it. (Its
+    /// `adjust_lr_fn="match_rms_adamw"` is the factor of this one.)
+    #[must_use]
+    pub fn muon(lr: f64) -> Self {
+        Self { direction: Self::MUON, weight_decay: 0.1, ..Self::adamw(lr) }
+    }
+
+    const MUON: Direction = Direction::Muon { mu: 0.95, nesterov: true, steps: 5, bf16: true };
+
     /// The number `beta`: as given, or `gamma * lr`.
     #[must_use]
     pub fn beta_value(&self) -> f64 {
@@ -498,6 +566,18 @@ impl ParamsSrkl {
                 check_decay("beta2", beta2)?;
                 // The denominator is `eps` alone while `v` is 0, in f32.
                 check("eps (in f32)", f64::from(eps as f32), Above::Zero)?;
+            }
+            Direction::Muon { mu, steps, .. } => {
+                check_decay("mu", mu)?;
+                if steps == 0 {
+                    bail!("`steps` (Direction::Muon): expected 1 or above, got 0")
+                }
+                if self.has_element_brakes() {
+                    bail!(
+                        "`scope`: `Direction::Muon` has `Scope::Tensor` or `Global`, got {:?}",
+                        self.scope
+                    )
+                }
             }
         }
         self.measure.validate()?;
@@ -553,6 +633,11 @@ impl Measure {
 
 /// What a step needs, by its settings.
 impl ParamsSrkl {
+    /// Whether matrices are orthogonalised.
+    pub(crate) fn is_muon(&self) -> bool {
+        matches!(self.direction, Direction::Muon { .. })
+    }
+
     /// Whether curvature is measured along the step.
     pub(crate) fn measures_steps(&self) -> bool {
         matches!(self.curvature, Curvature::Step(_))
@@ -595,10 +680,34 @@ impl ParamsSrkl {
     }
 }
 
-/// A parameter group.
+/// A parameter group, or a part of one: in a group of [`Direction::Muon`] the matrices are one part, and what takes Adam
+/// beside them another, of the same name.
 pub(crate) struct Group {
     pub name: String,
     pub params: ParamsSrkl,
+    pub beside_muon: bool,
+}
+
+impl Group {
+    pub fn new(name: String, params: ParamsSrkl) -> Self {
+        Self { name, params, beside_muon: false }
+    }
+
+    /// The part beside this one, of parameters that Muon isn't for.
+    pub fn beside(&self) -> Self {
+        let params = self.params.clone();
+        let mut part = Self { name: self.name.clone(), params, beside_muon: true };
+        part.set(self.params.clone());
+        part
+    }
+
+    /// Replaces the settings by those of the whole group.
+    pub fn set(&mut self, params: ParamsSrkl) {
+        self.params = params;
+        if self.beside_muon {
+            self.params.direction = Direction::BESIDE_MUON;
+        }
+    }
 }
 
 /// [`ParamsSrkl::reference`].

@@ -91,7 +91,7 @@ impl Powers {
 pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
     let (first, second) = match params.direction {
         Direction::Gradient | Direction::Sgd { .. } => (1., 1.),
-        Direction::Momentum { mu } => (mu, 1.),
+        Direction::Momentum { mu } | Direction::Muon { mu, .. } => (mu, 1.),
         Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
     };
     Powers {
@@ -124,8 +124,13 @@ impl Corrections {
     /// `powers` are those before the step.
     pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
         let powers = next_powers(powers, params);
+        let first = match params.direction {
+            // Looks ahead by a step more.
+            Direction::Muon { mu, nesterov: true, .. } => powers.first * mu,
+            _ => powers.first,
+        };
         Self {
-            scale_m: bias_correction(powers.first),
+            scale_m: bias_correction(first),
             scale_v: bias_correction(powers.second),
             average: match params.average {
                 Some(Average::Exponential(c)) => (1. - c) * bias_correction(powers.average),
@@ -265,7 +270,7 @@ impl<C: Real> Moments<C> {
         let (decay1, gain1, decay2, eps) = match params.direction {
             Direction::Gradient => (0., 1., 0., 0.),
             Direction::Sgd { momentum, .. } => (momentum, 1., 0., 0.),
-            Direction::Momentum { mu } => (mu, 1. - mu, 0., 0.),
+            Direction::Momentum { mu } | Direction::Muon { mu, .. } => (mu, 1. - mu, 0., 0.),
             Direction::Adam { beta1, beta2, eps } => (beta1, 1. - beta1, beta2, eps),
         };
         Self {
@@ -286,7 +291,7 @@ impl<C: Real> Moments<C> {
         g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
     }
 
-    /// `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
+    /// `mu m + grad_factor g`, or for [`Direction::Muon`] `mu m + (1 - mu) grad_factor g`, with the new `m`: it looks ahead.
     #[inline(always)]
     pub fn nesterov(&self, m: C, g: C) -> C {
         self.first_moment(m, g)
@@ -351,18 +356,30 @@ impl ElementBrake {
     }
 }
 
-/// What the result of [`Moments`] is multiplied by to give the direction: for a gradient the factor that unscales and
-/// clips it, for a first moment its bias correction.
-fn direction_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
+/// What the gradient or momentum of [`Moments`] is multiplied by: a gradient by the factor that unscales and clips it,
+/// a momentum by its bias correction.
+fn momentum_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
     if params.direction == Direction::Gradient { decision.grad_factor } else { corrections.scale_m }
+}
+
+/// What the result of [`Moments`] is multiplied by to give the direction: the same, but for an orthogonal matrix, whose
+/// scale is `matrix_scale`.
+fn direction_scale(
+    params: &ParamsSrkl,
+    decision: &Decision,
+    corrections: &Corrections,
+    matrix_scale: f64,
+) -> f64 {
+    if params.is_muon() { matrix_scale } else { momentum_scale(params, decision, corrections) }
 }
 
 /// The numbers of one block's update.
 #[derive(Clone, Copy)]
 pub(crate) struct Coefficients<C> {
     pub moments: Moments<C>,
-    /// See [`direction_scale`].
+    /// See [`direction_scale`] and [`momentum_scale`].
     pub scale: f64,
+    pub momentum_scale: f64,
     pub phi: f64,
     pub weight_decay: f64,
     pub average: C,
@@ -375,6 +392,7 @@ impl<C: Real> Coefficients<C> {
         decision: &Decision,
         powers: &Powers,
         estimate: &Estimate,
+        matrix_scale: f64,
     ) -> Self {
         let beta = params.beta_value();
         let Decision { grad_factor, phi, .. } = *decision;
@@ -389,7 +407,8 @@ impl<C: Real> Coefficients<C> {
         };
         Self {
             moments: Moments::new(params, grad_factor, corrections.scale_v),
-            scale: direction_scale(params, decision, &corrections),
+            scale: direction_scale(params, decision, &corrections, matrix_scale),
+            momentum_scale: momentum_scale(params, decision, &corrections),
             phi,
             weight_decay: params.weight_decay,
             average: C::from_f64(corrections.average),

@@ -16,7 +16,7 @@ use crate::params::{Curvature, Direction, ParamsSrkl};
 pub(crate) struct State {
     /// f32 masters of a parameter of 16 bits.
     pub master: Option<Slot>,
-    /// The first moment of [`Direction::Momentum`] and [`Direction::Adam`].
+    /// The first moment, of all directions but [`Direction::Gradient`].
     pub m: Option<Slot>,
     /// The second moment of [`Direction::Adam`].
     pub v: Option<Slot>,
@@ -59,6 +59,12 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
     };
     if discriminant(&built.direction) != discriminant(&new.direction) {
         other_kind("direction", &built.direction, &new.direction)?;
+    }
+    if let (Direction::Muon { bf16: had, .. }, Direction::Muon { bf16: has, .. }) =
+        (built.direction, new.direction)
+        && had != has
+    {
+        bail!("`bf16` (Direction::Muon) of group `{group}`: expected {had}, as it was built, got {has}")
     }
     if built.average.as_ref().map(discriminant) != new.average.as_ref().map(discriminant) {
         other_kind("average", &built.average, &new.average)?;

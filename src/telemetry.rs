@@ -4,6 +4,7 @@ use candle_core::Result;
 
 use crate::backend::Last;
 use crate::optimizer::Srkl;
+use crate::params::Direction;
 
 /// What the last step did to one parameter: an entry of [`Srkl::telemetry`].
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +17,9 @@ pub struct BlockTelemetry {
     pub tied: Vec<String>,
     /// The name of its group.
     pub group: String,
+    /// What its steps follow: the group's direction, but in a group of [`Direction::Muon`] that of Adam for what is not
+    /// a matrix of a hidden layer.
+    pub direction: Direction,
     /// The brake `phi`, from 0 to `s * lr`, after the trust clip (a NaN, if
     /// [`NonFinite::Propagate`](crate::NonFinite::Propagate) lets one pass). `None` if the last step did not move
     /// this parameter, and for [`Scope::Element`](crate::Scope::Element) and [`Scope::Mixed`](crate::Scope::Mixed),
@@ -64,6 +68,7 @@ impl Srkl {
                 name: block.name.clone(),
                 tied: block.tied.clone(),
                 group: group.name.clone(),
+                direction: group.params.direction,
                 curvature: shared.and_then(|last| last.curvature),
                 phi: shared.map(|last| last.phi),
                 estimate_age: estimate.age(now),

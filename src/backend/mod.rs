@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `statistics` | gradients | [`Sums`] of each block |
 //! | `decide` | sums, settings | a [`Decision`] for each block: phi, or that it is skipped |
+//! | `orthogonalize` | gradients, momentum, decisions | the directions of [`Direction::Muon`](crate::Direction::Muon), by products of matrices |
 //! | `directions`, `adjust` | gradients, state, parameters | new decisions, if the trust clip or a small step needs the directions |
 //! | `update` | gradients, decisions | parameters, masters, moments, averages; of a step that measures, [`StepSums`] |
 //! | `change_of_gradient` | both gradients, step sums | an [`Estimate`] |
@@ -57,6 +58,7 @@ pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 pub(crate) mod masters;
+mod newton_schulz;
 
 /// The input of a step.
 #[derive(Clone, Copy)]
@@ -187,6 +189,20 @@ pub(crate) trait Backend: Send + Sync {
     ) -> Result<()> {
         Ok(())
     }
+
+    /// Orthogonalises the momentum of the matrices of a run that have a gradient and a decision. State stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// A product that fails, for want of memory. Nothing has changed then.
+    fn orthogonalize(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
+    ) -> Result<()>;
 
     /// Sums of `d^2` and `w^2` ([`Directions`](crate::rule::Directions)) of the blocks of a run that have an entry in
     /// `given`.

@@ -34,10 +34,10 @@ pub(crate) struct Host {
 
 impl Host {
     /// `devices` are those that some of the parameters are on.
-    pub fn new(devices: Vec<Box<dyn Backend>>, all: &Parameters) -> Result<Self> {
+    pub fn new(devices: Vec<Box<dyn Backend>>, all: &mut Parameters) -> Result<Self> {
         let on_cpu_alone = devices.is_empty();
         let mut backends = devices;
-        backends.push(Box::new(CpuBackend::new(&all.blocks)?));
+        backends.push(Box::new(CpuBackend::new(&mut all.blocks)?));
         Ok(Self {
             backends,
             on_cpu_alone,
@@ -126,6 +126,21 @@ impl Host {
             }
         }
         Some(decisions)
+    }
+
+    /// Orthogonalises the momentum of matrices.
+    fn orthogonalize(
+        &mut self,
+        all: &mut Parameters,
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
+    ) -> Result<()> {
+        for backend in &mut self.backends {
+            backend.upload_decisions(all, &self.tracked, decisions)?;
+            backend.orthogonalize(all, &self.tracked, run.clone(), gradients, decisions)?;
+        }
+        Ok(())
     }
 
     /// The part of stage 2 that needs the directions of all blocks of a run.
@@ -284,6 +299,9 @@ impl Engine for Host {
                 skipped = true;
                 break;
             };
+            if all.any(ParamsSrkl::is_muon) {
+                self.orthogonalize(all, run.clone(), &gradients, &decisions)?;
+            }
             if measures || all.any(|params| params.trust.is_some()) {
                 self.adjust(all, run.clone(), &gradients, &mut decisions, step)?;
             }

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Var, bail};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use super::gradient::{Compute, Gradient};
@@ -70,10 +70,10 @@ pub(crate) fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
     }
 }
 
-/// Runs `f` on the memory of a variable. (A variable is contiguous and starts at offset 0: candle
-/// makes it from a copy.)
+/// Runs `f` on the memory of a variable, or of a tensor of our own. (A variable is contiguous and starts at offset 0:
+/// candle makes it from a copy.)
 pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
-    var: &Var,
+    tensor: &Tensor,
     f: F,
 ) -> Result<()> {
     struct Op<F>(Cell<Option<F>>);
@@ -85,7 +85,7 @@ pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
             self.0.take().map_or(Ok(()), |f| f(storage))
         }
     }
-    var.inplace_op1(&Op(Cell::new(Some(f))))
+    tensor.inplace_op1(&Op(Cell::new(Some(f))))
 }
 
 /// The address of a block's first element on the CPU, for prefetching; 0 elsewhere.

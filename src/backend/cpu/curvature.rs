@@ -91,7 +91,9 @@ pub(crate) fn directions(
         Pair { a: a * (scale * scale), b }
     }
     let (w, w_layout) = block.var.storage_and_layout();
-    let (g, g_layout) = gradient.storage_and_layout();
+    // A direction that is orthogonalised is there already.
+    let g = block.orthogonal.as_ref().unwrap_or(gradient);
+    let (g, g_layout) = g.storage_and_layout();
     let (w, g) = (&Gradient::new(&w, w_layout)?, &Gradient::new(&g, g_layout)?);
     Ok(match block.dtype {
         DType::F64 => sums::<f64>(w, g, &mut block.state, step, simd, scratch),

@@ -16,15 +16,18 @@ use self::gradient::Gradient;
 use self::pool::Pool;
 use self::simd::{Simd, prefetch};
 use self::statistics::{PIECE, Scratch};
+use self::update::BlockStep;
 use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
 use crate::block::{Block, Parameters, storage_address};
 use crate::numerics::{LANES, Pair, Sums};
+use crate::params::{Direction, ParamsSrkl};
 use crate::rule::Decision;
 
 pub(crate) mod access;
 mod curvature;
 pub(crate) mod gradient;
 pub(crate) mod mask;
+mod orthogonal;
 mod pool;
 mod replace;
 mod rows;
@@ -53,7 +56,9 @@ pub(crate) struct CpuBackend {
 }
 
 impl CpuBackend {
-    pub fn new(blocks: &[Block]) -> Result<Self> {
+    /// Makes room for the matrices of the blocks that are orthogonalised.
+    pub fn new(blocks: &mut [Block]) -> Result<Self> {
+        blocks.iter_mut().filter(|block| block.on_cpu).try_for_each(orthogonal::make_room)?;
         let on_cpu = blocks.iter().filter(|block| block.on_cpu);
         let work: usize = on_cpu.map(|block| block.n + BLOCK_WORK).sum();
         let pool = if work >= PARALLEL_WORK { Pool::shared()? } else { None };
@@ -181,6 +186,37 @@ impl Backend for CpuBackend {
         self.gradients(all, step.grads, run, read, gradients)
     }
 
+    fn orthogonalize(
+        &mut self,
+        all: &mut Parameters,
+        tracked: &[Tracked],
+        run: Range<usize>,
+        gradients: &[Option<BlockGradient>],
+        decisions: &[Option<Decision>],
+    ) -> Result<()> {
+        let Parameters { blocks, groups, .. } = all;
+        let (blocks, tracked) = (&mut blocks[run.clone()], &tracked[run]);
+        let every = blocks.iter().zip(gradients).zip(decisions);
+        let given: Vec<_> = every
+            .map(|((block, found), decision)| {
+                let both = ((*found)?.gradient, (*decision)?);
+                block.matrices.map(|_| both)
+            })
+            .collect();
+        let mut done = vec![None; blocks.len()];
+        self.each(blocks, &given, &mut done, |scratch, block, i, (gradient, decision)| {
+            let step = block_step(&groups[block.group].params, decision, &tracked[i], block);
+            orthogonal::write_momentum(block, gradient, step, self.simd, scratch)
+        })?;
+        // Not in our pool: candle's products have threads of their own.
+        for (block, _) in blocks.iter().zip(done).filter(|(_, done)| done.is_some()) {
+            if let Direction::Muon { steps, .. } = groups[block.group].params.direction {
+                orthogonal::orthogonalize(block, steps, self.simd)?;
+            }
+        }
+        Ok(())
+    }
+
     fn directions(
         &mut self,
         all: &mut Parameters,
@@ -193,11 +229,7 @@ impl Backend for CpuBackend {
         let Parameters { blocks, groups, .. } = all;
         let tracked = &tracked[run.clone()];
         self.each(&mut blocks[run], given, sums, |scratch, block, i, (gradient, decision)| {
-            let params = &groups[block.group].params;
-            let Tracked { powers, estimate, .. } = &tracked[i];
-            let (sums_up, keeps_strips) = (false, false);
-            let step =
-                update::BlockStep { params, decision, powers, estimate, sums_up, keeps_strips };
+            let step = block_step(&groups[block.group].params, decision, &tracked[i], block);
             curvature::directions(block, gradient, step, self.simd, scratch)
         })
     }
@@ -229,9 +261,8 @@ impl Backend for CpuBackend {
                 let params = &groups[block.group].params;
                 let keeps_strips = step.measures && params.measures_steps();
                 let sums_up = keeps_strips || step.records;
-                let Tracked { powers, estimate, .. } = &*tracked;
-                let numbers =
-                    update::BlockStep { params, decision, powers, estimate, sums_up, keeps_strips };
+                let numbers = block_step(params, decision, tracked, block);
+                let numbers = BlockStep { sums_up, keeps_strips, ..numbers };
                 (tracked.step_sums, tracked.strips) =
                     update::update(block, found.gradient, numbers, self.simd, scratch)?;
             }
@@ -332,6 +363,19 @@ impl Backend for CpuBackend {
     fn release(&mut self, all: &mut Parameters) {
         all.blocks.iter_mut().for_each(|block| block.backup.valid = false);
     }
+}
+
+/// The numbers of a block's step, which does not sum up.
+fn block_step<'a>(
+    params: &'a ParamsSrkl,
+    decision: &'a Decision,
+    tracked: &'a Tracked,
+    block: &Block,
+) -> BlockStep<'a> {
+    let Tracked { powers, estimate, .. } = tracked;
+    let matrix_scale = block.matrix_scale();
+    let (sums_up, keeps_strips) = (false, false);
+    BlockStep { params, decision, powers, estimate, sums_up, keeps_strips, matrix_scale }
 }
 
 fn has_large(batch: &[Block]) -> bool {

@@ -26,12 +26,14 @@ pub(crate) struct BlockStep<'a> {
     pub sums_up: bool,
     /// Whether to keep the sums over strips, which a measurement along the step needs.
     pub keeps_strips: bool,
+    /// [`Block::matrix_scale`]
+    pub matrix_scale: f64,
 }
 
 impl BlockStep<'_> {
     pub fn coefficients<C: Real>(&self) -> Coefficients<C> {
-        let Self { params, decision, powers, estimate, .. } = *self;
-        Coefficients::new(params, decision, powers, estimate)
+        let Self { params, decision, powers, estimate, matrix_scale, .. } = *self;
+        Coefficients::new(params, decision, powers, estimate, matrix_scale)
     }
 }
 
@@ -48,15 +50,19 @@ pub(crate) fn update(
     if block.n == 0 {
         return Ok(moved); // candle refuses to write to an empty tensor.
     }
+    let Block { var, state, orthogonal, .. } = block;
     let (storage, layout) = gradient.storage_and_layout();
-    let g = Gradient::new(&storage, layout)?;
-    let Block { var, state, .. } = block;
+    let orthogonal = orthogonal.as_ref().map(Tensor::storage_and_layout);
+    let orthogonal = orthogonal.as_ref().map(|(storage, layout)| Gradient::new(storage, layout));
+    let orthogonal = orthogonal.transpose()?;
+    let gradient = Gradient::new(&storage, layout)?;
+    let g = Followed { gradient: &gradient, orthogonal: orthogonal.as_ref() };
     with_storage_mut(var, |storage| {
         moved = match storage {
-            CpuStorage::F32(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
-            CpuStorage::F64(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
-            CpuStorage::BF16(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
-            CpuStorage::F16(w) => block_update(w, Exact::new(state), &g, step, simd, scratch),
+            CpuStorage::F32(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
+            CpuStorage::F64(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
+            CpuStorage::BF16(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
+            CpuStorage::F16(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         };
         Ok(())
@@ -64,10 +70,18 @@ pub(crate) fn update(
     Ok(moved)
 }
 
+/// What a step follows.
+#[derive(Clone, Copy)]
+struct Followed<'a> {
+    gradient: &'a Gradient<'a>,
+    /// With [`Direction::Muon`] the orthogonalised momentum.
+    orthogonal: Option<&'a Gradient<'a>>,
+}
+
 fn block_update<P: Parameter>(
     w: &mut [P],
     mut state: Exact<P::Compute>,
-    g: &Gradient,
+    g: Followed,
     step: BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
@@ -95,8 +109,9 @@ fn block_update<P: Parameter>(
     let chunks: Vec<[f64; 3]> = parts.iter().flat_map(|part| part.chunks.iter().copied()).collect();
     let strips = parts.into_iter().flat_map(|part| part.strips).collect();
     let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
-    let scale = coefficients.scale * coefficients.scale;
-    (StepSums { step, direction: direction * scale, along: along * scale }, strips)
+    let Coefficients { scale, momentum_scale, .. } = coefficients;
+    let along = along * (scale * momentum_scale);
+    (StepSums { step, direction: direction * (scale * scale), along }, strips)
 }
 
 /// The sums over the update of a part, if they are asked for.
@@ -131,7 +146,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
 struct Update<'a, P: Parameter, S> {
     start: usize,
     part: Part<'a, P, S>,
-    g: &'a Gradient<'a>,
+    g: Followed<'a>,
     coefficients: Coefficients<P::Compute>,
     /// Whether to compute the sums over the step.
     sums_up: bool,
@@ -144,9 +159,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
 
     #[inline(always)]
     fn run(self) -> Stepped {
-        let Self { start, mut part, g, coefficients, sums_up, keeps_strips, scratch } = self;
+        let Self { start, mut part, g: followed, coefficients, sums_up, keeps_strips, scratch } = self;
         let Scratch { rows, lanes } = scratch;
-        let Rows { inputs, d, terms: [squares, _] } = rows;
+        let Rows { inputs, d, terms: [squares, d_again] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
@@ -159,7 +174,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             if sums_up {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
             }
-            let g = g.row(start + at, w.len(), row);
+            let g = followed.gradient.row(start + at, w.len(), row);
             let d: &[P::Compute] = match (moments.direction, m.as_deref_mut(), v.as_deref_mut()) {
                 (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
                     // One loop: arithmetic hides the latency of memory.
@@ -192,9 +207,12 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     }
                     d
                 }
-                (Direction::Momentum { .. } | Direction::Sgd { .. }, Some(m), _) => {
+                (Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. }, Some(m), _) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
-                    m
+                    match followed.orthogonal {
+                        Some(orthogonal) => orthogonal.row(start + at, w.len(), d),
+                        None => m,
+                    }
                 }
                 (Direction::Adam { .. }, Some(m), Some(v)) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
@@ -249,12 +267,22 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 let is_adam = matches!(moments.direction, Direction::Adam { .. });
                 if !is_adam {
                     add_squares(direction, d);
-                } else if let (Some(m), Some(v)) = (m.as_deref(), v.as_deref()) {
-                    add_adam_direction(direction, along, m, v, &moments);
+                }
+                match (m.as_deref(), v.as_deref(), followed.orthogonal) {
+                    (Some(m), Some(v), _) if is_adam => {
+                        add_adam_direction(direction, along, m, v, &moments);
+                    }
+                    (Some(m), _, Some(orthogonal)) => {
+                        let d = orthogonal.row(start + at, m.len(), d_again);
+                        add_along_orthogonal(along, d, m, g, &moments);
+                    }
+                    _ => {}
                 }
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
                     let (step, direction) = (tree(step), tree(direction));
-                    let along = if is_adam { tree(along) } else { direction };
+                    // Else the terms of `d m` are those of `d^2`.
+                    let apart = is_adam || followed.orthogonal.is_some();
+                    let along = if apart { tree(along) } else { direction };
                     stepped.chunks.push([step, direction, along]);
                 }
             }
@@ -289,7 +317,23 @@ fn add_adam_direction<C: Real>(
     }
 }
 
-/// Adds the terms of `d^2` of a row. (For other directions than Adam's those of `d m` are the same.)
+/// Adds the terms of `d m` of a row, of an orthogonal direction `d` of the momentum `m`, which may look ahead.
+#[inline(always)]
+fn add_along_orthogonal<C: Real>(
+    along: &mut [f64],
+    d: &[C],
+    m: &[C],
+    g: &[C],
+    moments: &Moments<C>,
+) {
+    let ahead = matches!(moments.direction, Direction::Muon { nesterov: true, .. });
+    for (((along, d), m), g) in along.iter_mut().zip(d).zip(m).zip(g) {
+        let m = if ahead { moments.nesterov(*m, *g) } else { *m };
+        *along += d.to_f64() * m.to_f64();
+    }
+}
+
+/// Adds the terms of `d^2` of a row.
 #[inline(always)]
 fn add_squares<C: Real>(lanes: &mut [f64], d: &[C]) {
     for (lane, d) in lanes.iter_mut().zip(d) {
@@ -382,6 +426,7 @@ mod tests {
             estimate: &Estimate::NONE,
             sums_up: false,
             keeps_strips: false,
+            matrix_scale: 1.,
         };
         let coefficients = step.coefficients::<f32>();
         let (g, w) = (numbers(3), numbers(5));
@@ -392,11 +437,12 @@ mod tests {
         let (mut new_w, mut new_m, mut new_v) = (w.clone(), m.clone(), v.clone());
         let gradient = Tensor::new(&g[..], &candle_core::Device::Cpu).unwrap();
         let (storage, layout) = gradient.storage_and_layout();
+        let row = Gradient::new(&storage, layout).unwrap();
         let part = Part { w: &mut new_w[..], state: Halves { m: &mut new_m, v: &mut new_v } };
         Simd::detect().run(Update {
             start: 0,
             part,
-            g: &Gradient::new(&storage, layout).unwrap(),
+            g: Followed { gradient: &row, orthogonal: None },
             coefficients,
             sums_up: false,
             keeps_strips: false,
