@@ -14,7 +14,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 14] = [
+const KERNELS: [&str; 15] = [
     "abi.h",
     "numerics.cuh",
     "access.cuh",
@@ -26,6 +26,7 @@ const KERNELS: [&str; 14] = [
     "decide.cuh",
     "update.cuh",
     "curvature.cuh",
+    "orthogonal.cuh",
     "replace.cuh",
     "dropout.cuh",
     "srkl.cu",

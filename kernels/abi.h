@@ -36,6 +36,7 @@
 #define SRKL_MOMENTUM 1
 #define SRKL_ADAM 2
 #define SRKL_NESTEROV 3 // momentum that looks ahead
+#define SRKL_MUON 4
 
 // Curvatures.
 #define SRKL_GRAD_SQUARE 0
@@ -83,6 +84,13 @@
 #define SRKL_RESTORE_PERTURBED 2 // from what was kept
 #define SRKL_RESTORE_SWAPPED 3
 
+// Numbers on the device: a gradient, or the room where momentum is orthogonalised. That of a gradient is
+// written when an address has changed.
+typedef struct {
+    unsigned long long address; // of its first element, contiguous from there, or 0 for none
+    unsigned long long dtype;
+} SrklGradient;
+
 // A parameter tensor. Written once.
 typedef struct {
     unsigned long long w;           // the parameter, 16-byte aligned
@@ -95,17 +103,13 @@ typedef struct {
     unsigned long long n;           // elements
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
     unsigned long long chunk_count;
+    SrklGradient orthogonal; // of SRKL_MUON: what its matrices are orthogonalised in
+    double matrix_scale;     // and what they are multiplied by then
     unsigned int dtype;
     unsigned int group;
     unsigned int from_end; // whether its last chunk is updated first
     unsigned int place;    // among all parameters of the optimizer
 } SrklBlock;
-
-// The gradient of a block. Written when an address has changed.
-typedef struct {
-    unsigned long long address; // of its first element, contiguous from there, or 0 for none
-    unsigned long long dtype;
-} SrklGradient;
 
 // The settings of a parameter group. Written when one has changed.
 typedef struct {
@@ -129,7 +133,7 @@ typedef struct {
     unsigned int direction;
     unsigned int curvature;
     unsigned int nonfinite;
-    unsigned int pad;
+    unsigned int ahead; // SRKL_MUON: whether the momentum looks ahead
 } SrklGroup;
 
 // What a step uses that is neither a setting of one group nor a gradient. Written by srkl_set.
@@ -263,11 +267,30 @@ typedef struct {
     unsigned long long stages; // what this launch does
 } SrklTable;
 
+// A matrix of SRKL_MUON. Written once.
+typedef struct {
+    unsigned long long block;
+    unsigned long long start;       // its first element in the block
+    unsigned long long n;           // elements
+    unsigned long long first_chunk; // the number of its first chunk among those of all matrices
+    unsigned long long chunk_count;
+} SrklMatrix;
+
+// All that is orthogonalised.
+typedef struct {
+    unsigned long long matrices;    // SrklMatrix[]
+    unsigned long long chunks;      // SrklChunk[chunk_count]: its `block` is the number of a matrix
+    unsigned long long chunk_sums;  // SrklSums[chunk_count]
+    unsigned long long sums;        // SrklSums[]: by matrix
+    unsigned long long chunks_done; // unsigned int[]: by matrix; 0 between launches
+    unsigned long long chunk_count;
+} SrklMatrices;
+
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 96 && offsetof(SrklBlock, place) == 92, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 120 && offsetof(SrklBlock, place) == 116, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 144 && offsetof(SrklGroup, pad) == 140, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 144 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
@@ -278,5 +301,7 @@ static_assert(sizeof(SrklEstimate) == 144 && offsetof(SrklEstimate, missing) == 
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, reset_master) == 24, "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72, "SrklDecision");
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
+static_assert(sizeof(SrklMatrix) == 40 && offsetof(SrklMatrix, chunk_count) == 32, "SrklMatrix");
+static_assert(sizeof(SrklMatrices) == 48 && offsetof(SrklMatrices, chunk_count) == 40, "SrklMatrices");
 static_assert(sizeof(SrklTable) == 192 && offsetof(SrklTable, stages) == 184, "SrklTable");
 #endif

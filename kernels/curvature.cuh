@@ -45,7 +45,10 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
     from_f64(load_one(first, start + at), g);
     if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
         C d = g;
-        if (direction != SRKL_GRADIENT) d = k.moments.first_moment(part.m().load_one(at), g);
+        if (direction == SRKL_MUON)
+            from_f64(load_one(block.orthogonal, start + at), d);
+        else if (direction != SRKL_GRADIENT)
+            d = k.moments.first_moment(part.m().load_one(at), g);
         if (direction == SRKL_NESTEROV) d = k.moments.nesterov(d, g);
         if (direction == SRKL_ADAM)
             d = div(d, k.moments.denom(k.moments.second_moment(part.v().load_one(at), g)));
@@ -77,7 +80,7 @@ template <typename P, typename C>
 __device__ inline SrklPair chunk_pair(const SrklTable &table, u32 what, u64 b, const SrklBlock &block,
                                       const BlockStep &block_step, u64 start, int len, Lanes &lanes) {
     const SrklGroup &group = block_step.group;
-    const Coefficients<C> k(group, block_step.decision);
+    const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const int width = lane_count(len);
     for (int l = threadIdx.x; l < width; l += SRKL_THREADS) {
@@ -352,6 +355,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             block_step.group = ((const SrklGroup *)table.groups)[block.group];
             block_step.row_curvature(((const SrklEstimate *)table.estimates)[part.block]);
             block_step.decision = ((const SrklDecision *)table.decisions)[part.block];
+            block_step.matrix_scale = block.matrix_scale;
             // A product with the Hessian is unscaled, and not clipped.
             if (what == SRKL_SUM_PROBE || what == SRKL_SUM_AVERAGE)
                 block_step.decision.grad_factor =
@@ -382,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             __syncthreads();
             if (threadIdx.x == 0) {
                 if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
-                    const double scale = direction_scale(block_step.group, block_step.decision);
+                    const double scale = direction_scale(block_step);
                     sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
                     if (what == SRKL_SUM_MEASURING)
                         ((SrklStepSums *)table.step_sums)[part.block].direction = sums.a;

@@ -67,7 +67,9 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     decision.phi = phi;
     decision.small = 0;
     decision.powers = powers;
-    decision.scale_m = bias_correction(powers.first);
+    // Muon may look ahead by a step more.
+    const bool ahead = p.direction == SRKL_MUON && p.ahead;
+    decision.scale_m = bias_correction(ahead ? __dmul_rn(powers.first, p.power1) : powers.first);
     decision.scale_v = bias_correction(powers.second);
     // One division for both kinds of average.
     const bool polynomial = p.polynomial >= 0.;
@@ -140,7 +142,7 @@ template <typename C> struct Moments {
     // `m <- mu m + (1 - mu) grad_factor g`
     __device__ C first_moment(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
 
-    // `mu m + grad_factor g`, with the new `m`: the direction that looks ahead.
+    // `mu m + grad_factor g`, or for Muon `mu m + (1 - mu) grad_factor g`, with the new `m`: it looks ahead.
     __device__ C nesterov(C m, C g) const { return first_moment(m, g); }
 
     // `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
@@ -157,6 +159,7 @@ template <typename C> struct Moments {
 struct BlockStep {
     SrklDecision decision;
     SrklGroup group;
+    double matrix_scale;
     double row_scale; // `1 / (1 - decay^k)` of q
     double shared;    // `R^p` of SRKL_MIXED
 
@@ -182,18 +185,25 @@ __device__ inline double element_phi(const BlockStep &block_step, double g, doub
     return brake(block_step.decision.phi, block_step.group.beta, curvature);
 }
 
-// What the result of the moments is multiplied by to give the direction: for a gradient the factor that
-// unscales and clips it, for a first moment its bias correction.
-__device__ inline double direction_scale(const SrklGroup &p, const SrklDecision &decision) {
-    return p.direction == SRKL_GRADIENT ? decision.grad_factor : decision.scale_m;
+// What the gradient or momentum is multiplied by: a gradient by the factor that unscales and clips it, a
+// momentum by its bias correction.
+__device__ inline double momentum_scale(const BlockStep &block_step) {
+    const SrklDecision &decision = block_step.decision;
+    return block_step.group.direction == SRKL_GRADIENT ? decision.grad_factor : decision.scale_m;
+}
+
+// What the result of the moments is multiplied by to give the direction: the same, but for an orthogonal
+// matrix, whose scale is `matrix_scale`.
+__device__ inline double direction_scale(const BlockStep &block_step) {
+    return block_step.group.direction == SRKL_MUON ? block_step.matrix_scale : momentum_scale(block_step);
 }
 
 // `step_size` and `decay_factor` of `apply_step`: `phi * scale` and `1 - phi * weight_decay`.
 template <typename C>
-__device__ inline void step_coefficients(double phi, const SrklGroup &p, const SrklDecision &decision,
-                                         C &step_size, C &decay_factor) {
-    from_f64(__dmul_rn(phi, direction_scale(p, decision)), step_size);
-    from_f64(__dsub_rn(1., __dmul_rn(phi, p.weight_decay)), decay_factor);
+__device__ inline void step_coefficients(double phi, const BlockStep &block_step, C &step_size,
+                                         C &decay_factor) {
+    from_f64(__dmul_rn(phi, direction_scale(block_step)), step_size);
+    from_f64(__dsub_rn(1., __dmul_rn(phi, block_step.group.weight_decay)), decay_factor);
 }
 
 // The numbers of one block's update.
@@ -201,9 +211,9 @@ template <typename C> struct Coefficients {
     Moments<C> moments;
     C step_size, decay_factor, average;
 
-    __device__ Coefficients(const SrklGroup &p, const SrklDecision &decision) : moments(p, decision) {
-        step_coefficients(decision.phi, p, decision, step_size, decay_factor);
-        from_f64(decision.average, average);
+    __device__ Coefficients(const BlockStep &block_step) : moments(block_step.group, block_step.decision) {
+        step_coefficients(block_step.decision.phi, block_step, step_size, decay_factor);
+        from_f64(block_step.decision.average, average);
     }
 };
 

@@ -30,6 +30,7 @@
 
 #include "curvature.cuh"
 #include "dropout.cuh"
+#include "orthogonal.cuh"
 #include "replace.cuh"
 #include "statistics.cuh"
 #include "update.cuh"
@@ -106,6 +107,7 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
 // Loads what an update needs besides its chunk.
 template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.block_step.group = ((const SrklGroup *)table.groups)[work.block.group];
+    work.block_step.matrix_scale = work.block.matrix_scale;
     if (ELEMENTS) work.block_step.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
     // May have been written in this launch: bypasses L1.
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[work.b];
@@ -253,9 +255,9 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
         block.chunk_count, [=](u64 i) { return read_pair(&first[i]); }, lanes);
     if (threadIdx.x == 0) {
         SrklStepSums *step = &((SrklStepSums *)table.step_sums)[work.b];
-        const double scale = direction_scale(work.block_step.group, work.block_step.decision);
+        const double scale = __dmul_rn(direction_scale(work.block_step), momentum_scale(work.block_step));
         step->step = sums.a;
-        step->along = __dmul_rn(sums.b, __dmul_rn(scale, scale));
+        step->along = __dmul_rn(sums.b, scale);
     }
 }
 

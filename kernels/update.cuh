@@ -109,7 +109,8 @@ __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient 
 }
 
 // Updates elements `from..len` of a chunk one by one: those behind the wide part; all of them if elements
-// have their own brakes, or if `update_vectors` does not handle the gradient's dtype.
+// have their own brakes, if they are orthogonalised (the time goes into products), or if `update_vectors`
+// does not handle the gradient's dtype.
 //
 // If it MEASURES, `from` is 0. It then adds the terms of `D^2` and `d m` to the lanes, of which a thread has
 // the same ones in every row, and writes the sums of `D^2` over the chunk's strips to `strips`, unless that
@@ -131,13 +132,15 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
             if (ELEMENT) {
                 double q = part.q() ? (double)part.q().load_one(at) : 0.;
                 double phi = element_phi(block_step, (double)gradient, q);
-                step_coefficients(phi, group, block_step.decision, step_size, decay_factor);
+                step_coefficients(phi, block_step, step_size, decay_factor);
             }
             C d = gradient;
             if (group.direction != SRKL_GRADIENT)
                 d = part.m().store_one(at, k.moments.first_moment(part.m().load_one(at), gradient));
             if (group.direction == SRKL_NESTEROV) d = k.moments.nesterov(d, gradient);
+            if (MEASURES && group.direction == SRKL_MUON && group.ahead) d = k.moments.nesterov(d, gradient);
             const C m = d;
+            if (group.direction == SRKL_MUON) from_f64(load_one(part.block.orthogonal, start + at), d);
             if (group.direction == SRKL_ADAM) {
                 C v = part.v().store_one(at, k.moments.second_moment(part.v().load_one(at), gradient));
                 d = div(d, k.moments.denom(v));
@@ -172,12 +175,14 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
                               bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {
-    const Coefficients<C> k(block_step.group, block_step.decision);
+    const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const u32 direction = block_step.group.direction;
-    constexpr bool WIDE = !ELEMENTS && !MEASURES;
+    const bool WIDE = !ELEMENTS && !MEASURES;
     int wide = 0;
-    if (WIDE && g.dtype == block.dtype)
+    if (WIDE && direction == SRKL_MUON)
+        wide = 0;
+    else if (WIDE && g.dtype == block.dtype)
         wide = update_vectors<P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
     else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
         wide = update_vectors<P, C, C>(part, g, start, len, block.n, reset_master, direction, k);

@@ -28,7 +28,9 @@ impl Matrices {
             return refuse(format!("got shape {dims:?}"));
         }
         if dims[0] % count != 0 {
-            return refuse(format!("shape {dims:?} can't be split into {count} along its first dimension"));
+            return refuse(format!(
+                "shape {dims:?} can't be split into {count} along its first dimension"
+            ));
         }
         // Matrices that lie in the first dimension one by one, as those of experts do.
         let rows = if dims[0] == count && dims.len() > 2 { dims[1] } else { dims[0] / count };
@@ -96,6 +98,7 @@ pub fn hidden_matrices(name: &str, var: &Var) -> usize {
     if parts.iter().rev().take(2).any(embeds) || is_head {
         return 0;
     }
-    let is_qkv = ["qkv", "c_attn", "in_proj", "query_key_value"].iter().any(|name| last.contains(name));
+    let is_qkv =
+        ["qkv", "c_attn", "in_proj", "query_key_value"].iter().any(|name| last.contains(name));
     if is_qkv && rows == 3 * cols { 3 } else { 1 }
 }

@@ -64,7 +64,9 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
         (built.direction, new.direction)
         && had != has
     {
-        bail!("`bf16` (Direction::Muon) of group `{group}`: expected {had}, as it was built, got {has}")
+        bail!(
+            "`bf16` (Direction::Muon) of group `{group}`: expected {had}, as it was built, got {has}"
+        )
     }
     if built.average.as_ref().map(discriminant) != new.average.as_ref().map(discriminant) {
         other_kind("average", &built.average, &new.average)?;

@@ -158,7 +158,8 @@ fn measuring_steps_between_replays() -> Result<()> {
         average: Some(Average::Exponential(0.9)),
         ..ParamsSrkl::braked_adam()
     };
-    for params in [params.clone(), ParamsSrkl { trust: Some(0.01), ..params }] {
+    let muon = ParamsSrkl { direction: ParamsSrkl::braked_muon().direction, ..params.clone() };
+    for params in [params.clone(), muon, ParamsSrkl { trust: Some(0.01), ..params }] {
         let records = params.trust.is_none();
         let mut eager = Learner::with(params.clone(), &device)?;
         let mut replayed = Learner::with(params, &device)?;

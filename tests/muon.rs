@@ -66,7 +66,8 @@ fn pytorchs_values() -> Result<()> {
             let matrix = |numbers: &Value, shape, dtype| {
                 tensor(&self::numbers(numbers), dtype)?.reshape::<(usize, usize)>(shape)
             };
-            let var = |(name, shape)| Var::from_tensor(&matrix(&golden["start"][name], shape, dtype)?);
+            let var =
+                |(name, shape)| Var::from_tensor(&matrix(&golden["start"][name], shape, dtype)?);
             let vars = shapes.iter().copied().map(var).collect::<Result<Vec<Var>>>()?;
             let mut opt = Srkl::new(vars.clone(), params.clone())?;
             for (step, expected) in steps.iter().enumerate() {
@@ -136,8 +137,7 @@ fn step_by(
     let builder = Srkl::builder().default_group(params.clone()).matrices(|_, _| 1);
     let mut opt = builder.build([("w".to_string(), w.clone())])?;
     opt.step(&grads([(&w, tensor(&g, dtype)?.reshape((rows, cols))?)]))?;
-    let o: Vec<f64> =
-        values(&w)?.iter().map(|w| -w / (params.lr * scale(rows, cols))).collect();
+    let o: Vec<f64> = values(&w)?.iter().map(|w| -w / (params.lr * scale(rows, cols))).collect();
     assert!(o.iter().all(|x| x.is_finite()), "{rows} x {cols}: {singular:?}");
     let row = |i: usize| &o[i * cols..(i + 1) * cols];
     let between = |a: &[f64], b: &[f64]| (0..rows).map(|i| a[i] * dot(row(i), b)).sum::<f64>();

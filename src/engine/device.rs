@@ -35,8 +35,8 @@ impl Device {
 }
 
 impl Engine for Device {
-    /// One launch; two if it needs no statistics; three if it needs the directions. No synchronisation, and nothing
-    /// is copied to the host.
+    /// One launch; two if it needs no statistics; three if it needs the directions; with matrices those of their
+    /// products besides. No synchronisation, and nothing is copied to the host.
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
         let Step { grads, scalars, measures, records } = step;
         let cuda = &mut self.cuda;
@@ -66,10 +66,17 @@ impl Engine for Device {
             let sums_up = (measures || records) && stages & abi::SRKL_UPDATE != 0;
             self.cuda.launch_step(stages, gradients, sums_up)
         };
-        if measures || all.any(|params| params.trust.is_some()) {
+        let is_muon = all.any(ParamsSrkl::is_muon);
+        if measures || is_muon || all.any(|params| params.trust.is_some()) {
             launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
-            let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
-            self.sum(gradients, what, 0.)?;
+            if is_muon {
+                self.cuda.launch_orthogonal(all, gradients)?;
+            }
+            if measures || all.any(|params| params.trust.is_some()) {
+                let what =
+                    if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
+                self.sum(gradients, what, 0.)?;
+            }
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
         } else if all.any(ParamsSrkl::uses_sums) || self.cuda.has_masters || records {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;

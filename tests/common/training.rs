@@ -104,20 +104,36 @@ fn gradients(
     Ok([Some(first), second])
 }
 
-/// Trains parameters of these sizes and of all dtypes, spread over `devices`, for [`STEPS`] steps: with three groups, of
-/// which one is frozen; gradients missing, not finite, misaligned, strided, of other dtypes; a schedule that changes and
-/// is 0 for a step; a gradient scale; a parameter that somebody overwrites; and a checkpoint from which it goes on.
+/// Trains vectors of these sizes: [`train_shapes`].
 pub fn train(
     params: &ParamsSrkl,
     sizes: &[usize],
     seed: u64,
     devices: &[&Device],
 ) -> Result<Vec<Left>> {
+    let shapes: Vec<Vec<usize>> = sizes.iter().map(|n| vec![*n]).collect();
+    train_shapes(params, &shapes, seed, devices)
+}
+
+/// The dtype of parameter `i` in the training of this seed.
+pub fn dtype_of(i: usize, seed: u64) -> DType {
+    FLOATS[(i + seed as usize) % 4]
+}
+
+/// Trains parameters of these shapes and of all dtypes, spread over `devices`, for [`STEPS`] steps: with three groups, of
+/// which one is frozen; gradients missing, not finite, misaligned, strided, of other dtypes; a schedule that changes and
+/// is 0 for a step; a gradient scale; a parameter that somebody overwrites; and a checkpoint from which it goes on.
+pub fn train_shapes(
+    params: &ParamsSrkl,
+    shapes: &[Vec<usize>],
+    seed: u64,
+    devices: &[&Device],
+) -> Result<Vec<Left>> {
     let on = |i: usize| devices[(i / 2) % devices.len()];
     let mut vars = vec![];
-    for (i, &n) in sizes.iter().enumerate() {
-        let value = uniform(n, 1., seed + i as u64);
-        let value = tensor(&value, FLOATS[(i + seed as usize) % 4])?;
+    for (i, shape) in shapes.iter().enumerate() {
+        let value = uniform(shape.iter().product(), 1., seed + i as u64);
+        let value = tensor(&value, dtype_of(i, seed))?.reshape(&shape[..])?;
         vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
     }
     let build = || {
@@ -138,8 +154,11 @@ pub fn train(
         let (mut first, mut again) = (grads([]), grads([]));
         for (i, var) in vars.iter().enumerate() {
             let [g, g2] = gradients(var.elem_count(), var.dtype(), (step, i), seed, on(i))?;
-            g.map(|g| first.insert(var, g));
-            g2.map(|g2| again.insert(var, g2));
+            for (store, g) in [(&mut first, g), (&mut again, g2)] {
+                // A reshaped view is a copy, unless it is contiguous.
+                let g = g.map(|g| g.reshape(var.shape())).transpose()?;
+                g.map(|g| store.insert(var, g));
+            }
         }
         opt.record_norms(step % 2 == seed % 2);
         match step {
@@ -156,7 +175,8 @@ pub fn train(
             3 => {
                 let var = &vars[OVERWRITTEN];
                 let other = uniform(var.elem_count(), 2., seed);
-                var.set(&tensor(&other, var.dtype())?.to_device(var.device())?)?;
+                let other = tensor(&other, var.dtype())?.reshape(var.shape())?;
+                var.set(&other.to_device(var.device())?)?;
             }
             // Neither moves nor measures along the step.
             4 => opt.set_learning_rate(0.),

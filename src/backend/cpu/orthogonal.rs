@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::super::newton_schulz::newton_schulz;
 use super::super::GradSums;
+use super::super::newton_schulz::newton_schulz;
 use super::access::with_storage_mut;
 use super::gradient::{Compute, Gradient};
 use super::rows::{Exact, StateRows};
@@ -46,7 +46,9 @@ pub(crate) fn write_momentum(
         let moments = step.coefficients::<C>().moments;
         let state = Exact::<C>::new(&mut block.state);
         with_storage_mut(room, |storage| {
-            let Some(x) = C::numbers_mut(storage) else { bail!("expected room of the compute type") };
+            let Some(x) = C::numbers_mut(storage) else {
+                bail!("expected room of the compute type")
+            };
             let write = |scratch: &mut Scratch, (piece, x): (usize, &mut [C])| {
                 let (state, start) = (&state, piece * PIECE);
                 simd.run(Momentum { start, x, g, state, moments, scratch })

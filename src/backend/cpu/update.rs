@@ -159,7 +159,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
 
     #[inline(always)]
     fn run(self) -> Stepped {
-        let Self { start, mut part, g: followed, coefficients, sums_up, keeps_strips, scratch } = self;
+        let Self { start, mut part, g: followed, coefficients, sums_up, keeps_strips, scratch } =
+            self;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, d, terms: [squares, d_again] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
@@ -207,7 +208,11 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     }
                     d
                 }
-                (Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. }, Some(m), _) => {
+                (
+                    Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. },
+                    Some(m),
+                    _,
+                ) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
                     match followed.orthogonal {
                         Some(orthogonal) => orthogonal.row(start + at, w.len(), d),

@@ -19,6 +19,7 @@ pub const SRKL_GRADIENT: u32 = 0;
 pub const SRKL_MOMENTUM: u32 = 1;
 pub const SRKL_ADAM: u32 = 2;
 pub const SRKL_NESTEROV: u32 = 3;
+pub const SRKL_MUON: u32 = 4;
 pub const SRKL_GRAD_SQUARE: u32 = 0;
 pub const SRKL_STEP: u32 = 1;
 pub const SRKL_HUTCHINSON: u32 = 2;
@@ -51,6 +52,20 @@ pub const SRKL_RESTORE_PERTURBED: u32 = 2;
 pub const SRKL_RESTORE_SWAPPED: u32 = 3;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklGradient {
+    pub address: ::std::os::raw::c_ulonglong,
+    pub dtype: ::std::os::raw::c_ulonglong,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklGradient"][::std::mem::size_of::<SrklGradient>() - 16usize];
+    ["Alignment of SrklGradient"][::std::mem::align_of::<SrklGradient>() - 8usize];
+    ["Offset of field: SrklGradient::address"]
+        [::std::mem::offset_of!(SrklGradient, address) - 0usize];
+    ["Offset of field: SrklGradient::dtype"][::std::mem::offset_of!(SrklGradient, dtype) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
 pub struct SrklBlock {
     pub w: ::std::os::raw::c_ulonglong,
     pub master: ::std::os::raw::c_ulonglong,
@@ -62,6 +77,8 @@ pub struct SrklBlock {
     pub n: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
+    pub orthogonal: SrklGradient,
+    pub matrix_scale: f64,
     pub dtype: ::std::os::raw::c_uint,
     pub group: ::std::os::raw::c_uint,
     pub from_end: ::std::os::raw::c_uint,
@@ -69,7 +86,7 @@ pub struct SrklBlock {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 96usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 120usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
@@ -83,24 +100,15 @@ const _: () = {
         [::std::mem::offset_of!(SrklBlock, first_chunk) - 64usize];
     ["Offset of field: SrklBlock::chunk_count"]
         [::std::mem::offset_of!(SrklBlock, chunk_count) - 72usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 80usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 84usize];
-    ["Offset of field: SrklBlock::from_end"][::std::mem::offset_of!(SrklBlock, from_end) - 88usize];
-    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 92usize];
-};
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, PartialEq)]
-pub struct SrklGradient {
-    pub address: ::std::os::raw::c_ulonglong,
-    pub dtype: ::std::os::raw::c_ulonglong,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of SrklGradient"][::std::mem::size_of::<SrklGradient>() - 16usize];
-    ["Alignment of SrklGradient"][::std::mem::align_of::<SrklGradient>() - 8usize];
-    ["Offset of field: SrklGradient::address"]
-        [::std::mem::offset_of!(SrklGradient, address) - 0usize];
-    ["Offset of field: SrklGradient::dtype"][::std::mem::offset_of!(SrklGradient, dtype) - 8usize];
+    ["Offset of field: SrklBlock::orthogonal"]
+        [::std::mem::offset_of!(SrklBlock, orthogonal) - 80usize];
+    ["Offset of field: SrklBlock::matrix_scale"]
+        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 96usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 104usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 108usize];
+    ["Offset of field: SrklBlock::from_end"]
+        [::std::mem::offset_of!(SrklBlock, from_end) - 112usize];
+    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 116usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -125,7 +133,7 @@ pub struct SrklGroup {
     pub direction: ::std::os::raw::c_uint,
     pub curvature: ::std::os::raw::c_uint,
     pub nonfinite: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub ahead: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -157,7 +165,7 @@ const _: () = {
         [::std::mem::offset_of!(SrklGroup, curvature) - 132usize];
     ["Offset of field: SrklGroup::nonfinite"]
         [::std::mem::offset_of!(SrklGroup, nonfinite) - 136usize];
-    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 140usize];
+    ["Offset of field: SrklGroup::ahead"][::std::mem::offset_of!(SrklGroup, ahead) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -478,4 +486,51 @@ const _: () = {
     ["Offset of field: SrklTable::chunk_count"]
         [::std::mem::offset_of!(SrklTable, chunk_count) - 176usize];
     ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 184usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklMatrix {
+    pub block: ::std::os::raw::c_ulonglong,
+    pub start: ::std::os::raw::c_ulonglong,
+    pub n: ::std::os::raw::c_ulonglong,
+    pub first_chunk: ::std::os::raw::c_ulonglong,
+    pub chunk_count: ::std::os::raw::c_ulonglong,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklMatrix"][::std::mem::size_of::<SrklMatrix>() - 40usize];
+    ["Alignment of SrklMatrix"][::std::mem::align_of::<SrklMatrix>() - 8usize];
+    ["Offset of field: SrklMatrix::block"][::std::mem::offset_of!(SrklMatrix, block) - 0usize];
+    ["Offset of field: SrklMatrix::start"][::std::mem::offset_of!(SrklMatrix, start) - 8usize];
+    ["Offset of field: SrklMatrix::n"][::std::mem::offset_of!(SrklMatrix, n) - 16usize];
+    ["Offset of field: SrklMatrix::first_chunk"]
+        [::std::mem::offset_of!(SrklMatrix, first_chunk) - 24usize];
+    ["Offset of field: SrklMatrix::chunk_count"]
+        [::std::mem::offset_of!(SrklMatrix, chunk_count) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq)]
+pub struct SrklMatrices {
+    pub matrices: ::std::os::raw::c_ulonglong,
+    pub chunks: ::std::os::raw::c_ulonglong,
+    pub chunk_sums: ::std::os::raw::c_ulonglong,
+    pub sums: ::std::os::raw::c_ulonglong,
+    pub chunks_done: ::std::os::raw::c_ulonglong,
+    pub chunk_count: ::std::os::raw::c_ulonglong,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SrklMatrices"][::std::mem::size_of::<SrklMatrices>() - 48usize];
+    ["Alignment of SrklMatrices"][::std::mem::align_of::<SrklMatrices>() - 8usize];
+    ["Offset of field: SrklMatrices::matrices"]
+        [::std::mem::offset_of!(SrklMatrices, matrices) - 0usize];
+    ["Offset of field: SrklMatrices::chunks"]
+        [::std::mem::offset_of!(SrklMatrices, chunks) - 8usize];
+    ["Offset of field: SrklMatrices::chunk_sums"]
+        [::std::mem::offset_of!(SrklMatrices, chunk_sums) - 16usize];
+    ["Offset of field: SrklMatrices::sums"][::std::mem::offset_of!(SrklMatrices, sums) - 24usize];
+    ["Offset of field: SrklMatrices::chunks_done"]
+        [::std::mem::offset_of!(SrklMatrices, chunks_done) - 32usize];
+    ["Offset of field: SrklMatrices::chunk_count"]
+        [::std::mem::offset_of!(SrklMatrices, chunk_count) - 40usize];
 };

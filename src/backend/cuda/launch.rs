@@ -29,6 +29,9 @@ pub(crate) struct Kernels {
     decide: CudaFunction,
     sums: CudaFunction,
     replace: CudaFunction,
+    momentum: CudaFunction,
+    normalize: CudaFunction,
+    combine: CudaFunction,
     set: CudaFunction,
 }
 
@@ -48,6 +51,9 @@ impl Kernels {
             decide: load("srkl_decide")?,
             sums: load("srkl_sums")?,
             replace: load("srkl_replace")?,
+            momentum: load("srkl_momentum")?,
+            normalize: load("srkl_normalize")?,
+            combine: load("srkl_combine")?,
             set: load("srkl_set")?,
         })
     }
@@ -72,7 +78,8 @@ impl Kernels {
         };
         // SAFETY: the grid and the size of a CTA are as the contract says, the only argument is the table by value,
         // and the caller keeps the rest.
-        unsafe { self.stream.launch_builder(step).arg(table).launch(self.grid(table)) }.w()?;
+        unsafe { self.stream.launch_builder(step).arg(table).launch(self.grid(table.chunk_count)) }
+            .w()?;
         Ok(())
     }
 
@@ -84,7 +91,7 @@ impl Kernels {
     pub unsafe fn decide(&self, table: &abi::SrklTable) -> Result<()> {
         let mut launch = self.stream.launch_builder(&self.decide);
         // SAFETY: as for `step`; any grid is right.
-        unsafe { launch.arg(table).launch(self.grid(table)) }.w()?;
+        unsafe { launch.arg(table).launch(self.grid(table.chunk_count)) }.w()?;
         Ok(())
     }
 
@@ -98,7 +105,7 @@ impl Kernels {
         let mut launch = self.stream.launch_builder(&self.sums);
         launch.arg(table).arg(&what).arg(&delta);
         // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
-        unsafe { launch.launch(self.grid(table)) }.w()?;
+        unsafe { launch.launch(self.grid(table.chunk_count)) }.w()?;
         Ok(())
     }
 
@@ -117,7 +124,46 @@ impl Kernels {
         let mut launch = self.stream.launch_builder(&self.replace);
         launch.arg(table).arg(&what).arg(&seed).arg(&draw);
         // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
-        unsafe { launch.launch(self.grid(table)) }.w()?;
+        unsafe { launch.launch(self.grid(table.chunk_count)) }.w()?;
+        Ok(())
+    }
+
+    /// Writes the momentum of all matrices to their room, each divided by its norm.
+    ///
+    /// # Safety
+    ///
+    /// As [`Kernels::step`], by the contract at the top of kernels/orthogonal.cuh.
+    pub unsafe fn momentum(
+        &self,
+        table: &abi::SrklTable,
+        matrices: &abi::SrklMatrices,
+    ) -> Result<()> {
+        for kernel in [&self.momentum, &self.normalize] {
+            let mut launch = self.stream.launch_builder(kernel);
+            launch.arg(table).arg(matrices);
+            // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
+            unsafe { launch.launch(self.grid(matrices.chunk_count)) }.w()?;
+        }
+        Ok(())
+    }
+
+    /// `y <- a y + b x`, of `n` elements.
+    ///
+    /// # Safety
+    ///
+    /// `y` and `x` are the addresses of so many elements of one dtype, f32, f64 or bf16, on this device; they don't
+    /// overlap, live until the stream has passed this launch, and all work on them goes to this stream.
+    pub unsafe fn combine(
+        &self,
+        (y, a): (abi::SrklGradient, f64),
+        (x, b): (abi::SrklGradient, f64),
+        n: usize,
+    ) -> Result<()> {
+        let n = n as u64;
+        let mut launch = self.stream.launch_builder(&self.combine);
+        launch.arg(&y).arg(&x).arg(&n).arg(&a).arg(&b);
+        // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
+        unsafe { launch.launch(self.grid(n.div_ceil(abi::SRKL_THREADS as u64))) }.w()?;
         Ok(())
     }
 
@@ -136,11 +182,11 @@ impl Kernels {
         Ok(())
     }
 
-    /// One CTA for each chunk, but no more than there is room for.
-    fn grid(&self, table: &abi::SrklTable) -> LaunchConfig {
+    /// One CTA for each piece of work, but no more than there is room for.
+    fn grid(&self, work: u64) -> LaunchConfig {
         let most = (self.multiprocessors * CTAS_PER_SM) as u64;
         LaunchConfig {
-            grid_dim: (table.chunk_count.clamp(1, most) as u32, 1, 1),
+            grid_dim: (work.clamp(1, most) as u32, 1, 1),
             block_dim: (abi::SRKL_THREADS, 1, 1),
             shared_mem_bytes: 0,
         }

@@ -15,6 +15,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 
 use self::capture::{Captures, SETTINGS_IN_CAPTURE, is_capturing};
 use self::launch::Kernels;
+use self::orthogonal::Orthogonalizer;
 use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
 use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
 use crate::block::{Parameters, storage_address};
@@ -28,6 +29,7 @@ pub(crate) mod abi;
 pub(crate) mod capture;
 pub(crate) mod dropout;
 pub(crate) mod launch;
+mod orthogonal;
 pub(crate) mod table;
 
 /// Those blocks of an optimizer that are on one device.
@@ -49,6 +51,8 @@ pub(crate) struct CudaBackend {
     pub live_gradients: Vec<Tensor>,
     /// Which kind of `srkl_replace` restores the parameters, while they are perturbed or replaced.
     restores: Option<u32>,
+    /// If there are matrices to orthogonalise.
+    orthogonalizer: Option<Orthogonalizer>,
     /// Whether any block has masters: these are compared with their parameters in the launch that does statistics.
     pub has_masters: bool,
 }
@@ -58,22 +62,24 @@ pub(crate) struct CudaBackend {
 pub(crate) struct GradientTable(u64);
 
 /// A backend for each CUDA device that has parameters.
-pub(crate) fn devices_of(all: &Parameters) -> Result<Vec<CudaBackend>> {
-    let mut devices: Vec<&CudaDevice> = vec![];
+pub(crate) fn devices_of(all: &mut Parameters) -> Result<Vec<CudaBackend>> {
+    let mut devices: Vec<CudaDevice> = vec![];
     for block in &all.blocks {
         if let Device::Cuda(device) = block.var.device()
             && !devices.iter().any(|known| block.is_on(known))
         {
-            devices.push(device);
+            devices.push(device.clone());
         }
     }
-    devices.into_iter().map(|device| CudaBackend::new(device, all)).collect()
+    devices.iter().map(|device| CudaBackend::new(device, all)).collect()
 }
 
 impl CudaBackend {
-    /// Prepares steps of the blocks that are on `device`.
-    pub fn new(device: &CudaDevice, all: &Parameters) -> Result<Self> {
+    /// Prepares steps of the blocks that are on `device`, and makes room for the matrices of those that are
+    /// orthogonalised.
+    pub fn new(device: &CudaDevice, all: &mut Parameters) -> Result<Self> {
         let stream = device.cuda_stream();
+        let orthogonalizer = Orthogonalizer::new(device, &stream, all)?;
         let context = stream.context();
         let l2 = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).w()?;
         let packed = Packed::new(device, &stream, all, l2 as usize)?;
@@ -99,6 +105,7 @@ impl CudaBackend {
             captures,
             live_gradients: vec![],
             restores: None,
+            orthogonalizer,
             stream,
         })
     }
@@ -157,6 +164,15 @@ impl CudaBackend {
         // SAFETY: as for `launch_step`. Those who call this launch what must come before it, with the gradients alive
         // and in the table.
         unsafe { self.kernels.sums(&table, what, delta) }
+    }
+
+    /// Orthogonalises the momentum of matrices whose gradients are in this table, by decisions that are on the device.
+    pub fn launch_orthogonal(&self, all: &Parameters, gradients: GradientTable) -> Result<()> {
+        let Some(orthogonalizer) = &self.orthogonalizer else { return Ok(()) };
+        let table = self.table_for(0, gradients);
+        // SAFETY: as for `launch_step`; the orthogonalizer keeps what its own table points to.
+        unsafe { self.kernels.momentum(&table, orthogonalizer.table()) }?;
+        orthogonalizer.run(all, &self.kernels)
     }
 
     /// Perturbs parameters or swaps in their averages, or restores them from their backups.
@@ -389,6 +405,17 @@ impl Backend for CudaBackend {
         self.upload(&decisions, |memory| &mut memory.decisions)
     }
 
+    fn orthogonalize(
+        &mut self,
+        all: &mut Parameters,
+        _: &[Tracked],
+        _: Range<usize>,
+        _: &[Option<BlockGradient>],
+        _: &[Option<Decision>],
+    ) -> Result<()> {
+        self.launch_orthogonal(all, self.own_gradients())
+    }
+
     fn directions(
         &mut self,
         _: &mut Parameters,
@@ -576,9 +603,9 @@ mod tests {
                     let master_weights = MasterWeights::None;
                     let params = ParamsSrkl { lr: 0.1, master_weights, ..ParamsSrkl::reference() };
                     let block = Block::new("w".to_string(), var.clone(), 0, &params)?;
-                    let groups = vec![Group { name: "all".to_string(), params }];
-                    let all = Parameters::new(groups, vec![block]);
-                    let mut cuda = CudaBackend::new(device.as_cuda_device()?, &all)?;
+                    let groups = vec![Group::new("all".to_string(), params)];
+                    let mut all = Parameters::new(groups, vec![block]);
+                    let mut cuda = CudaBackend::new(device.as_cuda_device()?, &mut all)?;
                     let mut grads = GradStore::default();
                     grads.insert(&var, g);
                     cuda.launch_shifted(&all, &grads, 0)?;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{CudaDevice, DType, Result, Storage, bail};
+use candle_core::{CudaDevice, DType, Result, Storage, Tensor, bail};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits};
 
 use super::super::cpu::access::MASTER_SAMPLES;
@@ -45,6 +45,8 @@ device_repr!(
     abi::SrklStatistics,
     abi::SrklDecision,
     abi::SrklState,
+    abi::SrklMatrix,
+    abi::SrklMatrices,
     abi::SrklTable
 );
 
@@ -112,6 +114,10 @@ impl Packed {
                 Some(slot) => address_of(slot.storage(), 0, stream),
                 None => Ok(0),
             };
+            let orthogonal = match &block.orthogonal {
+                Some(room) => numbers(room, stream)?,
+                None => NO_GRADIENT,
+            };
             let state = &block.state;
             let backup = backup_size as u64;
             backup_size += bytes.next_multiple_of(256);
@@ -126,6 +132,8 @@ impl Packed {
                 n: block.n as u64,
                 first_chunk: chunks.len() as u64,
                 chunk_count,
+                orthogonal,
+                matrix_scale: block.matrix_scale(),
                 dtype: dtype(block.dtype)?,
                 group: block.group as u32,
                 from_end: (bytes > l2 / 4) as u32,
@@ -246,6 +254,7 @@ fn group(group: &Group) -> abi::SrklGroup {
             (abi::SRKL_NESTEROV, [momentum, 1., 1.], 1., 0.)
         }
         Direction::Momentum { mu } => (abi::SRKL_MOMENTUM, [mu, 1. - mu, mu], 1., 0.),
+        Direction::Muon { mu, .. } => (abi::SRKL_MUON, [mu, 1. - mu, mu], 1., 0.),
         Direction::Adam { beta1, beta2, eps } => {
             (abi::SRKL_ADAM, [beta1, 1. - beta1, beta1], beta2, eps)
         }
@@ -287,7 +296,7 @@ fn group(group: &Group) -> abi::SrklGroup {
             NonFinite::SkipBlock => abi::SRKL_SKIP_BLOCK,
             NonFinite::Propagate => abi::SRKL_PROPAGATE,
         },
-        pad: 0,
+        ahead: matches!(group.params.direction, Direction::Muon { nesterov: true, .. }) as u32,
     }
 }
 
@@ -421,6 +430,13 @@ pub(crate) fn dtype(dtype: DType) -> Result<u32> {
         DType::F16 => abi::SRKL_F16,
         dtype => bail!("expected f32, f64, bf16 or f16, got {dtype:?}"),
     })
+}
+
+/// Where the elements of a contiguous tensor are.
+pub(crate) fn numbers(tensor: &Tensor, stream: &CudaStream) -> Result<abi::SrklGradient> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let address = address_of(&storage, layout.start_offset(), stream)?;
+    Ok(abi::SrklGradient { address, dtype: dtype(tensor.dtype())? as u64 })
 }
 
 /// The device address of a block's first element.
