@@ -90,11 +90,9 @@ impl Task for Training {
     /// activations: statistics of these are computed anew, from the training images in training mode. A
     /// training that goes on afterwards has to keep the old ones, and to put them back.
     fn averaged(&self) -> Result<()> {
-        for start in (0..self.digits.train.len()?).step_by(BATCH) {
-            let rows: Vec<u32> = (start..self.digits.train.len()?.min(start + BATCH))
-                .map(|row| row as u32)
-                .collect();
-            self.network.forward(&self.digits.train.select(&rows)?.images, true)?;
+        let rows: Vec<u32> = (0..self.digits.train.len()? as u32).collect();
+        for rows in rows.chunks(BATCH) {
+            self.network.forward(&self.digits.train.select(rows)?.images, true)?;
         }
         Ok(())
     }
