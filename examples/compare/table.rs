@@ -1,9 +1,8 @@
 //! The table at the end.
 
-use super::{ADAMW, ADAMW_RATES, Candidate, Run, Score};
+use candle_nn::ParamsAdamW;
 
-/// The default learning rate of candle's AdamW.
-const DEFAULT: f64 = 1e-3;
+use super::{ADAMW, ADAMW_RATES, Candidate, Run, Score};
 
 /// Prints a row for each preset, and two for AdamW: its default learning rate, and the best.
 pub fn print(candidates: &[Candidate], runs: &[Run], score: Score) {
@@ -11,13 +10,14 @@ pub fn print(candidates: &[Candidate], runs: &[Run], score: Score) {
     let adamw = rows.iter().filter(|row| row.candidate.name == ADAMW);
     let best = adamw.min_by(|a, b| score.badness(a.mean).total_cmp(&score.badness(b.mean)));
     let best = best.map(|row| row.candidate.lr);
+    let default = ParamsAdamW::default().lr;
 
     println!("| optimizer | lr | {} | gradients | seconds |", score.title());
     println!("|---|---|---|---|---|");
     for row in &rows {
         let Candidate { name, lr, preset } = row.candidate;
         let best_of = format!("best of {}", ADAMW_RATES.len());
-        let origin = match (preset, *lr == DEFAULT, best == Some(*lr)) {
+        let origin = match (preset, *lr == default, best == Some(*lr)) {
             (Some(_), ..) | (None, true, false) => "its default".into(),
             (None, true, true) => format!("its default, and {best_of}"),
             (None, false, true) => best_of,
