@@ -461,7 +461,6 @@ impl ParamsSrkl {
     pub fn braked_muon_averaged() -> Self {
         Self {
             direction: Self::MUON,
-            beta: Beta::Tied(0.25),
             average: Some(Average::Polynomial(8.)),
             ..Self::braked_adam_averaged()
         }

@@ -4,10 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::train::{AnyOptimizer, Training};
+use crate::train::Training;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -21,10 +21,7 @@ pub fn save(out: &Path, training: &mut Training) -> Result<()> {
         fs::remove_dir_all(&unfinished).with_context(|| unfinished.display().to_string())?;
     }
     fs::create_dir_all(&unfinished).with_context(|| unfinished.display().to_string())?;
-    let AnyOptimizer::Srkl(srkl) = &mut training.optimizer else {
-        bail!("only SRKL's state can be saved");
-    };
-    srkl.save(unfinished.join(OPTIMIZER))?;
+    training.optimizer.save(unfinished.join(OPTIMIZER))?;
     training.model.varmap.save(unfinished.join(MODEL))?;
     let position = json!({ "step": training.step, "settings": training.settings.describe() });
     fs::write(unfinished.join(TRAINING), format!("{position:#}\n"))?;
@@ -55,10 +52,7 @@ pub fn restore(folder: &Path, training: &mut Training) -> Result<()> {
     training.step = step.with_context(|| format!("{}: no step", path.display()))?;
     // The parameters first: the optimizer's state is checked against them.
     training.model.varmap.load(folder.join(MODEL))?;
-    let AnyOptimizer::Srkl(srkl) = &mut training.optimizer else {
-        bail!("only SRKL's state can be loaded");
-    };
-    Ok(srkl.load(folder.join(OPTIMIZER))?)
+    Ok(training.optimizer.load(folder.join(OPTIMIZER))?)
 }
 
 /// The steps and folders of all checkpoints in `out`.

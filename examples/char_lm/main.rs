@@ -6,10 +6,10 @@
 //! cargo run --release --example char_lm -- --help
 //! ```
 //!
-//! Where other programs keep the cores busy, `CANDLE_NUM_THREADS=1` is faster: candle's threads spin
-//! while they wait for each other.
+//! Where other programs keep the cores busy, `RAYON_NUM_THREADS=1` is faster.
 
 mod checkpoint;
+mod curve;
 mod model;
 mod sample;
 mod text;
@@ -26,8 +26,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
+use curve::Point;
 use text::Text;
-use train::{Rule, Settings, Training};
+use train::{Settings, Training};
 
 /// Every so many steps the progress bar shows the loss: on a CUDA device this waits for it.
 const SHOW_EVERY: u64 = 10;
@@ -46,7 +47,7 @@ struct Options {
     /// Print the losses every so many steps
     #[arg(long, value_name = "STEPS", default_value = "500", value_parser = value_parser!(u64).range(1..))]
     report_every: u64,
-    /// Folder for checkpoints (SRKL only)
+    /// Folder for checkpoints, and curve.csv
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
     /// Save a checkpoint every so many steps, and remove the one before
@@ -75,12 +76,6 @@ enum DeviceKind {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    options.settings.check()?;
-    let is_srkl = options.settings.optimizer != Rule::Adamw;
-    ensure!(
-        is_srkl || options.out.is_none(),
-        "--out is for SRKL: the state of adamw can't be saved"
-    );
     let device = match options.device {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda(0).context("--device cuda")?,
@@ -124,11 +119,16 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
     let style = "[{bar:40}] {pos}/{len} steps, {elapsed}, {eta} left, {msg}";
     let style = ProgressStyle::with_template(style)?.progress_chars("=> ");
     let bar = ProgressBar::new(steps).with_style(style).with_position(training.step);
-    let start = Instant::now();
+    let path = options.out.as_ref().map(|out| out.join("curve.csv"));
+    let read = |path: &PathBuf| curve::read(path, training.step);
+    let mut points = path.as_ref().map_or(Ok(vec![]), read)?;
+    let mut seconds = points.last().map_or(0., |point| point.seconds);
     let mut losses = vec![];
     println!("{:>7}  {:>13}  {:>13}  {:>9}", "step", "training loss", "held-out loss", "phi");
     while training.step < steps {
+        let start = Instant::now();
         let loss = training.step()?;
+        seconds += start.elapsed().as_secs_f64();
         let step = training.step;
         bar.inc(1);
         if step.is_multiple_of(SHOW_EVERY) {
@@ -139,6 +139,11 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
             let loss = Tensor::stack(&losses, 0)?.mean_all()?.to_scalar::<f32>()?;
             losses.clear();
             let held_out = training.held_out()?;
+            if let Some(path) = &path {
+                let (gradients, loss) = (training.gradients()?, loss.into());
+                points.push(Point { step, gradients, seconds, loss, held_out });
+                curve::write(path, &points)?;
+            }
             let phi = training.phi()?.map_or("-".into(), |phi| format!("{phi:.2e}"));
             bar.suspend(|| println!("{step:>7}  {loss:>13.4}  {held_out:>13.4}  {phi:>9}"));
             ensure!(held_out.is_finite(), "the training has diverged");
@@ -150,7 +155,6 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    let (gradients, seconds) = (training.gradients()?, start.elapsed().as_secs_f64());
-    println!("{steps} steps took {gradients} gradients; this run took {seconds:.1} s");
+    println!("{steps} steps took {} gradients and {seconds:.1} s", training.gradients()?);
     Ok(())
 }

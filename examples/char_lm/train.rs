@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use candle_nn::Optimizer;
 use candle_srkl::{Average, Measure, ParamsSrkl, Srkl};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
@@ -19,25 +19,24 @@ use crate::text::{Text, batch, even_batch};
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
     /// Which optimizer to train by
-    #[arg(long, value_enum, default_value = "braked-adam")]
+    #[arg(long, value_enum, default_value = "braked-muon-averaged")]
     pub optimizer: Rule,
-    /// Learning rate at its peak [default: 0.03 for braked-adam, 10 for kinetic, 1 for hessian, 0.3
-    /// for reference, 0.003 for adamw]
+    /// Learning rate at its peak [default: the preset's; 0.01 for muon, 0.003 for adamw, 0.3 for
+    /// reference]
     #[arg(long, value_parser = positive, allow_negative_numbers = true)]
     lr: Option<f64>,
-    /// Weight decay of the matrices; norms are not decayed [default: 0.1 for braked-adam and adamw,
-    /// whose steps are short; else 0]
+    /// Weight decay of the matrices; norms are not decayed [default: 0.1 for muon and adamw; else 0]
     #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
     weight_decay: Option<f64>,
-    /// Norm of all gradients above which they are scaled down to it (SRKL only)
+    /// Norm of all gradients above which they are scaled down to it
     #[arg(long, value_parser = positive, allow_negative_numbers = true)]
     clip: Option<f64>,
-    /// Decay of the average of the weights, which is what is evaluated; 0 is the weights themselves
-    /// (SRKL only) [default: 0.98]
-    #[arg(long, allow_negative_numbers = true)]
+    /// Evaluate an average of the weights: k of a polynomial one, over about the last 1/k of the
+    /// training [default: as the preset has it]
+    #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
     average: Option<f64>,
-    /// Type of the parameters and activations; with bf16 the optimizer keeps f32 master weights (SRKL
-    /// only). Slow on the CPU
+    /// Type of the parameters and activations; with bf16 the optimizer keeps f32 master weights. Slow
+    /// on the CPU
     #[arg(long, default_value = "f32", value_parser = dtype())]
     dtype: DType,
     /// Characters that the model sees at most
@@ -61,11 +60,12 @@ pub struct Settings {
     /// Steps in all
     #[arg(long, default_value = "4000")]
     pub steps: u64,
-    /// Steps over which the learning rate rises to its peak
-    #[arg(long, default_value = "10")]
-    warm_up: u64,
-    /// What it then falls to by a cosine, as a share of the peak [default: 0.1 for adamw; else 0.3,
-    /// since the brake grows stronger as steps get shorter]
+    /// Steps over which the learning rate rises to its peak [default: a tenth of all for muon, adamw and
+    /// reference; else none]
+    #[arg(long)]
+    warm_up: Option<u64>,
+    /// What it then falls to by a cosine, as a share of the peak [default: 0 for muon, adamw and
+    /// reference; else 1, no schedule]
     #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
     last_lr: Option<f64>,
     /// Seed of the initial weights and of the batches
@@ -75,93 +75,96 @@ pub struct Settings {
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub enum Rule {
+    BrakedMuonAveraged,
+    BrakedMuon,
+    BrakedAdamAveraged,
     BrakedAdam,
     Kinetic,
     Hessian,
     Reference,
-    /// candle's own, for comparison
+    /// Without a brake
+    Muon,
+    /// Without a brake
     Adamw,
 }
 
 /// A training after so many steps.
 pub struct Training<'a> {
     pub model: Transformer,
-    pub optimizer: AnyOptimizer,
+    pub optimizer: Srkl,
     pub settings: Settings,
     pub step: u64,
     text: &'a Text,
     device: Device,
 }
 
-pub enum AnyOptimizer {
-    Srkl(Srkl),
-    /// candle's has one weight decay for all of its variables, so there are two of it.
-    AdamW([AdamW; 2]),
-}
-
 /// Inputs and targets.
 type Batch = (Tensor, Tensor);
 
-impl Settings {
-    /// What clap can't express.
-    pub fn check(&self) -> Result<()> {
-        for (option, given) in [
-            ("--clip", self.clip.is_some()),
-            ("--average", self.average.is_some()),
-            ("--dtype bf16", self.dtype == DType::BF16),
-        ] {
-            ensure!(!given || self.optimizer != Rule::Adamw, "{option} is for SRKL, not for adamw");
+impl Rule {
+    /// Settings whose learning rate and decay suit this model, if the optimizer needs them.
+    fn preset(self) -> ParamsSrkl {
+        match self {
+            Self::BrakedMuonAveraged => ParamsSrkl::braked_muon_averaged(),
+            Self::BrakedMuon => ParamsSrkl::braked_muon(),
+            Self::BrakedAdamAveraged => ParamsSrkl::braked_adam_averaged(),
+            Self::BrakedAdam => ParamsSrkl::braked_adam(),
+            Self::Kinetic => ParamsSrkl::kinetic(),
+            Self::Hessian => {
+                // A wider difference than the preset's: for networks of ReLU, and for bf16.
+                let preset = ParamsSrkl::hessian();
+                ParamsSrkl { measure: Measure { delta: 1e-2, ..preset.measure }, ..preset }
+            }
+            Self::Reference => ParamsSrkl { lr: 0.3, ..ParamsSrkl::reference() },
+            Self::Muon => ParamsSrkl::muon(0.01),
+            Self::Adamw => ParamsSrkl { weight_decay: 0.1, ..ParamsSrkl::adamw(0.003) },
         }
-        Ok(())
     }
 
-    pub fn lr(&self) -> f64 {
-        self.lr.unwrap_or(match self.optimizer {
-            Rule::BrakedAdam => ParamsSrkl::braked_adam().lr,
-            Rule::Kinetic => ParamsSrkl::kinetic().lr,
-            Rule::Hessian => ParamsSrkl::hessian().lr,
-            Rule::Reference => 0.3,
-            Rule::Adamw => 0.003,
-        })
+    /// Whether its learning rate needs a schedule.
+    fn is_scheduled(self) -> bool {
+        matches!(self, Self::Muon | Self::Adamw | Self::Reference)
+    }
+}
+
+impl Settings {
+    pub fn params(&self) -> ParamsSrkl {
+        let preset = self.optimizer.preset();
+        ParamsSrkl {
+            lr: self.lr.unwrap_or(preset.lr),
+            weight_decay: self.weight_decay.unwrap_or(preset.weight_decay),
+            max_grad_norm: self.clip,
+            average: self.average.map(Average::Polynomial).or(preset.average),
+            measure: Measure { seed: self.seed, ..preset.measure },
+            ..preset
+        }
     }
 
-    fn weight_decay(&self) -> f64 {
-        self.weight_decay.unwrap_or(match self.optimizer {
-            Rule::BrakedAdam | Rule::Adamw => 0.1,
-            Rule::Kinetic | Rule::Hessian | Rule::Reference => 0.,
-        })
-    }
-
-    /// None for candle's AdamW.
-    fn average(&self) -> Option<f64> {
-        (self.optimizer != Rule::Adamw).then(|| self.average.unwrap_or(0.98))
+    fn warm_up(&self) -> u64 {
+        let default = if self.optimizer.is_scheduled() { self.steps / 10 } else { 0 };
+        self.warm_up.unwrap_or(default)
     }
 
     fn last_lr(&self) -> f64 {
-        self.last_lr.unwrap_or(if self.optimizer == Rule::Adamw { 0.1 } else { 0.3 })
+        self.last_lr.unwrap_or(if self.optimizer.is_scheduled() { 0. } else { 1. })
     }
 
     /// All of it, in words, to tell two trainings apart.
     pub fn describe(&self) -> String {
-        let settings = Self {
-            lr: Some(self.lr()),
-            weight_decay: Some(self.weight_decay()),
-            average: self.average(),
-            last_lr: Some(self.last_lr()),
-            ..self.clone()
-        };
-        format!("{settings:?}")
+        let (warm_up, last_lr) = (Some(self.warm_up()), Some(self.last_lr()));
+        format!("{:?} {:?}", Self { warm_up, last_lr, ..self.clone() }, self.params())
     }
 
     /// The learning rate of a step: a linear warm-up, then half a period of a cosine.
     fn lr_of(&self, step: u64) -> f64 {
-        let share = if step < self.warm_up {
-            (step + 1) as f64 / self.warm_up as f64
+        let warm_up = self.warm_up();
+        let share = if step < warm_up {
+            (step + 1) as f64 / warm_up as f64
         } else {
-            let done = (step - self.warm_up) as f64 / (self.steps - self.warm_up).max(1) as f64;
+            let done = (step - warm_up) as f64 / (self.steps - warm_up).max(1) as f64;
             self.last_lr() + (1. - self.last_lr()) * (1. + (PI * done).cos()) / 2.
         };
-        share * self.lr()
+        share * self.params().lr
     }
 }
 
@@ -171,7 +174,7 @@ impl<'a> Training<'a> {
         let vocabulary = text.alphabet.len();
         let config = Config { vocabulary, context, width, heads, layers };
         let model = Transformer::new(&config, seed, dtype, device)?;
-        let optimizer = AnyOptimizer::new(settings, &model)?;
+        let optimizer = optimizer(settings, &model)?;
         let settings = settings.clone();
         Ok(Self { model, optimizer, settings, step: 0, text, device: device.clone() })
     }
@@ -181,31 +184,22 @@ impl<'a> Training<'a> {
         let batches = self.batches()?;
         let lr = self.settings.lr_of(self.step);
         let (loss, grads) = gradients(&self.model, &batches)?;
-        match &mut self.optimizer {
-            AnyOptimizer::AdamW(groups) => {
-                for adamw in groups {
-                    adamw.set_learning_rate(lr);
-                    adamw.step(&grads)?;
-                }
-            }
-            // Where a step has one batch, `backward_step_with` does all of this.
-            AnyOptimizer::Srkl(srkl) => {
-                srkl.set_learning_rate(lr);
-                // Curvature takes a second gradient of the same batches at other parameters: of
-                // Hutchinson's kind before the step, at perturbed ones; else after it.
-                let measures = srkl.measuring();
-                let perturbs = self.settings.optimizer == Rule::Hessian;
-                if measures && perturbs {
-                    let perturbed = srkl.perturb(&grads)?;
-                    let (_, again) = gradients(&self.model, &batches)?;
-                    perturbed.observe(&again)?;
-                }
-                srkl.step(&grads)?;
-                if measures && !perturbs {
-                    let (_, again) = gradients(&self.model, &batches)?;
-                    srkl.observe(&again)?;
-                }
-            }
+        // Where a step has one batch, `backward_step_with` does all of this.
+        let srkl = &mut self.optimizer;
+        srkl.set_learning_rate(lr);
+        // Curvature takes a second gradient of the same batches at other parameters: of Hutchinson's kind
+        // before the step, at perturbed ones; else after it.
+        let measures = srkl.measuring();
+        let perturbs = self.settings.optimizer == Rule::Hessian;
+        if measures && perturbs {
+            let perturbed = srkl.perturb(&grads)?;
+            let (_, again) = gradients(&self.model, &batches)?;
+            perturbed.observe(&again)?;
+        }
+        srkl.step(&grads)?;
+        if measures && !perturbs {
+            let (_, again) = gradients(&self.model, &batches)?;
+            srkl.observe(&again)?;
         }
         self.step += 1;
         Ok(loss)
@@ -226,12 +220,8 @@ impl<'a> Training<'a> {
 
     /// Calls `f` with the model, of averaged weights if they are averaged.
     pub fn evaluate<T>(&mut self, f: impl FnOnce(&Transformer) -> Result<T>) -> Result<T> {
-        let _averaged = match &mut self.optimizer {
-            AnyOptimizer::Srkl(srkl) if self.settings.average().is_some() => {
-                Some(srkl.swap_averaged()?)
-            }
-            _ => None,
-        };
+        let averages = self.settings.params().average.is_some();
+        let _averaged = averages.then(|| self.optimizer.swap_averaged()).transpose()?;
         f(&self.model)
     }
 
@@ -255,17 +245,14 @@ impl<'a> Training<'a> {
 
     /// The mean over all parameter tensors of what the last step multiplied their directions by.
     pub fn phi(&self) -> Result<Option<f64>> {
-        let AnyOptimizer::Srkl(srkl) = &self.optimizer else { return Ok(None) };
-        let phi: Vec<f64> = srkl.telemetry()?.iter().filter_map(|block| block.phi).collect();
+        let phi: Vec<f64> =
+            self.optimizer.telemetry()?.iter().filter_map(|block| block.phi).collect();
         Ok((!phi.is_empty()).then(|| phi.iter().sum::<f64>() / phi.len() as f64))
     }
 
     /// How many gradients were computed, each of the `accumulate` batches of a step.
     pub fn gradients(&self) -> Result<u64> {
-        Ok(match &self.optimizer {
-            AnyOptimizer::Srkl(srkl) => self.step + srkl.measurements()?.taken,
-            AnyOptimizer::AdamW(_) => self.step,
-        })
+        Ok(self.step + self.optimizer.measurements()?.taken)
     }
 }
 
@@ -294,43 +281,12 @@ fn gradients(model: &Transformer, batches: &[Batch]) -> Result<(Tensor, GradStor
     Ok((Tensor::stack(&losses, 0)?.sum_all()?, sum))
 }
 
-impl AnyOptimizer {
-    fn new(settings: &Settings, model: &Transformer) -> Result<Self> {
-        let (lr, weight_decay) = (settings.lr(), settings.weight_decay());
-        let preset = match settings.optimizer {
-            Rule::BrakedAdam if settings.average() == Some(0.) => ParamsSrkl::braked_adam(),
-            Rule::BrakedAdam => ParamsSrkl::braked_adam_averaged(),
-            Rule::Kinetic => ParamsSrkl::kinetic(),
-            Rule::Hessian => {
-                // A wider difference than the preset's: for networks of ReLU, and for bf16.
-                let preset = ParamsSrkl::hessian();
-                let measure = Measure { delta: 1e-2, seed: settings.seed, ..preset.measure };
-                ParamsSrkl { measure, ..preset }
-            }
-            Rule::Reference => ParamsSrkl::reference(),
-            Rule::Adamw => {
-                let (decayed, rest) =
-                    model.varmap.all_vars().into_iter().partition(|var| var.rank() >= 2);
-                let params = ParamsAdamW { lr, weight_decay, ..ParamsAdamW::default() };
-                let no_decay = ParamsAdamW { weight_decay: 0., ..params.clone() };
-                let groups = [AdamW::new(decayed, params)?, AdamW::new(rest, no_decay)?];
-                return Ok(Self::AdamW(groups));
-            }
-        };
-        let params = ParamsSrkl {
-            lr,
-            weight_decay,
-            max_grad_norm: settings.clip,
-            average: settings.average().map(Average::Exponential),
-            ..preset
-        };
-        let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };
-        let srkl = Srkl::builder()
-            .default_group(params)
-            .group("no_decay", no_decay, |_, var| var.rank() < 2)
-            .build_varmap(&model.varmap)?;
-        Ok(Self::Srkl(srkl))
-    }
+/// Norms and biases don't decay.
+fn optimizer(settings: &Settings, model: &Transformer) -> Result<Srkl> {
+    let params = settings.params();
+    let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };
+    let builder = Srkl::builder().default_group(params);
+    Ok(builder.group("no_decay", no_decay, |_, var| var.rank() < 2).build_varmap(&model.varmap)?)
 }
 
 pub fn positive(text: &str) -> Result<f64> {
