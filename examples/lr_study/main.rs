@@ -1,11 +1,12 @@
-//! How much does the learning rate matter? Trains six small tasks by each of eight optimizers at
-//! learning rates over seven decades, and counts those that do well.
+//! How much does the learning rate matter? Trains six small tasks (and two larger ones, where asked)
+//! by each of thirteen optimizers at learning rates over seven decades, and counts those that do well.
 //!
 //! ```sh
 //! cargo run --release --example lr_study
 //! cargo run --release --example lr_study -- --help
 //! ```
 
+mod average;
 #[path = "../digits/data.rs"]
 #[allow(dead_code, reason = "only the digits example has a validation part")]
 mod data;
@@ -14,12 +15,15 @@ mod functions;
 mod mlp;
 mod networks;
 mod optimizers;
+#[allow(dead_code, reason = "only a test reads Prodigy's estimate")]
+mod peers;
 mod plot;
 #[path = "../digits/random.rs"]
 #[allow(dead_code, reason = "each example has streams of its own")]
 mod random;
 mod results;
 mod run;
+mod schedule;
 mod table;
 mod tasks;
 #[path = "../char_lm/text.rs"]
@@ -43,7 +47,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use optimizers::{Rule, Variant};
 use results::Results;
 use run::Job;
-use table::Summary;
+use table::{Study, Summary};
 use tasks::{GRID, Task};
 
 const THREADS: &str = "RAYON_NUM_THREADS";
@@ -55,23 +59,24 @@ const THREADS: &str = "RAYON_NUM_THREADS";
 /// begin anew. On the same machine the same options give the same scores.
 #[derive(Parser)]
 struct Options {
-    /// Which tasks, with commas between [default: all]
-    #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true,
-          default_values_t = Task::value_variants().to_vec())]
+    /// Which tasks, with commas between [default: all but char-lm64 and char-lm128, which --full has]
+    #[arg(long, value_enum, value_delimiter = ',')]
     tasks: Vec<Task>,
     /// Which optimizers, with commas between [default: all]
     #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true,
           default_values_t = Rule::value_variants().to_vec())]
     optimizers: Vec<Rule>,
-    /// Only these learning rates of the grid, with commas between, beside each optimizer's default
-    /// [default: all]
+    /// Only these learning rates, with commas between, beside each optimizer's default [default: the task's grid;
+    /// the tables then have others too that all these seeds were run at before]
     #[arg(long, value_name = "LRS", value_delimiter = ',', value_parser = of_grid)]
     lr: Vec<f64>,
     /// Seeds for each learning rate [default: 1 to 3, as the task says]
     #[arg(long)]
     seeds: Option<NonZeroU64>,
-    /// Longer runs, a larger transformer, half decades and 3 seeds everywhere: hours instead of
-    /// minutes
+    /// The first of them
+    #[arg(long, value_name = "SEED", default_value = "0")]
+    first_seed: u64,
+    /// Longer runs, two larger transformers and 3 seeds everywhere: hours instead of minutes
     #[arg(long)]
     full: bool,
     #[command(flatten)]
@@ -92,15 +97,18 @@ fn main() -> Result<()> {
         unsafe { env::set_var(THREADS, "1") };
     }
     let mut options = Options::parse();
+    if options.tasks.is_empty() {
+        options.tasks = Task::value_variants().to_vec();
+        options.tasks.retain(|task| options.full || task.is_short());
+    }
     options.tasks.sort();
     options.tasks.dedup();
     options.optimizers.sort();
     options.optimizers.dedup();
+    options.lr.sort_by(f64::total_cmp);
+    options.lr.dedup();
     if options.variant.is_any() && options.out.is_none() {
         bail!("settings that are not the presets' need a folder of their own: give --out");
-    }
-    for task in &options.tasks {
-        ensure!(!options.rates(*task).is_empty(), "--lr: {} has none of these", task.title());
     }
     let out = options.out.clone().unwrap_or_else(|| PathBuf::from("out/lr_study"));
     let results = Results::open(&out).context("--out")?;
@@ -122,29 +130,30 @@ impl Options {
         }
     }
 
-    fn seeds(&self, task: Task) -> u64 {
-        self.seeds.map_or(task.plan(self.full).seeds, NonZeroU64::get)
-    }
-
-    /// The learning rates to compare.
-    fn rates(&self, task: Task) -> Vec<f64> {
-        let mut rates = task.plan(self.full).grid();
-        rates.retain(|lr| self.lr.is_empty() || self.lr.contains(lr));
-        rates
+    fn study(&self, task: Task) -> Study {
+        let plan = task.plan(self.full);
+        let seeds = self.seeds.map_or(plan.seeds, NonZeroU64::get);
+        Study {
+            task,
+            full: self.full,
+            rates: if self.lr.is_empty() { plan.grid() } else { self.lr.clone() },
+            more_rates: self.lr.is_empty(),
+            seeds: self.first_seed..self.first_seed + seeds,
+        }
     }
 
     fn jobs(&self) -> Vec<Job> {
-        let full = self.full;
         let mut jobs = vec![];
         for &task in &self.tasks {
-            for &rule in &self.optimizers {
-                let mut rates = self.rates(task);
-                if !rates.contains(&rule.default_lr()) {
-                    rates.push(rule.default_lr());
-                }
-                for lr in rates {
-                    let job = |seed| Job { task, full, rule, lr, seed };
-                    jobs.extend((0..self.seeds(task)).map(job));
+            let study = self.study(task);
+            // Seed by seed, so that a time at which the machine is slow isn't all of one row.
+            for seed in study.seeds.clone() {
+                for &rule in &self.optimizers {
+                    let mut rates = study.rates.clone();
+                    if !rates.contains(&rule.default_lr()) {
+                        rates.push(rule.default_lr());
+                    }
+                    jobs.extend(rates.into_iter().map(|lr| study.job(rule, lr, seed)));
                 }
             }
         }
@@ -177,7 +186,7 @@ fn run_all(options: &Options, results: Results) -> Result<Results> {
                 job.to_string()
             })?;
             let mut results = results.lock().map_err(|_| anyhow!("another thread panicked"))?;
-            let drawn = job == Job::drawn(job.task, job.full, job.rule);
+            let drawn = job == options.study(job.task).drawn(job.rule);
             results.add(run, drawn.then_some(&curve))?;
             bar.inc(1);
         }
@@ -196,17 +205,18 @@ fn run_all(options: &Options, results: Results) -> Result<Results> {
 
 fn report(options: &Options, out: &Path, results: &Results) -> Result<()> {
     let summaries = |&task: &Task| {
-        let (rates, seeds) = (options.rates(task), options.seeds(task));
-        let summary = |&rule| Summary::new(results, task, options.full, rule, &rates, seeds);
-        (task, options.optimizers.iter().map(summary).collect())
+        let study = options.study(task);
+        let summary = |&rule| Summary::new(results, &study, rule);
+        let summaries = options.optimizers.iter().map(summary).collect();
+        (study, summaries)
     };
-    let studies: Vec<(Task, Vec<Summary>)> = options.tasks.iter().map(summaries).collect();
-    let text = table::markdown(&studies, options.full, options.seeds.map(NonZeroU64::get))?;
+    let studies: Vec<(Study, Vec<Summary>)> = options.tasks.iter().map(summaries).collect();
+    let text = table::markdown(&studies)?;
     println!("{text}");
     let path = out.join("table.md");
     fs::write(&path, text).with_context(|| path.display().to_string())?;
     println!("wrote {}", path.display());
-    for path in plot::draw(out, &studies, results, options.full)? {
+    for path in plot::draw(out, &studies, results)? {
         println!("wrote {}", path.display());
     }
     Ok(())

@@ -82,8 +82,7 @@ impl CharLm {
     /// The held-out loss is that of so many windows, the same ones for every seed.
     const WINDOWS: usize = 64;
 
-    pub fn new(seed: u64, full: bool) -> Result<Self> {
-        let (width, layers) = if full { (64, 2) } else { (32, 1) };
+    pub fn new(seed: u64, layers: usize, width: usize) -> Result<Self> {
         let text = Text::load()?;
         let vocabulary = text.alphabet.len();
         let config = Config { vocabulary, context: Self::CONTEXT, width, heads: 4, layers };

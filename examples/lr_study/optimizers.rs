@@ -6,15 +6,30 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
 use candle_srkl::{Beta, Curvature, Measure, ParamsSrkl, Srkl, StepCurvature};
 use clap::{Args, ValueEnum};
 
-/// How much AdamW's averaged weights keep of themselves in a step: as much as braked Adam's.
-const AVERAGE: f64 = 0.98;
+use crate::average::{Average, Share, swapped};
+use crate::peers::{ParamsProdigy, ParamsScheduleFree, Prodigy, ScheduleFreeAdamW};
+use crate::schedule::Schedule;
+
+/// Warm-up's share of a training: of AdamW with a cosine, and of Schedule-Free AdamW. Its package has none by default but
+/// recommends one, and several trainings in its paper have this one.
+const WARM_UP: f64 = 0.1;
+const WARM_UP_SCHEDULE_FREE: f64 = 0.05;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Rule {
     Sgd,
     Adamw,
-    /// AdamW, judged by averaged weights
+    /// AdamW with warm-up and cosine
+    AdamwCosine,
+    /// AdamW, judged by exponential averages of the weights
     AdamwAveraged,
+    /// AdamW, judged by polynomial averages of the weights
+    AdamwPolynomial,
+    Prodigy,
+    /// Prodigy with cosine
+    ProdigyCosine,
+    /// Schedule-Free AdamW with warm-up, judged by its averages
+    ScheduleFree,
     Reference,
     Kinetic,
     BrakedAdam,
@@ -67,7 +82,12 @@ impl Rule {
         match self {
             Self::Sgd => "SGD",
             Self::Adamw => "AdamW",
+            Self::AdamwCosine => "AdamW, cosine",
             Self::AdamwAveraged => "AdamW, averaged",
+            Self::AdamwPolynomial => "AdamW, polynomial average",
+            Self::Prodigy => "Prodigy",
+            Self::ProdigyCosine => "Prodigy, cosine",
+            Self::ScheduleFree => "Schedule-Free AdamW",
             Self::Reference => "reference",
             Self::Kinetic => "kinetic",
             Self::BrakedAdam => "braked Adam",
@@ -76,19 +96,50 @@ impl Rule {
         }
     }
 
-    /// The preset's, or candle's. Its SGD has none, and gets AdamW's.
+    /// The preset's, candle's, or that of the authors' package. candle's SGD has none, and gets AdamW's.
     pub fn default_lr(self) -> f64 {
-        self.preset().map_or(ParamsAdamW::default().lr, |preset| preset.lr)
+        match self {
+            Self::Prodigy | Self::ProdigyCosine => ParamsProdigy::default().lr,
+            Self::ScheduleFree => ParamsScheduleFree::default().lr,
+            _ => self.preset().map_or(ParamsAdamW::default().lr, |preset| preset.lr),
+        }
     }
 
+    fn schedule(self) -> Schedule {
+        match self {
+            Self::AdamwCosine => Schedule { warm_up: WARM_UP, cosine: true },
+            Self::ProdigyCosine => Schedule { warm_up: 0., cosine: true },
+            Self::ScheduleFree => Schedule { warm_up: WARM_UP_SCHEDULE_FREE, cosine: false },
+            _ => Schedule::CONSTANT,
+        }
+    }
+
+    /// Of optimizers that keep none themselves.
+    fn average(self) -> Option<Share> {
+        match self {
+            // As braked Adam's.
+            Self::AdamwAveraged => Some(Share::Exponential(0.98)),
+            Self::AdamwPolynomial => Some(Share::Polynomial(8.)),
+            _ => None,
+        }
+    }
+
+    /// Whether it trains as the rule without averages does, and only is judged by them.
     pub fn averages(self) -> bool {
-        matches!(self, Self::AdamwAveraged | Self::BrakedAdamAveraged)
+        self.average().is_some() || self == Self::BrakedAdamAveraged
     }
 
-    /// SRKL's settings but for the learning rate; `None` for candle's own optimizers.
+    /// SRKL's settings but for the learning rate; `None` for the optimizers of others.
     fn preset(self) -> Option<ParamsSrkl> {
         match self {
-            Self::Sgd | Self::Adamw | Self::AdamwAveraged => None,
+            Self::Sgd
+            | Self::Adamw
+            | Self::AdamwCosine
+            | Self::AdamwAveraged
+            | Self::AdamwPolynomial
+            | Self::Prodigy
+            | Self::ProdigyCosine
+            | Self::ScheduleFree => None,
             Self::Reference => Some(ParamsSrkl::reference()),
             Self::Kinetic => Some(ParamsSrkl::kinetic()),
             Self::BrakedAdam => Some(ParamsSrkl::braked_adam()),
@@ -98,38 +149,67 @@ impl Rule {
     }
 }
 
-pub enum AnyOptimizer {
+/// An optimizer with its schedule and, where it keeps none itself, averages.
+pub struct AnyOptimizer {
+    method: Method,
+    vars: Vec<Var>,
+    lr: f64,
+    schedule: Schedule,
+    average: Option<Average>,
+    /// How many gradients the training has, and how many of them are spent.
+    budget: usize,
+    spent: usize,
+}
+
+enum Method {
     Sgd(SGD),
     AdamW(AdamW),
-    AdamWAveraged(AdamW, Average),
+    Prodigy(Prodigy),
+    ScheduleFree(ScheduleFreeAdamW),
     Srkl(Srkl),
 }
 
 impl AnyOptimizer {
-    pub fn new(rule: Rule, lr: f64, seed: u64, variant: &Variant, varmap: &VarMap) -> Result<Self> {
-        if let Some(preset) = rule.preset() {
-            let mut params = ParamsSrkl { lr, ..preset };
-            variant.apply(&mut params);
-            params.measure.seed = seed;
-            return Ok(Self::Srkl(Srkl::from_varmap(varmap, params)?));
-        }
+    /// For a training of `budget` gradients.
+    pub fn new(
+        rule: Rule,
+        lr: f64,
+        budget: usize,
+        seed: u64,
+        variant: &Variant,
+        varmap: &VarMap,
+    ) -> Result<Self> {
         let vars = varmap.all_vars();
-        if rule == Rule::Sgd {
-            return Ok(Self::Sgd(SGD::new(vars, lr)?));
-        }
-        // No decay, as the others have none.
-        let params = ParamsAdamW { lr, weight_decay: 0., ..ParamsAdamW::default() };
-        let adamw = AdamW::new(vars.clone(), params)?;
-        Ok(match rule.averages() {
-            true => Self::AdamWAveraged(adamw, Average::new(vars)),
-            false => Self::AdamW(adamw),
-        })
+        let method = match (rule, rule.preset()) {
+            (_, Some(preset)) => {
+                let mut params = ParamsSrkl { lr, ..preset };
+                variant.apply(&mut params);
+                params.measure.seed = seed;
+                Method::Srkl(Srkl::from_varmap(varmap, params)?)
+            }
+            (Rule::Sgd, None) => Method::Sgd(SGD::new(vars.clone(), lr)?),
+            (Rule::Prodigy | Rule::ProdigyCosine, None) => {
+                let params = ParamsProdigy { lr, ..ParamsProdigy::default() };
+                Method::Prodigy(Prodigy::new(vars.clone(), params)?)
+            }
+            (Rule::ScheduleFree, None) => {
+                let params = ParamsScheduleFree { lr, ..ParamsScheduleFree::default() };
+                Method::ScheduleFree(ScheduleFreeAdamW::new(vars.clone(), params)?)
+            }
+            (_, None) => {
+                // No decay, as the others have none.
+                let params = ParamsAdamW { lr, weight_decay: 0., ..ParamsAdamW::default() };
+                Method::AdamW(AdamW::new(vars.clone(), params)?)
+            }
+        };
+        let (schedule, average) = (rule.schedule(), rule.average().map(Average::new));
+        Ok(Self { method, vars, lr, schedule, average, budget, spent: 0 })
     }
 
     /// How many gradients the next step needs.
     pub fn next_cost(&self) -> usize {
-        match self {
-            Self::Srkl(srkl) if srkl.measuring() => 2,
+        match &self.method {
+            Method::Srkl(srkl) if srkl.measuring() => 2,
             _ => 1,
         }
     }
@@ -139,18 +219,23 @@ impl AnyOptimizer {
         &mut self,
         mut loss: impl FnMut() -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
-        if let Self::Srkl(srkl) = self {
-            return srkl.backward_step_with(loss);
-        }
-        let loss = loss()?;
-        match self {
-            Self::Sgd(sgd) => sgd.backward_step(&loss)?,
-            Self::AdamW(adamw) => adamw.backward_step(&loss)?,
-            Self::AdamWAveraged(adamw, average) => {
-                adamw.backward_step(&loss)?;
-                average.update()?;
+        let lr = self.lr * self.schedule.factor(self.spent, self.budget);
+        let loss = || {
+            self.spent += 1;
+            loss()
+        };
+        let loss = match &mut self.method {
+            Method::Sgd(sgd) => step_once(sgd, lr, loss)?,
+            Method::AdamW(adamw) => step_once(adamw, lr, loss)?,
+            Method::Prodigy(prodigy) => step_once(prodigy, lr, loss)?,
+            Method::ScheduleFree(schedule_free) => step_once(schedule_free, lr, loss)?,
+            Method::Srkl(srkl) => {
+                srkl.set_learning_rate(lr);
+                srkl.backward_step_with(loss)?
             }
-            Self::Srkl(_) => unreachable!("stepped above"),
+        };
+        if let Some(average) = &mut self.average {
+            average.update(&self.vars)?;
         }
         Ok(loss)
     }
@@ -158,9 +243,10 @@ impl AnyOptimizer {
     /// Calls `judge` while the parameters are those to judge the optimizer by: the averages, if it
     /// keeps any.
     pub fn judged<T>(&mut self, rule: Rule, judge: impl FnOnce() -> Result<T>) -> Result<T> {
-        match self {
-            Self::AdamWAveraged(_, average) => average.swapped(judge),
-            Self::Srkl(srkl) if rule.averages() => {
+        match (&mut self.method, &self.average) {
+            (_, Some(average)) => swapped(&self.vars, average.averages(), judge),
+            (Method::ScheduleFree(opt), _) => swapped(&self.vars, &opt.averages(), judge),
+            (Method::Srkl(srkl), _) if rule.averages() => {
                 let _averaged = srkl.swap_averaged()?;
                 judge()
             }
@@ -171,51 +257,20 @@ impl AnyOptimizer {
     /// The brake `phi` of the last step, the mean over tensors; `None` without a brake, and where
     /// every element has its own.
     pub fn brake(&self) -> Result<Option<f64>> {
-        let Self::Srkl(srkl) = self else { return Ok(None) };
+        let Method::Srkl(srkl) = &self.method else { return Ok(None) };
         let phis: Vec<f64> = srkl.telemetry()?.into_iter().filter_map(|block| block.phi).collect();
         Ok((!phis.is_empty()).then(|| phis.iter().sum::<f64>() / phis.len() as f64))
     }
 }
 
-/// Averaged weights by hand, for optimizers that don't keep any.
-pub struct Average {
-    vars: Vec<Var>,
-    averages: Vec<Tensor>,
-    steps: i32,
-}
-
-impl Average {
-    fn new(vars: Vec<Var>) -> Self {
-        Self { vars, averages: vec![], steps: 0 }
-    }
-
-    /// `a <- a + (1 - c) / (1 - c^t) * (w - a)`: the first average is the weights themselves.
-    fn update(&mut self) -> candle_core::Result<()> {
-        self.steps += 1;
-        if self.averages.is_empty() {
-            self.averages = copies(&self.vars)?;
-            return Ok(());
-        }
-        let share = (1. - AVERAGE) / (1. - AVERAGE.powi(self.steps));
-        for (average, var) in self.averages.iter_mut().zip(&self.vars) {
-            *average = (&*average + ((var.as_tensor() - &*average)? * share)?)?;
-        }
-        Ok(())
-    }
-
-    fn swapped<T>(&self, judge: impl FnOnce() -> Result<T>) -> Result<T> {
-        let weights = copies(&self.vars)?;
-        set(&self.vars, &self.averages)?;
-        let judged = judge();
-        set(&self.vars, &weights)?;
-        judged
-    }
-}
-
-fn copies(vars: &[Var]) -> candle_core::Result<Vec<Tensor>> {
-    vars.iter().map(|var| var.as_tensor().detach().copy()).collect()
-}
-
-fn set(vars: &[Var], values: &[Tensor]) -> candle_core::Result<()> {
-    vars.iter().zip(values).try_for_each(|(var, value)| var.set(value))
+/// Returns the loss before the step.
+fn step_once(
+    opt: &mut impl Optimizer,
+    lr: f64,
+    loss: impl FnOnce() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    opt.set_learning_rate(lr);
+    let loss = loss()?;
+    opt.backward_step(&loss)?;
+    Ok(loss)
 }

@@ -10,13 +10,14 @@ use plotters::prelude::*;
 
 use crate::optimizers::Rule;
 use crate::results::Results;
-use crate::run::{Job, Point};
-use crate::table::Summary;
+use crate::run::Point;
+use crate::table::{Study, Summary};
 use crate::tasks::{Kind, Task};
 
 const COLUMNS: usize = 3;
 const PANEL: (u32, u32) = (460, 340);
-const LEGEND: u32 = 44;
+/// Of a row of the legend.
+const ROW: u32 = 22;
 
 /// The least value that a logarithmic axis shows.
 const LEAST: f64 = 1e-16;
@@ -44,23 +45,22 @@ struct Axis {
 /// Writes `score.svg`, `loss.svg` and `brake.svg`, and returns where they are.
 pub fn draw(
     folder: &Path,
-    studies: &[(Task, Vec<Summary>)],
+    studies: &[(Study, Vec<Summary>)],
     results: &Results,
-    full: bool,
 ) -> Result<Vec<PathBuf>> {
     let mut curves = vec![];
-    for (task, summaries) in studies {
+    for (study, summaries) in studies {
         let mut of_task = vec![];
         for Summary { rule, .. } in summaries {
             // Those that are only judged by averages train as the others.
             if !rule.averages() {
-                let curve = results.curve(Job::drawn(*task, full, *rule))?.unwrap_or_default();
+                let curve = results.curve(study.drawn(*rule))?.unwrap_or_default();
                 of_task.push((*rule, curve));
             }
         }
-        curves.push((*task, of_task));
+        curves.push((study.task, of_task));
     }
-    let score = studies.iter().map(|(task, summaries)| score(*task, summaries)).collect();
+    let score = studies.iter().map(|(study, summaries)| score(study.task, summaries)).collect();
     let loss = curves.iter().map(|(task, curves)| loss(*task, curves)).collect();
     let brake = curves.iter().map(|(task, curves)| brake(*task, curves)).collect();
     let mut written = vec![];
@@ -168,15 +168,19 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 fn picture(path: &Path, panels: &[Panel]) -> Result<()> {
     let columns = COLUMNS.min(panels.len()).max(1);
     let rows = panels.len().div_ceil(columns);
-    let size = (PANEL.0 * columns as u32, PANEL.1 * rows as u32 + LEGEND);
+    let (width, height) = (PANEL.0 * columns as u32, PANEL.1 * rows as u32);
+    let shown =
+        |rule: &&Rule| panels.iter().flat_map(|panel| &panel.lines).any(|l| l.rule == **rule);
+    let entries = places(Rule::value_variants().iter().filter(shown), width);
+    let lowest = entries.iter().map(|&(_, _, y)| y).max().unwrap_or(0);
+    let size = (width, height + lowest as u32 + ROW);
     let area = SVGBackend::new(path, size).into_drawing_area();
     area.fill(&WHITE)?;
-    let (upper, lower) = area.split_vertically(PANEL.1 * rows as u32);
+    let (upper, lower) = area.split_vertically(height);
     for (area, panel) in upper.split_evenly((rows, columns)).iter().zip(panels) {
         panel.draw(area)?;
     }
-    let shown = |rule: &Rule| panels.iter().flat_map(|panel| &panel.lines).any(|l| l.rule == *rule);
-    legend(&lower, Rule::value_variants().iter().copied().filter(shown).collect())?;
+    legend(&lower, &entries)?;
     Ok(area.present()?)
 }
 
@@ -206,42 +210,62 @@ impl Panel {
             let points = points.iter().filter(|(_, y)| !y.is_nan());
             let points: Vec<_> = points.map(|&(px, py)| (x.place(px), y.place(py))).collect();
             let style = stroke(*rule);
-            if rule.averages() {
-                chart.draw_series(DashedLineSeries::new(points, 6, 4, style))?;
-            } else {
-                chart.draw_series(LineSeries::new(points, style))?;
-            }
+            match dashes(*rule) {
+                Some((length, gap)) => {
+                    chart.draw_series(DashedLineSeries::new(points, length, gap, style))?
+                }
+                None => chart.draw_series(LineSeries::new(points, style))?,
+            };
         }
         Ok(())
     }
 }
 
-/// In rows.
-fn legend(area: &Area, rules: Vec<Rule>) -> Result<()> {
-    const ROW: i32 = 22;
-    let (mut x, mut y) = (30, LEGEND as i32 / 3);
-    for rule in rules {
-        let width = 60 + 8 * rule.name().len() as i32;
-        if x + width > area.dim_in_pixel().0 as i32 {
-            (x, y) = (30, y + ROW);
+/// Where the legend's entries are, in rows.
+fn places<'a>(rules: impl Iterator<Item = &'a Rule>, width: u32) -> Vec<(Rule, i32, i32)> {
+    let (mut x, mut y) = (30, 14);
+    let place = |&rule: &Rule| {
+        let length = 60 + 8 * rule.name().len() as i32;
+        if x + length > width as i32 && x > 30 {
+            (x, y) = (30, y + ROW as i32);
         }
-        let style = stroke(rule);
-        let dashes: &[i32] = if rule.averages() { &[0, 16] } else { &[0] };
-        let length = if rule.averages() { 10 } else { 26 };
-        for dash in dashes {
-            area.draw(&PathElement::new([(x + dash, y), (x + dash + length, y)], style))?;
+        x += length;
+        (rule, x - length, y)
+    };
+    rules.map(place).collect()
+}
+
+fn legend(area: &Area, entries: &[(Rule, i32, i32)]) -> Result<()> {
+    for &(rule, x, y) in entries {
+        let (length, gap) =
+            dashes(rule).map_or((26, 0), |(length, gap)| (length as i32, gap as i32));
+        for start in (0..=26 - length).step_by((length + gap) as usize) {
+            let line = [(x + start, y), (x + start + length, y)];
+            area.draw(&PathElement::new(line, stroke(rule)))?;
         }
         area.draw(&Text::new(rule.name(), (x + 32, y - 7), ("sans-serif", 15)))?;
-        x += width;
     }
     Ok(())
 }
 
-/// Okabe and Ito's, which colour-blind readers can tell apart too. Averaged weights are dashed.
+/// Lengths of dashes and gaps; `None` for a whole line.
+fn dashes(rule: Rule) -> Option<(u32, u32)> {
+    match rule {
+        Rule::AdamwPolynomial => Some((2, 4)),
+        Rule::AdamwCosine | Rule::ProdigyCosine => Some((12, 2)),
+        _ => rule.averages().then_some((6, 4)),
+    }
+}
+
+/// Okabe and Ito's, which colour-blind readers can tell apart too.
 fn stroke(rule: Rule) -> ShapeStyle {
     let color = match rule {
         Rule::Sgd => RGBColor(0, 0, 0),
-        Rule::Adamw | Rule::AdamwAveraged => RGBColor(213, 94, 0),
+        Rule::Adamw | Rule::AdamwCosine | Rule::AdamwAveraged | Rule::AdamwPolynomial => {
+            RGBColor(213, 94, 0)
+        }
+        Rule::Prodigy | Rule::ProdigyCosine => RGBColor(86, 180, 233),
+        Rule::ScheduleFree => RGBColor(240, 228, 66),
         Rule::Reference => RGBColor(204, 121, 167),
         Rule::Kinetic => RGBColor(0, 158, 115),
         Rule::BrakedAdam | Rule::BrakedAdamAveraged => RGBColor(0, 114, 178),

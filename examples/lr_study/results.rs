@@ -11,6 +11,7 @@ use clap::ValueEnum;
 use csv::StringRecord;
 
 use crate::run::{Job, Point, Run};
+use crate::tasks::Task;
 
 const HEADER: [&str; 12] = [
     "plan",
@@ -137,13 +138,9 @@ fn parse(record: &StringRecord) -> Result<Run> {
         "full" => true,
         other => bail!("expected the plan short or full, got {other:?}"),
     };
-    let job = Job {
-        task: choice(&record[1])?,
-        full,
-        rule: choice(&record[2])?,
-        lr: value(record, 3)?,
-        seed: value(record, 4)?,
-    };
+    // The full study's transformer had 2 layers of 64 before that was a task of its own.
+    let task = if full && &record[1] == "char-lm" { Task::CharLm64 } else { choice(&record[1])? };
+    let job = Job::new(task, full, choice(&record[2])?, value(record, 3)?, value(record, 4)?);
     Ok(Run {
         job,
         score: value(record, 5)?,

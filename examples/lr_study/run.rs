@@ -15,6 +15,7 @@ const POINTS: usize = 200;
 #[derive(Clone, Copy, PartialEq)]
 pub struct Job {
     pub task: Task,
+    /// With the full study's budget, where that is another.
     pub full: bool,
     pub rule: Rule,
     pub lr: f64,
@@ -53,17 +54,16 @@ impl fmt::Display for Job {
 }
 
 impl Job {
-    /// The one whose course is drawn.
-    pub fn drawn(task: Task, full: bool, rule: Rule) -> Self {
-        Self { task, full, rule, lr: rule.default_lr(), seed: 0 }
+    pub fn new(task: Task, full: bool, rule: Rule, lr: f64, seed: u64) -> Self {
+        Self { task, full: full && task.grows(), rule, lr, seed }
     }
 
     /// Trains until the budget can't pay for another step, or a loss is not finite.
     pub fn run(self, variant: &Variant) -> Result<(Run, Vec<Point>)> {
         let budget = self.task.plan(self.full).evaluations;
-        let mut problem = self.task.begin(self.seed, self.full)?;
-        let varmap = problem.varmap();
-        let mut optimizer = AnyOptimizer::new(self.rule, self.lr, self.seed, variant, varmap)?;
+        let mut problem = self.task.begin(self.seed)?;
+        let mut optimizer =
+            AnyOptimizer::new(self.rule, self.lr, budget, self.seed, variant, problem.varmap())?;
         let initial = problem.judge()?;
 
         let start = Instant::now();

@@ -1,24 +1,62 @@
 //! The study in numbers, in Markdown.
 
 use std::fmt::Write;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use anyhow::Result;
 
 use crate::optimizers::Rule;
 use crate::results::Results;
 use crate::run::{Job, Run};
-use crate::tasks::{Kind, Plan, Target, Task};
+use crate::tasks::{GRID, Kind, Plan, Target, Task};
 
 /// The learning rates that the mean excess is of: those of Wortsman and others.
 const EXCESS: RangeInclusive<f64> = 3e-4..=3e-1;
+
+/// What is compared on a task.
+pub struct Study {
+    pub task: Task,
+    pub full: bool,
+    /// The learning rates that every row has.
+    pub rates: Vec<f64>,
+    /// Whether a row also has others, of [`GRID`], that all its seeds were run at.
+    pub more_rates: bool,
+    pub seeds: Range<u64>,
+}
+
+impl Study {
+    pub fn job(&self, rule: Rule, lr: f64, seed: u64) -> Job {
+        Job::new(self.task, self.full, rule, lr, seed)
+    }
+
+    /// The one whose course is drawn.
+    pub fn drawn(&self, rule: Rule) -> Job {
+        self.job(rule, rule.default_lr(), self.seeds.start)
+    }
+
+    fn plan(&self) -> Plan {
+        self.task.plan(self.full)
+    }
+
+    fn runs<'a>(&self, results: &'a Results, rule: Rule, lr: f64) -> Vec<&'a Run> {
+        self.seeds.clone().filter_map(|seed| results.find(self.job(rule, lr, seed))).collect()
+    }
+
+    /// Those of a row.
+    fn rates_of(&self, results: &Results, rule: Rule) -> Vec<f64> {
+        let complete =
+            |lr| self.runs(results, rule, lr).len() as u64 == self.seeds.end - self.seeds.start;
+        let has = |lr: &f64| self.rates.contains(lr) || self.more_rates && complete(*lr);
+        GRID.into_iter().filter(has).collect()
+    }
+}
 
 /// How an optimizer did on a task.
 pub struct Summary {
     pub rule: Rule,
     task: Task,
     plan: Plan,
-    /// For each learning rate of the grid the median of the seeds' scores, or `None` if that run has
+    /// For each learning rate of the row the median of the seeds' scores, or `None` if that run has
     /// diverged; of an even number of seeds the worse one of the middle two.
     pub scores: Vec<(f64, Option<f64>)>,
     /// The learning rate and its score, if any has one.
@@ -26,45 +64,54 @@ pub struct Summary {
     at_default: Option<f64>,
     /// By how much seeds differ at a learning rate near the best: the median of the standard deviations.
     spread: Option<f64>,
-    /// Of each learning rate in [`EXCESS`] the mean over seeds.
+    /// Of each learning rate of all rows in [`EXCESS`] the mean over seeds.
     losses: Vec<f64>,
-    /// The share of runs of the grid that diverged.
+    /// The share of runs, at the learning rates of all rows, that diverged.
     diverged: f64,
     evaluations_per_step: f64,
     seconds_per_step: f64,
+    time: Option<Time>,
+}
+
+/// The medians over seeds at the default learning rate.
+struct Time {
+    seconds_per_step: f64,
+    /// Of a whole run.
+    seconds: f64,
+}
+
+impl Time {
+    /// `None` if no run came to its end.
+    fn new(runs: &[&Run], budget: usize) -> Option<Self> {
+        // The last gradient stays unspent where a step needs two.
+        let whole: Vec<_> = runs.iter().filter(|run| run.evaluations + 1 >= budget).collect();
+        let seconds = middle(whole.iter().map(|run| run.seconds))?;
+        let seconds_per_step = middle(whole.iter().map(|run| run.seconds / run.steps as f64))?;
+        Some(Self { seconds_per_step, seconds })
+    }
 }
 
 impl Summary {
-    /// Of these learning rates, and of so many seeds.
-    pub fn new(
-        results: &Results,
-        task: Task,
-        full: bool,
-        rule: Rule,
-        rates: &[f64],
-        seeds: u64,
-    ) -> Self {
-        let runs = |lr| -> Vec<&Run> {
-            let job = |seed| Job { task, full, rule, lr, seed };
-            (0..seeds).filter_map(|seed| results.find(job(seed))).collect()
-        };
+    pub fn new(results: &Results, study: &Study, rule: Rule) -> Self {
+        let runs = |lr| study.runs(results, rule, lr);
+        let (task, plan) = (study.task, study.plan());
         let kind = task.kind();
+        let rates = study.rates_of(results, rule);
         let scores: Vec<_> = rates.iter().map(|&lr| (lr, median(kind, &runs(lr)))).collect();
         let reached = scores.iter().filter_map(|&(lr, score)| Some((lr, score?)));
         let best = reached.clone().min_by(|a, b| kind.badness(a.1).total_cmp(&kind.badness(b.1)));
         let near = reached.filter(|&(_, score)| best.is_some_and(|b| kind.is_near(score, b.1)));
-        let mut spreads: Vec<f64> = near.filter_map(|(lr, _)| spread(kind, &runs(lr))).collect();
-        spreads.sort_by(f64::total_cmp);
-        let in_range = rates.iter().filter(|lr| EXCESS.contains(lr));
+        let spreads = near.filter_map(|(lr, _)| spread(kind, &runs(lr)));
+        let in_range = study.rates.iter().filter(|lr| EXCESS.contains(lr));
 
-        let all: Vec<&Run> = rates.iter().flat_map(|&lr| runs(lr)).collect();
+        let all: Vec<&Run> = study.rates.iter().flat_map(|&lr| runs(lr)).collect();
         let steps = all.iter().map(|run| run.steps).sum::<usize>() as f64;
+        let at_default = runs(rule.default_lr());
         Self {
             rule,
             task,
-            plan: task.plan(full),
-            at_default: median(kind, &runs(rule.default_lr())),
-            spread: spreads.get(spreads.len() / 2).copied(),
+            at_default: median(kind, &at_default),
+            spread: middle(spreads),
             losses: in_range.map(|&lr| mean(runs(lr).into_iter().map(capped_loss))).collect(),
             scores,
             best,
@@ -72,19 +119,30 @@ impl Summary {
             evaluations_per_step: all.iter().map(|run| run.evaluations).sum::<usize>() as f64
                 / steps,
             seconds_per_step: all.iter().map(|run| run.seconds).sum::<f64>() / steps,
+            time: Time::new(&at_default, plan.evaluations),
+            plan,
         }
     }
 
     /// The longest row of neighbours in the grid with such a score, in decades: each counts for the
     /// distance to the next.
     fn decades(&self, good: impl Fn(f64) -> bool) -> f64 {
-        let (mut longest, mut row) = (0, 0);
-        for lr in self.plan.grid() {
-            let score = self.scores.iter().find(|&&(of, _)| of == lr).and_then(|&(_, score)| score);
-            row = if score.is_some_and(&good) { row + 1 } else { 0 };
+        let place = |lr: f64| GRID.iter().position(|&of| of == lr).map_or(0., |i| i as f64 / 2.);
+        let spacing = self.plan.spacing();
+        let (mut longest, mut row) = (0f64, 0.);
+        for (i, &(lr, score)) in self.scores.iter().enumerate() {
+            let next = self.scores.get(i + 1).map(|&(next, _)| place(next) - place(lr));
+            row = if score.is_some_and(&good) {
+                row + next.unwrap_or(spacing).min(spacing)
+            } else {
+                0.
+            };
             longest = longest.max(row);
+            if next.is_some_and(|next| next > spacing) {
+                row = 0.;
+            }
         }
-        longest as f64 * self.plan.spacing()
+        longest
     }
 
     fn near_decades(&self) -> f64 {
@@ -95,10 +153,6 @@ impl Summary {
     fn target_decades(&self, target: f64) -> f64 {
         let kind = self.task.kind();
         self.decades(|score| kind.badness(score) <= kind.badness(target))
-    }
-
-    fn rates(&self) -> Vec<f64> {
-        self.scores.iter().map(|&(lr, _)| lr).collect()
     }
 
     fn least_loss(&self) -> Option<f64> {
@@ -121,6 +175,13 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     values.sum::<f64>() / n
 }
 
+/// The median; of an even number of values the greater one of the middle two.
+fn middle(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
 /// The standard deviation over seeds; `None` of a single run, or where one has diverged.
 fn spread(kind: Kind, runs: &[&Run]) -> Option<f64> {
     if runs.len() < 2 || runs.iter().any(|run| run.diverged) {
@@ -140,18 +201,15 @@ fn median(kind: Kind, runs: &[&Run]) -> Option<f64> {
     (!middle.diverged).then_some(middle.score)
 }
 
-/// What all numbers mean, an overview, a table for each task, and one of the default learning rates.
-pub fn markdown(
-    studies: &[(Task, Vec<Summary>)],
-    full: bool,
-    seeds: Option<u64>,
-) -> Result<String> {
+/// What all numbers mean, an overview, a table for each task, and those of the default learning rates and of time.
+pub fn markdown(studies: &[(Study, Vec<Summary>)]) -> Result<String> {
     let mut text = LEGEND.to_string();
     overview(&mut text, studies)?;
-    for (task, summaries) in studies {
-        section(&mut text, *task, summaries, full, seeds)?;
+    for (study, summaries) in studies {
+        section(&mut text, study, summaries)?;
     }
     defaults(&mut text, studies)?;
+    times(&mut text, studies)?;
     Ok(text)
 }
 
@@ -167,7 +225,7 @@ Every gradient is charged: a step that measures costs two, and a run ends when i
 - *near best* and *target*: the longest row of neighbouring learning rates whose score is that good, in
   decades, where each counts for the distance to the next.
 - *diverged*: the share of the grid's runs that met a loss that was not finite, or ended with a loss above that
-  at their start.
+  at their start. (It and the mean excess are of the learning rates that all rows have.)
 - *mean excess*: what a learning rate costs that is not the best: the mean over those of the grid from 3e-4 to
   3e-1 of the loss above the least of these learning rates', where a diverged run counts with its loss at the start.
   It is the LR sensitivity of Wortsman and others (2023, arXiv 2309.14322), by the optimizer's own least loss as
@@ -176,31 +234,35 @@ Every gradient is charged: a step that measures costs two, and a run ends when i
   held-out text for the transformer, and the score itself for the others; of several seeds it is the mean.
 - *at default*: the score at the optimizer's own default learning rate; SGD has none, and gets AdamW's.
 
-AdamW is candle's, without weight decay, as all others are; *averaged* is judged by averages of the weights
-(c = 0.98). Milliseconds are those of runs side by side, on a thread each.
+AdamW is candle's, without weight decay, as all others are; *averaged* is judged by exponential averages of the
+weights (c = 0.98), *polynomial average* by polynomial ones (k = 8). *Cosine*: down to 0 over the budget, for AdamW
+after a linear warm-up over a tenth of it. Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) has its authors'
+options `safeguard_warmup` and `use_bias_correction`. Schedule-Free AdamW (Defazio and others, 2024, arXiv 2405.15682)
+has a warm-up over a twentieth of the budget, as several trainings in its paper. Milliseconds are those of runs side by
+side, on a thread each.
 ";
 
 /// A row for each optimizer, a column for each task.
-fn overview(text: &mut String, studies: &[(Task, Vec<Summary>)]) -> Result<()> {
+fn overview(text: &mut String, studies: &[(Study, Vec<Summary>)]) -> Result<()> {
     let Some((_, first)) = studies.first() else { return Ok(()) };
     // What a step costs is that on this task.
-    let deep = studies.iter().find(|(task, _)| *task == Task::Deep);
-    let (task, costs) = deep.unwrap_or(&studies[0]);
+    let deep = studies.iter().find(|(study, _)| study.task == Task::Deep);
+    let (study, costs) = deep.unwrap_or(&studies[0]);
     writeln!(
         text,
         "\n### Overview\n\nEach cell: best / near best, decades / target, decades (the target is in the head) / \
          diverged / mean excess.\n"
     )?;
     write!(text, "| |")?;
-    for (task, summaries) in studies {
+    for (Study { task, .. }, summaries) in studies {
         let target = format(*task, target(*task, summaries));
         write!(text, " {}; {target} |", task.title())?;
     }
-    writeln!(text, " gradients a step | ms a step, {} |", task.title())?;
+    writeln!(text, " gradients a step | ms a step, {} |", study.task.title())?;
     writeln!(text, "|---|{}---|---|", "---|".repeat(studies.len()))?;
     for (i, Summary { rule, .. }) in first.iter().enumerate() {
         write!(text, "| {} |", rule.name())?;
-        for (task, summaries) in studies {
+        for (Study { task, .. }, summaries) in studies {
             let summary = &summaries[i];
             let reached = target(*task, summaries).map(|target| summary.target_decades(target));
             write!(
@@ -219,20 +281,16 @@ fn overview(text: &mut String, studies: &[(Task, Vec<Summary>)]) -> Result<()> {
     Ok(())
 }
 
-fn section(
-    text: &mut String,
-    task: Task,
-    summaries: &[Summary],
-    full: bool,
-    seeds: Option<u64>,
-) -> Result<()> {
-    let (plan, kind) = (task.plan(full), task.kind());
+fn section(text: &mut String, study: &Study, summaries: &[Summary]) -> Result<()> {
+    let Study { task, ref rates, ref seeds, .. } = *study;
+    let (plan, kind) = (study.plan(), task.kind());
     let target = target(task, summaries);
-    let rates = summaries.first().map_or(vec![], |summary| summary.rates());
+    let more = summaries.iter().any(|summary| summary.scores.len() > rates.len());
+    let from = if seeds.start == 0 { String::new() } else { format!(" from {} on", seeds.start) };
     writeln!(
         text,
-        "\n### {}\n\nScore: {}; target {}{}. {} evaluations a run; {} learning rates from {:e} to {:e}; \
-         seeds: {}. Near best: within {}.\n",
+        "\n### {}\n\nScore: {}; target {}{}. {} evaluations a run; {} learning rates from {:e} to {:e}{}; \
+         seeds: {}{from}. Near best: within {}.\n",
         task.title(),
         task.score(),
         if kind == Kind::Accuracy { "at least " } else { "at most " },
@@ -241,7 +299,8 @@ fn section(
         rates.len(),
         rates[0],
         rates[rates.len() - 1],
-        seeds.unwrap_or(plan.seeds),
+        if more { ", in some rows more between" } else { "" },
+        seeds.end - seeds.start,
         kind.near(),
     )?;
     writeln!(
@@ -283,15 +342,15 @@ fn format_loss(task: Task, loss: Option<f64>) -> String {
 }
 
 /// Each optimizer at its default learning rate, beside AdamW at the best of the grid.
-fn defaults(text: &mut String, studies: &[(Task, Vec<Summary>)]) -> Result<()> {
+fn defaults(text: &mut String, studies: &[(Study, Vec<Summary>)]) -> Result<()> {
     let Some((_, first)) = studies.first() else { return Ok(()) };
     writeln!(text, "\n### Default learning rates, beside tuned AdamW\n")?;
-    let titles: Vec<&str> = studies.iter().map(|(task, _)| task.title()).collect();
+    let titles: Vec<&str> = studies.iter().map(|(study, _)| study.task.title()).collect();
     writeln!(text, "| optimizer | lr | {} |", titles.join(" | "))?;
     writeln!(text, "|---|---|{}", "---|".repeat(studies.len()))?;
     for (i, Summary { rule, .. }) in first.iter().enumerate() {
         write!(text, "| {} | {:?} |", rule.name(), rule.default_lr())?;
-        for (task, summaries) in studies {
+        for (Study { task, .. }, summaries) in studies {
             let score = summaries[i].at_default;
             let score = score.map_or("diverged".into(), |score| task.kind().format(score));
             write!(text, " {score} |")?;
@@ -300,10 +359,42 @@ fn defaults(text: &mut String, studies: &[(Task, Vec<Summary>)]) -> Result<()> {
     }
     if first.iter().any(|summary| summary.rule == Rule::Adamw) {
         write!(text, "| **AdamW, tuned** | |")?;
-        for (task, summaries) in studies {
+        for (Study { task, .. }, summaries) in studies {
             let best = adamw(summaries)
                 .map_or("-".into(), |(lr, best)| format!("{} ({lr:?})", task.kind().format(best)));
             write!(text, " {best} |")?;
+        }
+        writeln!(text)?;
+    }
+    Ok(())
+}
+
+/// What whole steps take, beside AdamW's.
+fn times(text: &mut String, studies: &[(Study, Vec<Summary>)]) -> Result<()> {
+    let Some((_, first)) = studies.first() else { return Ok(()) };
+    writeln!(
+        text,
+        "\n### Time of whole steps\n\nEach cell: milliseconds a step / seconds a run / these as a multiple of AdamW's. \
+         A step is all of a training but judging: the batch, forward and backward passes, the second ones of a \
+         step that measures, and the optimizer. A run spends the budget in gradients. Each number is the median over \
+         seeds at the default learning rate. Runs side by side slow each other down, and so does whatever else a \
+         machine does: for times to compare, take `--threads 1` on a machine that does nothing else, and an `--out` \
+         of their own.\n"
+    )?;
+    let titles: Vec<&str> = studies.iter().map(|(study, _)| study.task.title()).collect();
+    writeln!(text, "| optimizer | {} |", titles.join(" | "))?;
+    writeln!(text, "|---|{}", "---|".repeat(studies.len()))?;
+    for (i, Summary { rule, .. }) in first.iter().enumerate() {
+        write!(text, "| {} |", rule.name())?;
+        for (_, summaries) in studies {
+            let Some(Time { seconds_per_step, seconds }) = summaries[i].time else {
+                write!(text, " - |")?;
+                continue;
+            };
+            let adamw = summaries.iter().find(|summary| summary.rule == Rule::Adamw);
+            let adamw = adamw.and_then(|adamw| adamw.time.as_ref());
+            let ratio = adamw.map_or("-".into(), |adamw| format!("{:.2}", seconds / adamw.seconds));
+            write!(text, " {:.2} / {seconds:.2} / {ratio} |", 1e3 * seconds_per_step)?;
         }
         writeln!(text)?;
     }

@@ -21,8 +21,12 @@ pub enum Task {
     Digits,
     /// 5-layer perceptron on handwritten digits
     Deep,
-    /// Character-level transformer on Shakespeare
+    /// Character-level transformer on Shakespeare, 1 layer of 32
     CharLm,
+    /// The same, 2 layers of 64
+    CharLm64,
+    /// The same, 4 layers of 128
+    CharLm128,
     /// Rotated quadratic of 50 dimensions and condition 10,000
     Quadratic,
     /// Rosenbrock's function from (-1.2, 1)
@@ -85,6 +89,8 @@ impl Task {
             Self::Digits => "Digits, MLP 64-256-10",
             Self::Deep => "Digits, 5-layer MLP",
             Self::CharLm => "Character transformer",
+            Self::CharLm64 => "Character transformer, 2 layers of 64",
+            Self::CharLm128 => "Character transformer, 4 layers of 128",
             Self::Quadratic => "Rotated quadratic",
             Self::Rosenbrock => "Rosenbrock",
             Self::Logistic => "Separable logistic regression",
@@ -94,7 +100,9 @@ impl Task {
     pub fn score(self) -> &'static str {
         match self {
             Self::Digits | Self::Deep => "accuracy on held-out images",
-            Self::CharLm => "loss on held-out text, nats a character",
+            Self::CharLm | Self::CharLm64 | Self::CharLm128 => {
+                "loss on held-out text, nats a character"
+            }
             Self::Quadratic | Self::Rosenbrock => "final loss",
             Self::Logistic => "final training loss",
         }
@@ -103,7 +111,7 @@ impl Task {
     pub fn kind(self) -> Kind {
         match self {
             Self::Digits | Self::Deep => Kind::Accuracy,
-            Self::CharLm => Kind::Nats,
+            Self::CharLm | Self::CharLm64 | Self::CharLm128 => Kind::Nats,
             Self::Quadratic | Self::Rosenbrock | Self::Logistic => Kind::Value,
         }
     }
@@ -112,11 +120,21 @@ impl Task {
         match self {
             Self::Digits => Target::Score(0.97),
             Self::Deep => Target::Score(0.96),
-            Self::CharLm => Target::BesideAdamW(0.08),
+            Self::CharLm | Self::CharLm64 | Self::CharLm128 => Target::BesideAdamW(0.08),
             Self::Quadratic => Target::Score(0.01),
             Self::Rosenbrock => Target::Score(0.002),
             Self::Logistic => Target::Score(0.01),
         }
+    }
+
+    /// Whether the short study has it, where no tasks are named: the others take long.
+    pub fn is_short(self) -> bool {
+        !matches!(self, Self::CharLm64 | Self::CharLm128)
+    }
+
+    /// Whether the full study has longer runs of it than the short one.
+    pub fn grows(self) -> bool {
+        !matches!(self, Self::CharLm | Self::CharLm64 | Self::CharLm128)
     }
 
     pub fn plan(self, full: bool) -> Plan {
@@ -124,7 +142,9 @@ impl Task {
         let (short, full_study) = match self {
             Self::Digits => ((1000, 3, true), (3000, 3, true)),
             Self::Deep => ((1000, 3, true), (3000, 3, true)),
-            Self::CharLm => ((500, 3, false), (1000, 3, true)),
+            Self::CharLm => ((500, 3, false), (500, 3, false)),
+            Self::CharLm64 => ((1000, 3, false), (1000, 3, false)),
+            Self::CharLm128 => ((500, 3, false), (500, 3, false)),
             Self::Quadratic => ((1000, 3, true), (3000, 3, true)),
             Self::Rosenbrock => ((2000, 1, true), (5000, 3, true)),
             Self::Logistic => ((500, 3, true), (2000, 3, true)),
@@ -133,11 +153,13 @@ impl Task {
         Plan { evaluations, seeds, half_decades }
     }
 
-    pub fn begin(self, seed: u64, full: bool) -> Result<Box<dyn Problem>> {
+    pub fn begin(self, seed: u64) -> Result<Box<dyn Problem>> {
         Ok(match self {
             Self::Digits => Box::new(Digits::shallow(seed)?),
             Self::Deep => Box::new(Digits::deep(seed)?),
-            Self::CharLm => Box::new(CharLm::new(seed, full)?),
+            Self::CharLm => Box::new(CharLm::new(seed, 1, 32)?),
+            Self::CharLm64 => Box::new(CharLm::new(seed, 2, 64)?),
+            Self::CharLm128 => Box::new(CharLm::new(seed, 4, 128)?),
             Self::Quadratic => Box::new(functions::quadratic(seed)?),
             Self::Rosenbrock => Box::new(functions::rosenbrock()?),
             Self::Logistic => Box::new(functions::logistic(seed)?),
