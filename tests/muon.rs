@@ -7,10 +7,7 @@ mod common;
 use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
-use candle_srkl::{
-    Average, Beta, Curvature, Direction, Measure, NonFinite, ParamsSrkl, Scope, Srkl,
-    StepCurvature, hidden_matrices,
-};
+use candle_srkl::{Direction, Measure, NonFinite, ParamsSrkl, Scope, Srkl, hidden_matrices};
 use common::*;
 use serde_json::Value;
 
@@ -325,5 +322,315 @@ fn a_stacked_weight_is_its_matrices() -> Result<()> {
     assert_eq!(train(&[&[3, 6, 5]], 3)?, apart);
     assert_eq!(train(&[&[6, 5, 1], &[6, 1, 5], &[6, 5]], 1)?, apart);
     assert_ne!(train(&[&[18, 5]], 1)?, apart);
+    Ok(())
+}
+
+// -- The curvature along a step --
+
+/// `h_i w_i^2 / 2` of every element, whose gradient is known.
+fn quadratic(vars: &[Var], h: &[f64]) -> Result<Tensor> {
+    let mut sum = Tensor::zeros((), DType::F64, &Device::Cpu)?;
+    for (var, h) in vars.iter().zip(h) {
+        sum = (sum + (var.sqr()?.sum_all()? * (h / 2.))?)?;
+    }
+    Ok(sum)
+}
+
+/// `sum_s ||G_s|| ||D_s|| / sum_b ||D_b||^2 <d_b, m_b> / ||d_b||^2` over a matrix and a vector together, from what the steps
+/// did and momenta that are computed here.
+#[test]
+fn one_curvature_of_matrices_and_the_rest() -> Result<()> {
+    for (nesterov, scope) in [(true, Scope::Global), (false, Scope::Global), (true, Scope::Tensor)]
+    {
+        let (rows, cols) = (7, 9);
+        let h = [3., 0.5];
+        let vars = [
+            Var::from_tensor(&noisy_matrix((rows, cols), 1., 1, DType::F64)?)?,
+            var(&noise(11, 1., 2), DType::F64)?,
+        ];
+        let mu = 0.9;
+        let params = ParamsSrkl {
+            direction: muon(mu, nesterov, 5),
+            scope,
+            measure: Measure { every: 1, ..Measure::default() },
+            ..ParamsSrkl::braked_muon()
+        };
+        let mut opt = Srkl::new(vars.to_vec(), params)?;
+        let mut m = [vec![0.; rows * cols], vec![0.; 11]];
+        let mut v = vec![0.; 11];
+        for t in 1..5 {
+            let before = [values(&vars[0])?, values(&vars[1])?];
+            opt.backward_step_with(|| quadratic(&vars, &h))?;
+            let (mut bounds, mut metrics) = ([0.; 2], [0.; 2]);
+            for b in 0..2 {
+                let (beta, adam) = (if b == 0 { mu } else { 0.9 }, b == 1);
+                let g: Vec<f64> = before[b].iter().map(|w| h[b] * w).collect();
+                m[b].iter_mut().zip(&g).for_each(|(m, g)| *m = beta * *m + (1. - beta) * g);
+                let looks_ahead = nesterov && !adam;
+                let ahead = m[b].iter().zip(&g).map(|(m, g)| match looks_ahead {
+                    true => beta * m + (1. - beta) * g,
+                    false => *m,
+                });
+                let weight = 1. - f64::powi(beta, if looks_ahead { t + 1 } else { t });
+                let ahead: Vec<f64> = ahead.map(|m| m / weight).collect();
+                let step = minus(&values(&vars[b])?, &before[b]);
+                // Of a matrix the step is a multiple of the direction.
+                let d: Vec<f64> = if adam {
+                    v.iter_mut().zip(&g).for_each(|(v, g)| *v = 0.999 * *v + 0.001 * g * g);
+                    let scale = 1. - 0.999f64.powi(t);
+                    ahead.iter().zip(&v).map(|(m, v)| m / ((v / scale).sqrt() + 1e-8)).collect()
+                } else {
+                    let phi = opt.telemetry()?[0].phi.unwrap();
+                    step.iter().map(|x| -x / phi).collect()
+                };
+                metrics[b] = dot(&step, &step) * dot(&d, &ahead) / dot(&d, &d);
+                let strips = step.chunks(STRIP).map(|s| h[b] * dot(s, s));
+                bounds[b] = strips.sum();
+            }
+            // With `Scope::Tensor` it is told of the last parameter.
+            let (bound, metric) = match scope {
+                Scope::Global => (bounds[0] + bounds[1], metrics[0] + metrics[1]),
+                _ => (bounds[1], metrics[1]),
+            };
+            let (got, expected) = (opt.measurements()?.last.unwrap(), bound / metric);
+            assert!(
+                abs_diff_eq!(got, expected, epsilon = 1e-9 * expected),
+                "{got}, not {expected}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// On quadratics, whatever the learning rate: bounded, and lower in the end than at the beginning. At a minimum the brake
+/// stops Muon, whose steps else stay as long as they are.
+#[test]
+fn the_brake_holds_on_quadratics() -> Result<()> {
+    let train = |params: ParamsSrkl| -> Result<(f64, f64)> {
+        let vars = [
+            Var::from_tensor(&noisy_matrix((6, 10), 1., 1, DType::F64)?)?,
+            Var::from_tensor(&noisy_matrix((10, 6), 1., 2, DType::F64)?)?,
+            var(&noise(9, 1., 3), DType::F64)?,
+        ];
+        let loss = || quadratic(&vars, &[20., 1., 3.]);
+        let first = loss()?.to_scalar::<f64>()?;
+        let mut opt = Srkl::new(vars.to_vec(), params)?;
+        for _ in 0..400 {
+            opt.backward_step_with(loss)?;
+        }
+        Ok((first, loss()?.to_scalar::<f64>()?))
+    };
+    for preset in [ParamsSrkl::braked_muon(), ParamsSrkl::braked_muon_averaged()] {
+        for lr in [1e-4, 1e-2, 1., 10., 1e3, 1e6] {
+            let (first, last) = train(ParamsSrkl { lr, ..preset.clone() })?;
+            assert!(last < first, "lr {lr}: from {first} to {last}");
+            if lr >= 1. {
+                assert!(last < 1e-3 * first, "lr {lr}: from {first} to {last}");
+            }
+        }
+    }
+    let (_, plain) = train(plain(0.1))?;
+    assert!(plain > 1e-2, "{plain}: without a brake it should not settle");
+    Ok(())
+}
+
+// -- What a step may meet --
+
+/// The parameters and the state of a training of matrices and vectors, by given gradients, saved and resumed after two
+/// steps, with gradients that are missing, and not finite.
+fn train(params: &ParamsSrkl, steps: u64, resume: bool) -> Result<(Vec<Bits>, State)> {
+    let shapes: [&[usize]; 5] = [&[40, 24], &[24, 40], &[40, 24], &[31], &[260, 300]];
+    let mut vars = vec![];
+    for (i, shape) in shapes.iter().enumerate() {
+        let n = shape.iter().product();
+        let value = tensor(&noise(n, 1., i as u64), FLOATS[i % 4])?.reshape(*shape)?;
+        vars.push(Var::from_tensor(&value)?);
+    }
+    let build = || {
+        let named = vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone()));
+        Srkl::builder()
+            .default_group(params.clone())
+            .group("other", ParamsSrkl { weight_decay: 0.2, ..params.clone() }, |name, _| {
+                name == "1"
+            })
+            .build(named)
+    };
+    let mut opt = build()?;
+    let folder = tempfile::tempdir()?;
+    for step in 0..steps {
+        if resume && step == 2 {
+            opt.save(folder.path().join("state"))?;
+            opt = build()?;
+            opt.load(folder.path().join("state"))?;
+        }
+        let gradients = |again: bool| -> Result<_> {
+            let mut store = grads([]);
+            for (i, var) in vars.iter().enumerate() {
+                let salt = 100 * step + i as u64 + 1000 * again as u64;
+                let mut g = noise(var.elem_count(), 0.1, salt);
+                if step == 1 && i == 1 && !again {
+                    g[7] = f64::NAN;
+                }
+                if step != 3 || i != 0 {
+                    // Strided, as a transposed weight's gradient is.
+                    let (rows, cols) = var.dims2().unwrap_or((1, var.elem_count()));
+                    let g = tensor(&g, DType::F32)?.reshape((cols, rows))?.t()?;
+                    let g = if var.rank() == 1 { g.squeeze(0)? } else { g };
+                    store.insert(var, g);
+                }
+            }
+            Ok(store)
+        };
+        let measures = opt.measuring();
+        opt.step(&gradients(false)?)?;
+        if measures {
+            opt.observe(&gradients(true)?)?;
+        }
+    }
+    let bits = all_bits(&vars, &opt)?;
+    Ok((bits, saved(&mut opt)?.1.into_iter().collect()))
+}
+
+type State = Vec<(String, Vec<u8>)>;
+
+fn policies() -> impl Iterator<Item = ParamsSrkl> {
+    [NonFinite::SkipStep, NonFinite::SkipBlock].into_iter().flat_map(|nonfinite| {
+        [ParamsSrkl::braked_muon_averaged(), ParamsSrkl::muon(0.01)].map(|params| ParamsSrkl {
+            nonfinite,
+            trust: (params.average.is_none()).then_some(0.02),
+            max_grad_norm: Some(3.),
+            ..params
+        })
+    })
+}
+
+/// A resumed training has the bits of one that was not interrupted.
+#[test]
+fn resumed_with_the_same_bits() -> Result<()> {
+    for params in policies() {
+        let whole = train(&params, 6, false)?;
+        assert!(train(&params, 6, true)? == whole, "{params:?}");
+        assert!(whole.1.iter().any(|(name, _)| name == "4.m"));
+        assert!(!whole.1.iter().any(|(name, _)| name == "4.v"), "Muon has one moment");
+        assert!(whole.1.iter().any(|(name, _)| name == "3.v"), "Adam has two");
+    }
+    Ok(())
+}
+
+/// What is not finite changes nothing: with one policy no parameter and no moment, with the other none of this one.
+#[test]
+fn policies_hold() -> Result<()> {
+    for params in policies() {
+        let (before, after) = (train(&params, 1, false)?, train(&params, 2, false)?);
+        for (i, (before, after)) in before.0.iter().zip(&after.0).enumerate() {
+            let stays = params.nonfinite == NonFinite::SkipStep || i == 1;
+            assert_eq!(before == after, stays, "{i}: {params:?}");
+        }
+        for ((name, before), (_, after)) in before.1.iter().zip(&after.1) {
+            let stays = params.nonfinite == NonFinite::SkipStep || name.starts_with('1');
+            assert_eq!(before == after, stays, "{name}: {params:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A gradient that does not fit is an error, and changes nothing.
+#[test]
+fn a_failed_step_changes_nothing() -> Result<()> {
+    let vars = noisy_vars(&[60, 9], 1., DType::F32)?;
+    let matrix = Var::from_tensor(&noisy_matrix((6, 10), 1., 1, DType::F32)?)?;
+    let all = [matrix.clone(), vars[1].clone()];
+    let mut opt = Srkl::new(all.to_vec(), ParamsSrkl::muon(0.1))?;
+    let good = grads([(&all[0], all[0].ones_like()?), (&all[1], all[1].ones_like()?)]);
+    opt.step(&good)?;
+    let before = (all_bits(&all, &opt)?, saved(&mut opt)?);
+    let bad = grads([(&all[0], all[0].ones_like()?), (&all[1], vars[0].ones_like()?)]);
+    assert!(opt.step(&bad).unwrap_err().to_string().contains("`1`"));
+    assert!((all_bits(&all, &opt)?, saved(&mut opt)?) == before);
+    Ok(())
+}
+
+/// The trust clip shortens the step of a matrix to `tau` times its norm.
+#[test]
+fn the_trust_clip_goes_by_the_orthogonal_step() -> Result<()> {
+    let w = Var::from_tensor(&noisy_matrix((12, 20), 1., 1, DType::F64)?)?;
+    let before = values(&w)?;
+    let params = ParamsSrkl { trust: Some(0.01), ..plain(100.) };
+    let mut opt = Srkl::new(vec![w.clone()], params)?;
+    opt.step(&grads([(&w, noisy_matrix((12, 20), 1e-3, 2, DType::F64)?)]))?;
+    let step = norm(&minus(&values(&w)?, &before));
+    assert_abs_diff_eq!(step, 0.01 * norm(&before), epsilon = 1e-12);
+    Ok(())
+}
+
+// -- Settings --
+
+#[test]
+fn settings_are_those_of_the_whole_group() -> Result<()> {
+    let vars = [zeros((4, 6), DType::F32)?, zeros(5, DType::F32)?];
+    let mut opt = Srkl::new(vars.to_vec(), plain(0.1))?;
+    let ones = || grads(vars.iter().map(|var| (var, var.ones_like().unwrap())));
+    opt.step(&ones())?;
+    opt.set_params("default", plain(0.3))?;
+    opt.step(&ones())?;
+    let told = opt.telemetry()?;
+    assert!(told.iter().all(|t| t.phi == Some(0.3) && t.group == "default"), "{told:?}");
+    assert_eq!(opt.params("default"), Some(&plain(0.3)));
+    let message = |result: Result<()>| result.expect_err("an error").to_string();
+    let adam = ParamsSrkl { direction: ParamsSrkl::adamw(0.1).direction, ..plain(0.1) };
+    let error = message(opt.set_params("default", adam));
+    assert!(error.contains("the state `v`") || error.contains("`direction`"), "{error}");
+    let bf16 = Direction::Muon { mu: 0.95, nesterov: true, steps: 5, bf16: false };
+    let error = message(opt.set_params("default", ParamsSrkl { direction: bf16, ..plain(0.1) }));
+    assert!(error.contains("`bf16`"), "{error}");
+    // Fewer steps are another matrix, from the next step on.
+    let few = Direction::Muon { mu: 0.95, nesterov: true, steps: 1, bf16: true };
+    opt.set_params("default", ParamsSrkl { direction: few, ..plain(0.1) })?;
+    for (direction, scope, said) in [
+        (muon(1., true, 5), Scope::Tensor, "`mu`"),
+        (muon(0.9, true, 0), Scope::Tensor, "`steps`"),
+        (muon(0.9, true, 5), Scope::Element, "`scope`"),
+    ] {
+        let params = ParamsSrkl { direction, scope, ..ParamsSrkl::reference() };
+        let error = params.validate().unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+    Ok(())
+}
+
+// -- Threads --
+
+/// Prints what a training leaves, for the next test.
+#[test]
+#[ignore = "run by `any_number_of_threads`"]
+fn a_training() -> Result<()> {
+    for params in policies() {
+        let left = format!("{:?}", train(&params, 5, false)?);
+        println!(
+            "left {:x}",
+            left.bytes().fold(0u64, |hash, b| (hash ^ b as u64).wrapping_mul(0x100_0000_01b3))
+        );
+    }
+    Ok(())
+}
+
+/// The products' threads are those of candle, which asks the environment: a process for each number of them.
+#[test]
+fn any_number_of_threads() -> Result<()> {
+    let run = |threads: &str| -> Result<Vec<String>> {
+        let output = std::process::Command::new(std::env::current_exe()?)
+            .args(["--exact", "a_training", "--ignored", "--nocapture"])
+            .env("RAYON_NUM_THREADS", threads)
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let left: Vec<String> =
+            text.lines().filter(|line| line.starts_with("left")).map(String::from).collect();
+        assert_eq!(left.len(), policies().count(), "{text}");
+        Ok(left)
+    };
+    let one = run("1")?;
+    for threads in ["2", "3", "8"] {
+        assert_eq!(run(threads)?, one, "{threads} threads");
+    }
     Ok(())
 }

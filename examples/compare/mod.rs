@@ -25,6 +25,8 @@ pub use weights::draw_weights;
 const PRESETS: &[Preset] = &[
     ("braked_adam", ParamsSrkl::braked_adam),
     ("braked_adam_averaged", ParamsSrkl::braked_adam_averaged),
+    ("braked_muon", ParamsSrkl::braked_muon),
+    ("braked_muon_averaged", ParamsSrkl::braked_muon_averaged),
 ];
 
 type Preset = (&'static str, fn() -> ParamsSrkl);

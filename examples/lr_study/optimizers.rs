@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
-use candle_srkl::{Beta, Curvature, Measure, ParamsSrkl, Srkl, StepCurvature};
+use candle_srkl::{Average as Kept, Beta, Curvature, Measure, ParamsSrkl, Srkl, StepCurvature};
 use clap::{Args, ValueEnum};
 
 use crate::average::{Average, Share, swapped};
@@ -30,18 +30,26 @@ pub enum Rule {
     ProdigyCosine,
     /// Schedule-Free AdamW with warm-up, judged by its averages
     ScheduleFree,
+    Muon,
+    /// Muon with warm-up and cosine
+    MuonCosine,
+    /// Muon, judged by polynomial averages of the weights
+    MuonPolynomial,
     Reference,
     Kinetic,
     BrakedAdam,
     /// Braked Adam, judged by averaged weights
     BrakedAdamAveraged,
+    BrakedMuon,
+    /// Braked Muon, judged by averaged weights
+    BrakedMuonAveraged,
     Hessian,
 }
 
-/// What kinetic and braked Adam have instead of their presets' settings.
+/// What kinetic, braked Adam and braked Muon have instead of their presets' settings.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Variant {
-    /// For kinetic and braked Adam: beta over lr, instead of the preset's. This and the next four need an
+    /// For kinetic, braked Adam and braked Muon: beta over lr, instead of the preset's. This and the next four need an
     /// --out of their own
     #[arg(long)]
     gamma: Option<f64>,
@@ -88,10 +96,15 @@ impl Rule {
             Self::Prodigy => "Prodigy",
             Self::ProdigyCosine => "Prodigy, cosine",
             Self::ScheduleFree => "Schedule-Free AdamW",
+            Self::Muon => "Muon",
+            Self::MuonCosine => "Muon, cosine",
+            Self::MuonPolynomial => "Muon, polynomial average",
             Self::Reference => "reference",
             Self::Kinetic => "kinetic",
             Self::BrakedAdam => "braked Adam",
             Self::BrakedAdamAveraged => "braked Adam, averaged",
+            Self::BrakedMuon => "braked Muon",
+            Self::BrakedMuonAveraged => "braked Muon, averaged",
             Self::Hessian => "hessian",
         }
     }
@@ -107,7 +120,7 @@ impl Rule {
 
     fn schedule(self) -> Schedule {
         match self {
-            Self::AdamwCosine => Schedule { warm_up: WARM_UP, cosine: true },
+            Self::AdamwCosine | Self::MuonCosine => Schedule { warm_up: WARM_UP, cosine: true },
             Self::ProdigyCosine => Schedule { warm_up: 0., cosine: true },
             Self::ScheduleFree => Schedule { warm_up: WARM_UP_SCHEDULE_FREE, cosine: false },
             _ => Schedule::CONSTANT,
@@ -126,11 +139,13 @@ impl Rule {
 
     /// Whether it trains as the rule without averages does, and only is judged by them.
     pub fn averages(self) -> bool {
-        self.average().is_some() || self == Self::BrakedAdamAveraged
+        self.average().is_some() || self.preset().is_some_and(|preset| preset.average.is_some())
     }
 
     /// SRKL's settings but for the learning rate; `None` for the optimizers of others.
     fn preset(self) -> Option<ParamsSrkl> {
+        // PyTorch's learning rate, and no decay, as the others have none.
+        let muon = ParamsSrkl { weight_decay: 0., ..ParamsSrkl::muon(1e-3) };
         match self {
             Self::Sgd
             | Self::Adamw
@@ -140,10 +155,16 @@ impl Rule {
             | Self::Prodigy
             | Self::ProdigyCosine
             | Self::ScheduleFree => None,
+            Self::Muon | Self::MuonCosine => Some(muon),
+            Self::MuonPolynomial => {
+                Some(ParamsSrkl { average: Some(Kept::Polynomial(8.)), ..muon })
+            }
             Self::Reference => Some(ParamsSrkl::reference()),
             Self::Kinetic => Some(ParamsSrkl::kinetic()),
             Self::BrakedAdam => Some(ParamsSrkl::braked_adam()),
             Self::BrakedAdamAveraged => Some(ParamsSrkl::braked_adam_averaged()),
+            Self::BrakedMuon => Some(ParamsSrkl::braked_muon()),
+            Self::BrakedMuonAveraged => Some(ParamsSrkl::braked_muon_averaged()),
             Self::Hessian => Some(ParamsSrkl::hessian()),
         }
     }

@@ -251,8 +251,8 @@ fn legend(area: &Area, entries: &[(Rule, i32, i32)]) -> Result<()> {
 /// Lengths of dashes and gaps; `None` for a whole line.
 fn dashes(rule: Rule) -> Option<(u32, u32)> {
     match rule {
-        Rule::AdamwPolynomial => Some((2, 4)),
-        Rule::AdamwCosine | Rule::ProdigyCosine => Some((12, 2)),
+        Rule::AdamwPolynomial | Rule::MuonPolynomial => Some((2, 4)),
+        Rule::AdamwCosine | Rule::ProdigyCosine | Rule::MuonCosine => Some((12, 2)),
         _ => rule.averages().then_some((6, 4)),
     }
 }
@@ -270,6 +270,8 @@ fn stroke(rule: Rule) -> ShapeStyle {
         Rule::Kinetic => RGBColor(0, 158, 115),
         Rule::BrakedAdam | Rule::BrakedAdamAveraged => RGBColor(0, 114, 178),
         Rule::Hessian => RGBColor(230, 159, 0),
+        Rule::Muon | Rule::MuonCosine | Rule::MuonPolynomial => RGBColor(150, 75, 0),
+        Rule::BrakedMuon | Rule::BrakedMuonAveraged => RGBColor(128, 0, 128),
     };
     // SGD's line is often under the reference's.
     color.stroke_width(if rule == Rule::Sgd { 4 } else { 2 })
