@@ -20,8 +20,18 @@ impl Drop for Averaged<'_> {
 }
 
 impl Srkl {
+    /// Whether there are averages to swap in: whether any group has [`ParamsSrkl::average`](crate::ParamsSrkl::average).
+    #[must_use]
+    pub fn averages(&self) -> bool {
+        self.all.any(|params| params.average.is_some())
+    }
+
     /// Replaces the parameters by their averages ([`ParamsSrkl::average`](crate::ParamsSrkl::average)), rounded to
     /// their dtype, until the guard is dropped. A parameter that has not been stepped yet stays as it is.
+    ///
+    /// Numbers that a model computes besides its parameters are not averaged: the running statistics of batch norm stay
+    /// those of the training weights, and should be computed anew for the averages, by some batches in training mode.
+    /// (They are variables of the model, but have no gradient: [`Srkl::untrained`] lists them.)
     ///
     /// ```
     /// # use candle_core::{Device, Var};
@@ -42,7 +52,7 @@ impl Srkl {
     ///
     /// No group with an average, or a step that waits for its measurement.
     pub fn swap_averaged(&mut self) -> Result<Averaged<'_>> {
-        if !self.all.groups.iter().any(|group| group.params.average.is_some()) {
+        if !self.averages() {
             bail!("`swap_averaged`: no group has an average; set `average` in its settings")
         }
         self.refuse_pending()?;

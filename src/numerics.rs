@@ -1,6 +1,7 @@
 //! The numerics contract: which bits a step gives, on every device.
 //!
-//! The same inputs give the same bits of parameters, master weights and state, whatever the number
+//! With one exception, [products of matrices](#products-of-matrices), the same inputs give the same bits of
+//! parameters, master weights and state, whatever the number
 //! of threads, the instruction set, the layout of a gradient in memory, or the way tensors are
 //! packed into kernel launches. This page says how, once; the CPU path and the CUDA kernels cite it.
 //!
@@ -56,6 +57,17 @@
 //! Sums of products of parameters, directions and differences of gradients (for the trust clip and for
 //! measured curvature) follow the same rules, in f64 without a scale; what is beyond f64 counts as not
 //! finite.
+//!
+//! # Products of matrices
+//!
+//! The exception: [`Direction::Muon`](crate::Direction::Muon) orthogonalises matrices by candle's `matmul` (`gemm` on the
+//! CPU, cuBLAS on CUDA devices), whose order of additions is theirs. So the parameters of its matrices, their masters and
+//! averages, differ in their last digits between devices, between instruction sets of the CPU, and where matrices of
+//! equal shape are multiplied in batches of another size; and so does what follows from them, as a curvature over all
+//! parameters. What holds for them too: the same bits from run to run on the same devices, for any number of threads,
+//! after a checkpoint, and whatever other optimizers do. Their momentum and the Frobenius norm that it is divided by
+//! follow the rules above: the norm by the rules of sums, as if each matrix were a block, of numbers that are rounded to
+//! the dtype of the products; the quotient in f64, rounded once.
 //!
 //! # Random numbers
 //!

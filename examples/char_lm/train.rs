@@ -220,7 +220,7 @@ impl<'a> Training<'a> {
 
     /// Calls `f` with the model, of averaged weights if they are averaged.
     pub fn evaluate<T>(&mut self, f: impl FnOnce(&Transformer) -> Result<T>) -> Result<T> {
-        let averages = self.settings.params().average.is_some();
+        let averages = self.optimizer.averages();
         let _averaged = averages.then(|| self.optimizer.swap_averaged()).transpose()?;
         f(&self.model)
     }
