@@ -15,6 +15,7 @@
 //! | reference rule, bf16 with f32 master | 12: read g, read and write master, write w; 14 likewise |
 //! | braked Adam, f32, a step that doesn't measure | 28: read w, g, m, v, write w, m, v; 32 where g is read twice |
 //! | kinetic, f32, likewise | 36: g; g, m, w for the trust clip; read w, g, m, write w, m |
+//! | Muon, f32 | 44: read g, m, write X; read and write X for its norm; read g, m, X, w, write m, w; and what its products take |
 //! | plain loop, f32 | 12: read, read, write |
 //!
 //! "measuring" is a step that measures, with `observe`, but without the model's second backward pass.
@@ -98,7 +99,7 @@ impl Bench<'_> {
 /// readings of a gradient that is larger than the caches.
 type Contender = (&'static str, usize, usize);
 
-const CONTENDERS: [Contender; 12] = [
+const CONTENDERS: [Contender; 13] = [
     (SRKL, 12, 16),
     (SRKL_SKIP_BLOCK, 12, 16),
     (BRAKED, 28, 32),
@@ -107,6 +108,7 @@ const CONTENDERS: [Contender; 12] = [
     (KINETIC, 20, 36),
     (SGD_PROPAGATE, 12, 12),
     (ADAMW_PROPAGATE, 28, 28),
+    (MUON_PROPAGATE, 44, 44),
     (CANDLE_SGD, 12, 12),
     (CANDLE_ADAMW, 28, 28),
     (PLAIN_1, 12, 12),
@@ -121,6 +123,7 @@ const BRAKED_MEASURING: &str = "srkl braked Adam, measuring";
 const KINETIC: &str = "srkl kinetic";
 const SGD_PROPAGATE: &str = "srkl SGD, Propagate";
 const ADAMW_PROPAGATE: &str = "srkl AdamW, Propagate";
+const MUON_PROPAGATE: &str = "srkl Muon, Propagate";
 const CANDLE_SGD: &str = "candle SGD";
 const CANDLE_ADAMW: &str = "candle AdamW";
 const PLAIN_1: &str = "plain loop, 1 thread";
@@ -173,6 +176,12 @@ fn main() -> anyhow::Result<()> {
             let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..params };
             let mut srkl = Srkl::new(vars.clone(), params)?;
             bench.run(&list, contender, || srkl.step(&grads).unwrap());
+        }
+        // Seconds a step on the larger lists: its products are many times the work of a step of others.
+        if list.name.contains("layers") {
+            let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..ParamsSrkl::muon(1e-3) };
+            let mut srkl = Srkl::new(vars.clone(), params)?;
+            bench.run(&list, MUON_PROPAGATE, || srkl.step(&grads).unwrap());
         }
         let mut srkl = Srkl::new(vars.clone(), measured(ParamsSrkl::braked_adam(), 1))?;
         bench.run(&list, BRAKED_MEASURING, || {

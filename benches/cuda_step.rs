@@ -47,7 +47,7 @@ struct Options {
     #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block", "propagate"])]
     policy: String,
     /// With --steps: the settings; braked Adam measures at the first step
-    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam", "sgd", "adamw"])]
+    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam", "sgd", "adamw", "muon"])]
     preset: String,
     /// What cargo bench passes
     #[arg(long, hide = true)]
@@ -64,7 +64,7 @@ fn main() -> Result<()> {
     if let Some(steps) = options.steps {
         for list in lists {
             let (vars, grads) = list.tensors(&device)?;
-            let mut srkl = Srkl::new(vars.clone(), settings(&options.preset, &options.policy))?;
+            let mut srkl = optimizer(&vars, settings(&options.preset, &options.policy))?;
             (0..steps).try_for_each(|_| step(&mut srkl, &vars, &grads))?;
             let taken = srkl.steps()?;
             ensure!(taken == steps as u64, "{}: {taken} of {steps} steps taken", list.name);
@@ -97,8 +97,9 @@ fn main() -> Result<()> {
             ("SGD, Propagate", 12., "sgd", "propagate"),
             ("AdamW", 28., "adamw", "skip-step"),
             ("AdamW, Propagate", 28., "adamw", "propagate"),
+            ("Muon, Propagate", 36., "muon", "propagate"),
         ] {
-            let mut srkl = Srkl::new(vars.clone(), settings(preset, policy))?;
+            let mut srkl = optimizer(&vars, settings(preset, policy))?;
             step(&mut srkl, &vars, &grads)?;
             let time = time(&stream, options.samples, || Ok(step(&mut srkl, &vars, &grads)?))?;
             seconds.push((contender, bytes, time));
@@ -144,6 +145,7 @@ fn settings(preset: &str, policy: &str) -> ParamsSrkl {
         "reference" => ParamsSrkl::reference(),
         "sgd" => ParamsSrkl::sgd(1e-3),
         "adamw" => ParamsSrkl::adamw(1e-3),
+        "muon" => ParamsSrkl::muon(1e-3),
         // Measures at its first step alone.
         _ => ParamsSrkl {
             measure: Measure { every: u64::MAX, first: 1, ..Measure::default() },
@@ -156,6 +158,13 @@ fn settings(preset: &str, policy: &str) -> ParamsSrkl {
         _ => NonFinite::Propagate,
     };
     ParamsSrkl { nonfinite, ..preset }
+}
+
+/// With Muon for all matrices but embeddings, which have many rows.
+fn optimizer(vars: &[Var], params: ParamsSrkl) -> Result<Srkl> {
+    let named = vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone()));
+    let hidden = |_: &str, var: &Var| usize::from(var.rank() == 2 && var.dims()[0] < 10_000);
+    Ok(Srkl::builder().default_group(params).matrices(hidden).build(named)?)
 }
 
 /// A step, with its measurement where one is due: by the values of the parameters in place of second gradients.

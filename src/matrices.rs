@@ -27,7 +27,7 @@ impl Matrices {
         if dims.len() < 2 || elements == 0 {
             return refuse(format!("got shape {dims:?}"));
         }
-        if dims[0] % count != 0 {
+        if !dims[0].is_multiple_of(count) {
             return refuse(format!(
                 "shape {dims:?} can't be split into {count} along its first dimension"
             ));

@@ -139,9 +139,9 @@ fn step_by(
     let row = |i: usize| &o[i * cols..(i + 1) * cols];
     let between = |a: &[f64], b: &[f64]| (0..rows).map(|i| a[i] * dot(row(i), b)).sum::<f64>();
     let (mut diagonal, mut off) = (vec![], 0f64);
-    for a in 0..rank {
-        for b in 0..rank {
-            let x = between(&u[a], &v[b]);
+    for (a, u) in u.iter().enumerate() {
+        for (b, v) in v.iter().enumerate() {
+            let x = between(u, v);
             if a == b { diagonal.push(x) } else { off = off.max(x.abs()) }
         }
     }

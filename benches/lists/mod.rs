@@ -11,12 +11,13 @@ pub struct List {
 }
 
 impl List {
-    pub fn all() -> [Self; 4] {
+    pub fn all() -> [Self; 5] {
         let list = |name, dtype, shapes| Self { name, dtype, shapes };
         [
             list("16M f32", DType::F32, vec![vec![1 << 24]]),
             list("GPT-2 small f32", DType::F32, gpt2_small()),
             list("GPT-2 small bf16", DType::BF16, gpt2_small()),
+            list("4 layers of 256 f32", DType::F32, layers(4, 256)),
             list("10000 x 64 f32", DType::F32, vec![vec![64]; 10_000]),
         ]
     }
@@ -40,6 +41,13 @@ impl List {
         }
         Ok((vars, grads))
     }
+}
+
+/// Hidden layers of a transformer.
+fn layers(count: usize, d: usize) -> Vec<Vec<usize>> {
+    let attention = [vec![d], vec![3 * d, d], vec![3 * d], vec![d, d], vec![d]];
+    let mlp = [vec![d], vec![4 * d, d], vec![4 * d], vec![d, 4 * d], vec![d]];
+    (0..count).flat_map(|_| attention.clone().into_iter().chain(mlp.clone())).collect()
 }
 
 /// The parameters of GPT-2 small: 124 million in 148 tensors.

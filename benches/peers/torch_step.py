@@ -39,10 +39,17 @@ def gpt2_small():
     return [[50257, d], [1024, d], *(12 * layer), [d], [d]]
 
 
+def layers(count, d):
+    """Hidden layers of a transformer."""
+    attention = [[d], [3 * d, d], [3 * d], [d, d], [d]]
+    return count * [*attention, [d], [4 * d, d], [4 * d], [d, 4 * d], [d]]
+
+
 LISTS = {
     "16M f32": (torch.float32, [[1 << 24]]),
     "GPT-2 small f32": (torch.float32, gpt2_small()),
     "GPT-2 small bf16": (torch.bfloat16, gpt2_small()),
+    "4 layers of 256 f32": (torch.float32, layers(4, 256)),
     "10000 x 64 f32": (torch.float32, 10_000 * [[64]]),
 }
 
@@ -51,6 +58,10 @@ OPTIMIZERS = [
     ("SGD", lambda params: torch.optim.SGD(params, lr=1e-3, fused=True), 3),
     ("AdamW", lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True), 7),
 ]
+
+
+# It is not fused, and takes matrices alone.
+MUON = ("Muon", lambda params: torch.optim.Muon([p for p in params if p.dim() == 2], lr=1e-3), 5)
 
 
 def parameters(dtype, shapes, device):
@@ -107,7 +118,8 @@ def main():
     print("|---|---|---|---|---|---|")
     for name, (dtype, shapes) in lists.items():
         params = parameters(dtype, shapes, args.device)
-        for optimizer, new, numbers in OPTIMIZERS:
+        rows = [*OPTIMIZERS, MUON] if "layers" in name else OPTIMIZERS
+        for optimizer, new, numbers in rows:
             median, least = seconds(new(params).step, cuda_seconds if cuda else cpu_seconds)
             size = numbers * dtype.itemsize
             rate = size * sum(param.numel() for param in params) / median / 1e9
