@@ -456,11 +456,13 @@ impl ParamsSrkl {
     }
 
     /// [`braked_muon`](Self::braked_muon) for evaluation on averaged weights
-    /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): the one to recommend for transformers.
+    /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): the one to recommend for transformers. `beta = 0.4 lr`,
+    /// `Average::Polynomial(8)`, and curvature as in [`braked_adam_averaged`](Self::braked_adam_averaged).
     #[must_use]
     pub fn braked_muon_averaged() -> Self {
         Self {
             direction: Self::MUON,
+            beta: Beta::Tied(0.4),
             average: Some(Average::Polynomial(8.)),
             ..Self::braked_adam_averaged()
         }
