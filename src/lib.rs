@@ -29,10 +29,12 @@
 //! |---|---|
 //! | [`ParamsSrkl::braked_adam`] | nearly everything: start here |
 //! | [`ParamsSrkl::braked_adam_averaged`] | the same, where evaluation may use averaged weights ([`Srkl::swap_averaged`]) |
+//! | [`ParamsSrkl::braked_muon_averaged`] | transformers: the lowest losses, for more time a step ([`Direction::Muon`]) |
+//! | [`ParamsSrkl::braked_muon`] | the same without averages |
 //! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state tensor less |
 //! | [`ParamsSrkl::hessian`] | studies of curvature |
 //! | [`ParamsSrkl::reference`] | the original rule, whose `lr` needs a search |
-//! | [`ParamsSrkl::adamw`], [`ParamsSrkl::sgd`] | the plain optimizers, fused, with an `lr` of yours |
+//! | [`ParamsSrkl::adamw`], [`ParamsSrkl::sgd`], [`ParamsSrkl::muon`] | the plain optimizers, fused, with an `lr` of yours |
 //!
 //! # What it requires
 //!

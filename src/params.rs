@@ -415,7 +415,7 @@ impl ParamsSrkl {
         }
     }
 
-    /// The recommended preset: Adam braked by the curvature along its steps. `lr = 10`, `Adam { 0.9, 0.999, 1e-8 }`,
+    /// The preset to start with: Adam braked by the curvature along its steps. `lr = 10`, `Adam { 0.9, 0.999, 1e-8 }`,
     /// [`Curvature::Step`] on each of the first 10 steps and every 20th, decay 0.99, noise 2, over all parameters,
     /// `beta = 0.8 lr`.
     ///
@@ -449,10 +449,10 @@ impl ParamsSrkl {
     }
 
     /// Muon for the matrices of hidden layers and Adam for all other parameters, braked by the curvature along the steps
-    /// of both together: [`braked_adam`](Self::braked_adam) with `Muon { 0.95, nesterov, 5 steps }`.
+    /// of both together: [`braked_adam`](Self::braked_adam) with `Muon { 0.95, nesterov, 5 steps }` and `beta = lr / 2`.
     #[must_use]
     pub fn braked_muon() -> Self {
-        Self { direction: Self::MUON, ..Self::braked_adam() }
+        Self { direction: Self::MUON, beta: Beta::Tied(0.5), ..Self::braked_adam() }
     }
 
     /// [`braked_muon`](Self::braked_muon) for evaluation on averaged weights

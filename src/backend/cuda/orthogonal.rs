@@ -40,12 +40,11 @@ impl Orthogonalizer {
         stream: &Arc<CudaStream>,
         all: &mut Parameters,
     ) -> Result<Option<Self>> {
-        let on_device = |block: &&mut Block| block.is_on(device);
         // By what the matrices of a batch share, the places of its blocks.
         let mut alike: BTreeMap<(usize, [usize; 2], &str), Vec<usize>> = BTreeMap::new();
         let (mut matrices, mut chunks) = (vec![], vec![]);
         // The number of a block among those of this device, and its place among all.
-        let here = all.blocks.iter_mut().enumerate().filter(|(_, block)| on_device(&block));
+        let here = all.blocks.iter().enumerate().filter(|(_, block)| block.is_on(device));
         for (number, (place, block)) in here.enumerate() {
             let Some(of) = block.matrices else { continue };
             let dtype = products(block, all.groups[block.group].params.direction);
