@@ -187,6 +187,7 @@ typedef struct {
     double variance;
     double entered;
     double curvature; // H, as the brake goes by it
+    double reach;     // ||D|| / ||d|| of the last measured step
     double last;
     double lowest;
     double highest;
@@ -297,7 +298,7 @@ static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "Srk
 static_assert(sizeof(SrklPair) == 16 && offsetof(SrklPair, b) == 8, "SrklPair");
 static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "SrklPowers");
 static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16, "SrklStepSums");
-static_assert(sizeof(SrklEstimate) == 144 && offsetof(SrklEstimate, missing) == 136, "SrklEstimate");
+static_assert(sizeof(SrklEstimate) == 152 && offsetof(SrklEstimate, missing) == 144, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, reset_master) == 24, "SrklStatistics");
 static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72, "SrklDecision");
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");

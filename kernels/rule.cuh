@@ -41,6 +41,18 @@ __device__ inline double bias_correction(double power) {
     return power == 1. ? 1. : __ddiv_rn(1., __dsub_rn(1., power));
 }
 
+// How many measurements along steps an estimate has before `phi` may grow without limit, and how much longer
+// a step may be than the last measured one until then.
+static const u64 FEW = 10;
+static const double GROWTH = 10.;
+
+// A brake by curvature that was measured a few times only.
+__device__ inline double limit_growth(double phi, const SrklGroup &p, const SrklEstimate &estimate) {
+    const double most = __dmul_rn(GROWTH, estimate.reach);
+    const bool few = p.curvature == SRKL_STEP && estimate.in_average < FEW;
+    return few && most > 0. && phi > most ? most : phi;
+}
+
 // Decides a block's step. `own` are its sums, `total` those over all blocks, if the group uses them; `powers`
 // are those after this step. Returns whether everything that the block uses is finite.
 __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const SrklSums &own,
@@ -60,6 +72,7 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     } else {
         curvature = estimated_curvature(estimate);
         if (curvature != UNKNOWN && is_finite(curvature)) phi = brake(lr, p.beta, curvature);
+        phi = limit_growth(phi, p, estimate);
     }
     if (has_element_brakes(p) && phi != 0.) phi = lr;
     decision.grad_factor = c;
@@ -336,6 +349,7 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
         estimate.variance = 0.;
         estimate.entered = 0.;
         estimate.curvature = 0.;
+        estimate.reach = 0.;
         estimate.in_average = 0;
         estimate.infinite = 0;
         estimate.still += small;
@@ -344,6 +358,7 @@ __device__ inline u32 observe_step(SrklEstimate &estimate, const Measured &sums,
     }
     if (finite && is_finite(curvature)) {
         enter_average(estimate, curvature, decay_after(group, steps_since(estimate, now)), group.noise);
+        estimate.reach = __dsqrt_rn(__ddiv_rn(sums.step, sums.direction));
         record(estimate, curvature, now);
     } else {
         estimate.infinite = 1;

@@ -15,7 +15,7 @@
 //! | metadata | `place.NAME` | its place in sums over all parameters, decimal; without it that of the optimizer that loads |
 //! | metadata | `skipped.NAME` | how often this parameter alone was skipped, decimal |
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
-//! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing |
+//! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing, and reach (f64), which older files do not have |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 
@@ -410,8 +410,15 @@ fn load_block(
         }
         _ => {
             let key = format!("curvature.{name}");
-            let numbers = numbers(metadata, &key)?;
-            (key, Estimate::from_numbers(numbers))
+            let all = text(metadata, &key)?.split(' ').count();
+            let (first, reach) = match all {
+                18 => (numbers(metadata, &key)?, 0.),
+                _ => {
+                    let [first @ .., reach] = numbers::<19>(metadata, &key)?;
+                    (first, reach)
+                }
+            };
+            (key, Estimate::from_numbers(first, reach))
         }
     };
     if !estimate.is_valid(params.curvature) {

@@ -18,6 +18,8 @@ pub(crate) struct Estimate {
     pub entered: f64,
     /// `H` as the brake uses it.
     pub curvature: f64,
+    /// `Step`: `||D|| / ||d||` of the last measured step: how many times its direction it was long.
+    pub reach: f64,
     /// The last, the lowest and the highest `H` that was measured.
     pub last: f64,
     pub lowest: f64,
@@ -179,6 +181,7 @@ impl Estimate {
         variance: 0.,
         entered: 0.,
         curvature: 0.,
+        reach: 0.,
         last: 0.,
         lowest: f64::INFINITY,
         highest: 0.,
@@ -228,10 +231,10 @@ impl Estimate {
     /// Whether it can come from a checkpoint.
     pub fn is_valid(&self, curvature: Curvature) -> bool {
         let Self { mean, row_sum_sq, power, in_average, .. } = *self;
-        let Self { variance, entered, curvature: h, last, lowest, highest, .. } = *self;
+        let Self { variance, entered, curvature: h, reach, last, lowest, highest, .. } = *self;
         // The estimate may be made of other blocks' rows alone.
         let by_others = matches!(curvature, Curvature::Hutchinson(_)) && row_sum_sq == 0.;
-        [mean, row_sum_sq, variance, entered, h, last, lowest, highest]
+        [mean, row_sum_sq, variance, entered, h, reach, last, lowest, highest]
             .iter()
             .all(|number| *number >= 0.)
             && (0. ..=1.).contains(&power)
@@ -241,17 +244,18 @@ impl Estimate {
     /// The text that a checkpoint saves.
     pub fn to_text(self) -> String {
         let Self { mean, row_sum_sq, power, variance, entered, curvature, last, .. } = self;
-        let Self { lowest, highest, .. } = self;
+        let Self { lowest, highest, reach, .. } = self;
         let Counts { taken, nonfinite, unmoved, uninformative, missing } = self.counts;
         let (in_average, infinite, still) = (self.in_average, self.infinite as u8, self.still);
         format!(
             "{mean:?} {row_sum_sq:?} {power:?} {variance:?} {entered:?} {curvature:?} {last:?} {lowest:?} {highest:?} \
-             {in_average} {infinite} {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing}",
+             {in_average} {infinite} {still} {} {taken} {nonfinite} {unmoved} {uninformative} {missing} {reach:?}",
             self.measured_at
         )
     }
 
-    pub fn from_numbers(numbers: [f64; 18]) -> Self {
+    /// `reach` is not in older files: 0.
+    pub fn from_numbers(numbers: [f64; 18], reach: f64) -> Self {
         let [
             mean,
             row_sum_sq,
@@ -273,6 +277,7 @@ impl Estimate {
             variance,
             entered,
             curvature,
+            reach,
             last,
             lowest,
             highest,

@@ -200,7 +200,8 @@ pub enum Curvature {
     ///
     /// Without an estimate, a step that measures is a small one:
     /// `phi = min(s * lr, 0.003 * max(RMS(w), 0.01) / RMS(d), 0.003 / weight_decay)`, with RMS over all parameters
-    /// that move.
+    /// that move. Until 10 measurements are in the average, a step is at most 10 times as long as the last measured one:
+    /// `phi <= 10 ||D|| / ||d||`.
     ///
     /// - If a step that measures has a direction but moves nothing (parameters of 16 bits may be too coarse for it),
     ///   there is no estimate afterwards. The next step then measures, and is a small one. Each small step in a row
@@ -449,20 +450,23 @@ impl ParamsSrkl {
     }
 
     /// Muon for the matrices of hidden layers and Adam for all other parameters, braked by the curvature along the steps
-    /// of both together: [`braked_adam`](Self::braked_adam) with `Muon { 0.95, nesterov, 5 steps }` and `beta = lr / 2`.
+    /// of both together: [`braked_adam`](Self::braked_adam) with `Muon { 0.95, nesterov, 5 steps }`, `beta = lr / 2`
+    /// and trust clip 0.1.
     #[must_use]
     pub fn braked_muon() -> Self {
-        Self { direction: Self::MUON, beta: Beta::Tied(0.5), ..Self::braked_adam() }
+        let trust = Some(0.1);
+        Self { direction: Self::MUON, beta: Beta::Tied(0.5), trust, ..Self::braked_adam() }
     }
 
     /// [`braked_muon`](Self::braked_muon) for evaluation on averaged weights
     /// ([`Srkl::swap_averaged`](crate::Srkl::swap_averaged)): the one to recommend for transformers. `beta = 0.4 lr`,
-    /// `Average::Polynomial(8)`, and curvature as in [`braked_adam_averaged`](Self::braked_adam_averaged).
+    /// trust clip 0.1, `Average::Polynomial(8)`, and curvature as in [`braked_adam_averaged`](Self::braked_adam_averaged).
     #[must_use]
     pub fn braked_muon_averaged() -> Self {
         Self {
             direction: Self::MUON,
             beta: Beta::Tied(0.4),
+            trust: Some(0.1),
             average: Some(Average::Polynomial(8.)),
             ..Self::braked_adam_averaged()
         }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `grad_factor` | unscale and clip |
 //! | `next_powers`, `bias_correction` | bias correction of averages that start at 0 |
-//! | `brake`, `decide`, `may_step` | phi by the curvature, and whether the block moves |
+//! | `brake`, `limit_growth`, `decide`, `may_step` | phi by the curvature, and whether the block moves |
 //! | `adjust` | the small first step, the trust clip |
 //!
 //! | of an element | |
@@ -142,6 +142,20 @@ impl Corrections {
     }
 }
 
+/// How many measurements along steps an estimate has before `phi` may grow without limit, and how much longer a step may
+/// be than the last measured one until then.
+const FEW: u64 = 10;
+const GROWTH: f64 = 10.;
+
+/// A brake by curvature that was measured a few times only. The first measurement is along a small step, and has not
+/// seen what had no gradient yet: in LoRA the half that meets a half of zeros. The step that it seems to allow may be a
+/// thousand times as long, and throw the training back for good. So steps grow by a factor, and are measured as they do.
+fn limit_growth(phi: f64, params: &ParamsSrkl, estimate: &Estimate) -> f64 {
+    let most = GROWTH * estimate.reach;
+    let few = params.measures_steps() && estimate.in_average < FEW;
+    if few && most > 0. && phi > most { most } else { phi }
+}
+
 /// Decides a block's step. `total` are the sums over all blocks, if `params` use them.
 pub(crate) fn decide(
     params: &ParamsSrkl,
@@ -165,7 +179,8 @@ pub(crate) fn decide(
             let curvature = estimated_curvature(estimate);
             // No step without a finite estimate; `adjust` may allow a small one.
             let known = curvature.filter(|curvature| curvature.is_finite());
-            (curvature, known.map_or(0., |curvature| brake(lr, params.beta_value(), curvature)))
+            let phi = known.map_or(0., |curvature| brake(lr, params.beta_value(), curvature));
+            (curvature, limit_growth(phi, params, estimate))
         }
     };
     let phi = if params.has_element_brakes() && phi != 0. { lr } else { phi };
@@ -573,6 +588,7 @@ pub(crate) fn observe_step(
     if finite && curvature.is_finite() {
         let decay = decay_after(averaging, steps_since(estimate, now));
         enter_average(estimate, curvature, decay, averaging.noise);
+        estimate.reach = (step / direction).sqrt();
         record(estimate, curvature, now);
     } else {
         estimate.infinite = true;

@@ -272,6 +272,7 @@ pub struct SrklEstimate {
     pub variance: f64,
     pub entered: f64,
     pub curvature: f64,
+    pub reach: f64,
     pub last: f64,
     pub lowest: f64,
     pub highest: f64,
@@ -287,7 +288,7 @@ pub struct SrklEstimate {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 144usize];
+    ["Size of SrklEstimate"][::std::mem::size_of::<SrklEstimate>() - 152usize];
     ["Alignment of SrklEstimate"][::std::mem::align_of::<SrklEstimate>() - 8usize];
     ["Offset of field: SrklEstimate::mean"][::std::mem::offset_of!(SrklEstimate, mean) - 0usize];
     ["Offset of field: SrklEstimate::row_sum_sq"]
@@ -299,28 +300,29 @@ const _: () = {
         [::std::mem::offset_of!(SrklEstimate, entered) - 32usize];
     ["Offset of field: SrklEstimate::curvature"]
         [::std::mem::offset_of!(SrklEstimate, curvature) - 40usize];
-    ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 48usize];
+    ["Offset of field: SrklEstimate::reach"][::std::mem::offset_of!(SrklEstimate, reach) - 48usize];
+    ["Offset of field: SrklEstimate::last"][::std::mem::offset_of!(SrklEstimate, last) - 56usize];
     ["Offset of field: SrklEstimate::lowest"]
-        [::std::mem::offset_of!(SrklEstimate, lowest) - 56usize];
+        [::std::mem::offset_of!(SrklEstimate, lowest) - 64usize];
     ["Offset of field: SrklEstimate::highest"]
-        [::std::mem::offset_of!(SrklEstimate, highest) - 64usize];
+        [::std::mem::offset_of!(SrklEstimate, highest) - 72usize];
     ["Offset of field: SrklEstimate::in_average"]
-        [::std::mem::offset_of!(SrklEstimate, in_average) - 72usize];
+        [::std::mem::offset_of!(SrklEstimate, in_average) - 80usize];
     ["Offset of field: SrklEstimate::infinite"]
-        [::std::mem::offset_of!(SrklEstimate, infinite) - 80usize];
-    ["Offset of field: SrklEstimate::still"][::std::mem::offset_of!(SrklEstimate, still) - 88usize];
+        [::std::mem::offset_of!(SrklEstimate, infinite) - 88usize];
+    ["Offset of field: SrklEstimate::still"][::std::mem::offset_of!(SrklEstimate, still) - 96usize];
     ["Offset of field: SrklEstimate::measured_at"]
-        [::std::mem::offset_of!(SrklEstimate, measured_at) - 96usize];
+        [::std::mem::offset_of!(SrklEstimate, measured_at) - 104usize];
     ["Offset of field: SrklEstimate::taken"]
-        [::std::mem::offset_of!(SrklEstimate, taken) - 104usize];
+        [::std::mem::offset_of!(SrklEstimate, taken) - 112usize];
     ["Offset of field: SrklEstimate::nonfinite"]
-        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 112usize];
+        [::std::mem::offset_of!(SrklEstimate, nonfinite) - 120usize];
     ["Offset of field: SrklEstimate::unmoved"]
-        [::std::mem::offset_of!(SrklEstimate, unmoved) - 120usize];
+        [::std::mem::offset_of!(SrklEstimate, unmoved) - 128usize];
     ["Offset of field: SrklEstimate::uninformative"]
-        [::std::mem::offset_of!(SrklEstimate, uninformative) - 128usize];
+        [::std::mem::offset_of!(SrklEstimate, uninformative) - 136usize];
     ["Offset of field: SrklEstimate::missing"]
-        [::std::mem::offset_of!(SrklEstimate, missing) - 136usize];
+        [::std::mem::offset_of!(SrklEstimate, missing) - 144usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
