@@ -311,7 +311,7 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     check(&[("asked", None)], good, "`asked` is missing");
     check(&[("seed", Some("-1"))], good, "`seed` is not a number");
     check(&[("trained.layer.bias", None)], good, "`trained.layer.bias` is missing");
-    check(&[("curvature.layer.bias", Some("0.0"))], good, "`curvature.layer.bias`: expected 18");
+    check(&[("curvature.layer.bias", Some("0.0"))], good, "`curvature.layer.bias`: expected 19");
     for wrong in [
         NO_ESTIMATE.replacen("0.0", "-1.0", 1),
         NO_ESTIMATE.replacen("0.0", "NaN", 1),

@@ -622,6 +622,7 @@ fn average_of_step_curvature() -> Result<()> {
             opt.set_grad_scale(grad_scale)?;
             let mut gradients = vec![];
             let mut measured: Vec<f64> = vec![];
+            let mut reach = 0.;
             for t in 0..8 {
                 let (w, g) = (network.w()?, network.g()?);
                 let clip = max_grad_norm.map_or(1., |max| f64::min(1., max / norm(&g)));
@@ -632,13 +633,15 @@ fn average_of_step_curvature() -> Result<()> {
                     let exact = braking(&measured, decay);
                     for telemetry in opt.telemetry()? {
                         assert_close(telemetry.curvature.unwrap(), exact, 1e-12);
-                        let phi = 1. / (1. / 0.5 + 0.5 * exact);
+                        // Of few measurements it grows by a factor at most.
+                        let phi = f64::min(1. / (1. / 0.5 + 0.5 * exact), 10. * reach);
                         assert_close(telemetry.phi.unwrap(), phi, 1e-12);
                     }
                 }
                 let (step, change) = (minus(&network.w()?, &w), minus(&network.g()?, &g));
                 let change: Vec<f64> = change.iter().map(|x| clip * x).collect();
                 let (d, m) = self::direction(direction, &gradients);
+                reach = norm(&step) / norm(&d);
                 measured.push(along_step(&network.blocks(), [&change, &step, &d, &m]));
             }
         }
