@@ -769,6 +769,16 @@ mod tests {
         let json = serde_json::to_string(&params).unwrap();
         assert!(json.contains(r#""beta":{"Tied":0.5}"#), "{json}");
         assert_eq!(serde_json::from_str::<ParamsSrkl>(&json).unwrap(), params);
+        for preset in [
+            ParamsSrkl::braked_adam_averaged(),
+            ParamsSrkl::braked_muon_averaged(),
+            ParamsSrkl::hessian(),
+            ParamsSrkl::muon(0.1),
+            ParamsSrkl::sgd(0.1),
+        ] {
+            let json = serde_json::to_string(&preset).unwrap();
+            assert_eq!(serde_json::from_str::<ParamsSrkl>(&json).unwrap(), preset);
+        }
     }
 
     /// Fields that come later have a value in older files, and a misspelled one is no default in disguise.

@@ -52,6 +52,29 @@ fn a_step_allocates_little() -> Result<()> {
             }
         }
     }
+    products_alone()
+}
+
+/// With Muon a step allocates the products of one matrix at a time: two squares of the shorter side, and one matrix.
+fn products_alone() -> Result<()> {
+    let (rows, cols) = (300, 500);
+    let mut store = grads([]);
+    let mut vars = vec![];
+    for i in 0..10 {
+        let var = Var::zeros((rows, cols), DType::F32, &Device::Cpu)?;
+        store.insert(&var, noisy_matrix((rows, cols), 1., i, DType::F32)?);
+        vars.push(var);
+    }
+    let mut opt = Srkl::new(vars, ParamsSrkl::muon(0.1))?;
+    opt.step(&store)?;
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    opt.step(&store)?;
+    let (more, kept) =
+        (ALLOCATOR.peak_usage() - before, ALLOCATOR.current_usage().saturating_sub(before));
+    let products = 4 * (2 * rows * rows + rows * cols);
+    assert!(more <= products + 1_000_000, "{more} bytes, of which products {products}");
+    assert!(kept <= 100_000, "{kept} bytes kept");
     Ok(())
 }
 
