@@ -178,13 +178,11 @@ __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64
     const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const u32 direction = block_step.group.direction;
-    const bool WIDE = !ELEMENTS && !MEASURES;
+    const bool vectors = !ELEMENTS && !MEASURES && direction != SRKL_MUON;
     int wide = 0;
-    if (WIDE && direction == SRKL_MUON)
-        wide = 0;
-    else if (WIDE && g.dtype == block.dtype)
+    if (vectors && g.dtype == block.dtype)
         wide = update_vectors<P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
-    else if (WIDE && g.dtype == SRKL_F32 && sizeof(P) == 2)
+    else if (vectors && g.dtype == SRKL_F32 && sizeof(P) == 2)
         wide = update_vectors<P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
     if (ELEMENTS && has_element_brakes(block_step.group))
         update_scalars<true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes, strips);

@@ -211,10 +211,8 @@ impl<'a> SrklBuilder<'a> {
                     groups[group_of(other)].name
                 )
             }
-            let names = std::iter::once(&name).chain(&tied);
-            let count = names.map(|name| (self.matrices)(name, &var)).min().unwrap_or(0);
-            let matrices = match beside.contains_key(&group) && count > 0 {
-                true => Some(Matrices::new(&name, &groups[group].name, var.dims(), count)?),
+            let matrices = match beside.contains_key(&group) {
+                true => matrices_of(&name, &tied, &var, &groups[group].name, &self.matrices)?,
                 false => None,
             };
             let group = match (matrices, beside.get(&group)) {
@@ -243,6 +241,27 @@ impl<'a> SrklBuilder<'a> {
             engine,
         })
     }
+}
+
+/// The matrices that a variable of one or several names is taken for, if each of them says so.
+fn matrices_of(
+    name: &str,
+    tied: &[String],
+    var: &Var,
+    group: &str,
+    of: &MatricesOf,
+) -> Result<Option<Matrices>> {
+    let count = of(name, var);
+    for other in tied {
+        match of(other, var) {
+            0 => return Ok(None),
+            others if count > 0 && others != count => bail!(
+                "`{name}` and `{other}` are the same variable, which can't be {count} matrices and {others}"
+            ),
+            _ => {}
+        }
+    }
+    (count > 0).then(|| Matrices::new(name, group, var.dims(), count)).transpose()
 }
 
 /// The engine for these parameters.

@@ -33,7 +33,8 @@ impl Matrices {
             ));
         }
         // Matrices that lie in the first dimension one by one, as those of experts do.
-        let rows = if dims[0] == count && dims.len() > 2 { dims[1] } else { dims[0] / count };
+        let rows =
+            if count > 1 && dims[0] == count && dims.len() > 2 { dims[1] } else { dims[0] / count };
         Ok(Self { count, rows, cols: elements / (count * rows) })
     }
 

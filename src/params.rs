@@ -131,8 +131,8 @@ pub enum Direction {
     /// d  = 0.2 sqrt(max(rows, cols)) X
     /// ```
     ///
-    /// After 5 steps the singular values of X are between 0.65 and 1.25, but for those that are less than a hundredth
-    /// of the largest or so. The factor of `d` gives it the RMS of Adam's direction (Liu and others, 2025), so that
+    /// After 5 steps the singular values of X are between 0.65 and 1.25, but for those of n that are less than a few
+    /// thousandths of its norm. The factor of `d` gives it the RMS of Adam's direction (Liu and others, 2025), so that
     /// both can have the same `lr`.
     ///
     /// **Which parameters.** [`hidden_matrices`](crate::hidden_matrices) says, by name and shape, which parameters of the
@@ -141,7 +141,9 @@ pub enum Direction {
     /// [`SrklBuilder::matrices`](crate::SrklBuilder::matrices) sets another rule, and
     /// [`BlockTelemetry::direction`](crate::BlockTelemetry::direction) tells what became of each parameter.
     ///
-    /// State: m, 4 bytes a parameter; and while it lives the optimizer has room for X, of the dtype of the products.
+    /// State: m, 4 bytes a parameter (8 for f64); and while it lives the optimizer has room for X, of the dtype of the
+    /// products. These allocate for a while: on the CPU as much as the largest matrix and two squares of its shorter side,
+    /// on a CUDA device as much as all matrices of one shape, and the squares of each.
     /// The time goes into the products, by candle's `matmul`, with which the contract of [`numerics`](crate::numerics)
     /// has an exception.
     Muon {

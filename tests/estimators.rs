@@ -457,6 +457,29 @@ fn step_on(h: f64, w: &Var, opt: &mut Srkl) -> Result<()> {
     })
 }
 
+/// While an estimate has fewer than 10 measurements a step is at most 10 times as long as the last measured one, also
+/// where curvature has become a million times smaller; after that at once as long as the brake lets it.
+#[test]
+fn steps_grow_by_a_factor_at_first() -> Result<()> {
+    for (steep, limited) in [(3, true), (9, true), (10, false), (14, false)] {
+        let w = var(&[100.], DType::F64)?;
+        let curvature = Curvature::Step(StepCurvature { decay: 0., noise: 0. });
+        let params = along(0., Scope::Global, Direction::Gradient);
+        let params = ParamsSrkl { curvature, lr: 1e9, beta: Beta::Tied(1.), ..params };
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        for _ in 0..steep - 1 {
+            step_on(1e3, &w, &mut opt)?;
+        }
+        step_on(1e-3, &w, &mut opt)?;
+        let before = opt.telemetry()?[0].phi.unwrap();
+        step_on(1e-3, &w, &mut opt)?;
+        let phi = opt.telemetry()?[0].phi.unwrap();
+        let expected = if limited { 10. * before } else { 1. / (1e-9 + 1e-3) };
+        assert_close(phi, expected, 1e-6);
+    }
+    Ok(())
+}
+
 /// The worked number of `braking`, and of a spike.
 #[test]
 fn the_average_in_numbers() -> Result<()> {

@@ -321,6 +321,8 @@ fn a_stacked_weight_is_its_matrices() -> Result<()> {
     assert_eq!(train(&[&[18, 5]], 3)?, apart);
     assert_eq!(train(&[&[3, 6, 5]], 3)?, apart);
     assert_eq!(train(&[&[6, 5, 1], &[6, 1, 5], &[6, 5]], 1)?, apart);
+    // Of one filter one row.
+    assert_eq!(train(&[&[1, 6, 5]], 1)?, train(&[&[1, 30]], 1)?);
     assert_ne!(train(&[&[18, 5]], 1)?, apart);
     Ok(())
 }
@@ -579,13 +581,25 @@ fn settings_are_those_of_the_whole_group() -> Result<()> {
     let message = |result: Result<()>| result.expect_err("an error").to_string();
     let adam = ParamsSrkl { direction: ParamsSrkl::adamw(0.1).direction, ..plain(0.1) };
     let error = message(opt.set_params("default", adam));
-    assert!(error.contains("the state `v`") || error.contains("`direction`"), "{error}");
+    assert!(error.contains("without the state `v`"), "{error}");
     let bf16 = Direction::Muon { mu: 0.95, nesterov: true, steps: 5, bf16: false };
     let error = message(opt.set_params("default", ParamsSrkl { direction: bf16, ..plain(0.1) }));
     assert!(error.contains("`bf16`"), "{error}");
     // Fewer steps are another matrix, from the next step on.
     let few = Direction::Muon { mu: 0.95, nesterov: true, steps: 1, bf16: true };
-    opt.set_params("default", ParamsSrkl { direction: few, ..plain(0.1) })?;
+    let step = |opt: &mut Srkl| -> Result<Vec<f64>> {
+        let before = values(&vars[0])?;
+        opt.step(&ones())?;
+        Ok(minus(&values(&vars[0])?, &before))
+    };
+    let five = step(&mut opt)?;
+    opt.set_params("default", ParamsSrkl { direction: few, ..plain(0.3) })?;
+    // A matrix of ones has one singular value, which is 1 of its norm: 3.4445 - 4.7750 + 2.0315, and so on.
+    assert_abs_diff_eq!(
+        norm(&step(&mut opt)?) / norm(&five),
+        iterated(1., 1) / iterated(1., 5),
+        epsilon = 1e-4
+    );
     for (direction, scope, said) in [
         (muon(1., true, 5), Scope::Tensor, "`mu`"),
         (muon(0.9, true, 0), Scope::Tensor, "`steps`"),

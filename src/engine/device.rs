@@ -69,8 +69,12 @@ impl Engine for Device {
         let is_muon = all.any(ParamsSrkl::is_muon);
         if measures || is_muon || all.any(|params| params.trust.is_some()) {
             launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
-            if is_muon {
-                self.cuda.launch_orthogonal(all, gradients)?;
+            if is_muon && let Err(e) = self.cuda.launch_orthogonal(all, gradients) {
+                // For want of memory: as if the step had not begun.
+                if !captured {
+                    self.cuda.withdraw()?;
+                }
+                return Err(e);
             }
             if measures || all.any(|params| params.trust.is_some()) {
                 let what =

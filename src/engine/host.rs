@@ -53,7 +53,10 @@ impl Host {
     /// Splits the list of blocks into runs that are stepped one after the other; into one run if a decision needs the
     /// statistics of all blocks.
     fn runs(&self, all: &Parameters, measures: bool) -> Vec<Range<usize>> {
-        let whole = all.any(ParamsSrkl::waits_for_all) || measures || !self.on_cpu_alone;
+        // Products may fail, and nothing may have moved then.
+        let may_fail = all.any(ParamsSrkl::is_muon);
+        let whole =
+            all.any(ParamsSrkl::waits_for_all) || may_fail || measures || !self.on_cpu_alone;
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in all.blocks.iter().enumerate() {
             elements += block.n;

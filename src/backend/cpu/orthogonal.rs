@@ -16,6 +16,8 @@ use crate::numerics::LANES;
 use crate::params::Direction;
 use crate::rule::Moments;
 
+const OTHER_TYPE: &str = "expected room of the compute type";
+
 /// Room for the matrices of a block. Those of f64 parameters are in f64, all others in f32.
 pub(crate) fn make_room(block: &mut Block) -> Result<()> {
     if let Some(matrices) = block.matrices {
@@ -46,9 +48,7 @@ pub(crate) fn write_momentum(
         let moments = step.coefficients::<C>().moments;
         let state = Exact::<C>::new(&mut block.state);
         with_storage_mut(room, |storage| {
-            let Some(x) = C::numbers_mut(storage) else {
-                bail!("expected room of the compute type")
-            };
+            let Some(x) = C::numbers_mut(storage) else { bail!("{OTHER_TYPE}") };
             let write = |scratch: &mut Scratch, (piece, x): (usize, &mut [C])| {
                 let (state, start) = (&state, piece * PIECE);
                 simd.run(Momentum { start, x, g, state, moments, scratch })
@@ -68,7 +68,7 @@ pub(crate) fn write_momentum(
         });
         let norms = norms.collect::<Result<Vec<f64>>>()?;
         with_storage_mut(room, |storage| {
-            let x = C::numbers_mut(storage).unwrap_or_default();
+            let Some(x) = C::numbers_mut(storage) else { bail!("{OTHER_TYPE}") };
             let n = x.len() / norms.len();
             for (x, norm) in x.chunks_mut(n).zip(norms) {
                 let divide = |x: &mut [C]| simd.run(Divide { x, norm });

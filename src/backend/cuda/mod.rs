@@ -172,7 +172,7 @@ impl CudaBackend {
         let table = self.table_for(0, gradients);
         // SAFETY: as for `launch_step`; the orthogonalizer keeps what its own table points to.
         unsafe { self.kernels.momentum(&table, orthogonalizer.table()) }?;
-        orthogonalizer.run(all, &self.kernels)
+        orthogonalizer.run(all, &self.kernels, self.is_capturing()?)
     }
 
     /// Perturbs parameters or swaps in their averages, or restores them from their backups.
@@ -334,6 +334,12 @@ impl CudaBackend {
     }
 
     // -- What is read from the device: each call waits for it --
+
+    /// Takes a decision back that a step is skipped, which only an update would.
+    pub fn withdraw(&mut self) -> Result<()> {
+        let state = abi::SrklState { found_inf: 0, ..self.state()? };
+        self.upload(&[state], |memory| &mut memory.state)
+    }
 
     /// What the kernels count.
     pub fn state(&self) -> Result<abi::SrklState> {

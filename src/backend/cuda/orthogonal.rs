@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use super::super::newton_schulz::newton_schulz;
@@ -111,12 +111,16 @@ impl Orthogonalizer {
         &self.table
     }
 
-    /// Orthogonalises what is in the rooms.
-    pub fn run(&self, all: &Parameters, kernels: &Kernels) -> Result<()> {
+    /// Orthogonalises what is in the rooms; in a capture those of frozen groups too, which a replay may find thawed.
+    pub fn run(&self, all: &Parameters, kernels: &Kernels, captured: bool) -> Result<()> {
         for Batch { room, group } in &self.batches {
-            let Direction::Muon { steps, .. } = all.groups[*group].params.direction else {
-                continue;
+            let params = &all.groups[*group].params;
+            let Direction::Muon { steps, .. } = params.direction else {
+                bail!("expected `Direction::Muon`, got {:?}", params.direction)
             };
+            if params.lr == 0. && !captured {
+                continue;
+            }
             newton_schulz(room, steps, |y, a, x, b| {
                 let n = y.elem_count();
                 let (to, from) = (numbers(y, &self.stream)?, numbers(x, &self.stream)?);
