@@ -386,3 +386,41 @@ fn saving_an_overwritten_parameter() -> Result<()> {
     assert_eq!(opt.master("layer.bias")?, Some(vec![4.; 70]));
     Ok(())
 }
+
+/// Files of before had no `reach`: the last of the numbers of an estimate.
+#[test]
+fn an_estimate_without_reach_is_read() -> Result<()> {
+    let w = var(&[3., -2.], DType::F32)?;
+    let build = || Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam());
+    let mut opt = build()?;
+    for _ in 0..3 {
+        opt.backward_step_with(|| w.sqr()?.sum_all())?;
+    }
+    let file = tempfile::NamedTempFile::new()?;
+    opt.save(file.path())?;
+    let bytes = std::fs::read(file.path())?;
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header = String::from_utf8(bytes[8..end].to_vec()).unwrap();
+    let (before, value) = header.split_once("\"curvature.0\":\"").unwrap();
+    let (value, after) = value.split_once('"').unwrap();
+    let older = value.rsplit_once(' ').unwrap().0;
+    // A header may end in spaces.
+    let older = format!("{before}\"curvature.0\":\"{older}\"{after}");
+    let older = format!("{older:width$}", width = header.len());
+    std::fs::write(file.path(), [&bytes[..8], older.as_bytes(), &bytes[end..]].concat())?;
+    let mut loaded = build()?;
+    loaded.load(file.path())?;
+    assert_eq!(loaded.measurements()?, opt.measurements()?);
+    assert_eq!(loaded.measurements()?.taken, 3);
+
+    for wrong in ["-1.0", "NaN", "1.0 2.0"] {
+        let value = format!("{} {wrong}", value.rsplit_once(' ').unwrap().0);
+        let changed = format!("{before}\"curvature.0\":\"{value}\"{after}");
+        let changed = format!("{changed:width$}", width = header.len().max(changed.len()));
+        let length = (changed.len() as u64).to_le_bytes();
+        std::fs::write(file.path(), [&length, changed.as_bytes(), &bytes[end..]].concat())?;
+        let error = build()?.load(file.path()).expect_err(wrong).to_string();
+        assert!(error.contains("`curvature.0`"), "{error}");
+    }
+    Ok(())
+}
