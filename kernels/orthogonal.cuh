@@ -15,6 +15,7 @@
 
 #include "decide.cuh"
 #include "state.cuh"
+#include "statistics.cuh"
 
 // What an element of a room is computed in.
 template <typename T> using Computed = decltype(widen(T()));
@@ -50,15 +51,9 @@ __device__ inline SrklSums write_momentum(const SrklBlock &block, const SrklGrad
     const Part<C, C> part(block, start);
     const Moments<C> moments(block_step.group, block_step.decision);
     SrklSums sums = {0., 0., 0};
-    if (sizeof(C) == 8 && moves) {
-        int most = -1022;
-        for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
-            const double x = fabs((double)momentum(part, g, block_step.group, moments, start, at));
-            const int e = x < __longlong_as_double(0x7ff0000000000000ll) ? scale_exponent(x) : most;
-            most = e > most ? e : most;
-        }
-        sums.exponent = block_max(most);
-    }
+    if (sizeof(C) == 8 && moves)
+        sums.exponent = chunk_exponent(
+            len, [&](int at) { return (double)momentum(part, g, block_step.group, moments, start, at); });
     const double scale = pow2(-(int)sums.exponent);
     const int width = lane_count(len);
     for (int l = threadIdx.x; l < width; l += SRKL_THREADS) lanes.sum2[l] = 0.;
@@ -81,14 +76,13 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
     __shared__ SrklMatrix matrix;
     __shared__ SrklBlock block;
     __shared__ SrklGradient gradient;
-    __shared__ u64 first;
+    __shared__ SrklChunk of_matrix;
     __shared__ bool moves, last;
     SrklSums *of_chunks = (SrklSums *)matrices.chunk_sums;
     for (u64 chunk = blockIdx.x; chunk < matrices.chunk_count; chunk += gridDim.x) {
         if (threadIdx.x == 0) {
-            const SrklChunk part = ((const SrklChunk *)matrices.chunks)[chunk];
-            matrix = ((const SrklMatrix *)matrices.matrices)[part.block];
-            first = part.start;
+            of_matrix = ((const SrklChunk *)matrices.chunks)[chunk];
+            matrix = ((const SrklMatrix *)matrices.matrices)[of_matrix.block];
             block = ((const SrklBlock *)table.blocks)[matrix.block];
             gradient = ((const SrklGradient *)table.gradients)[matrix.block];
             block_step.group = ((const SrklGroup *)table.groups)[block.group];
@@ -97,23 +91,22 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
             moves = has_gradient(table, matrix.block) && block_step.decision.moves && !found_inf;
         }
         __syncthreads();
-        const u64 left = matrix.n - first, start = matrix.start + first;
+        const u64 left = matrix.n - of_matrix.start, start = matrix.start + of_matrix.start;
         const int len = left < SRKL_CHUNK ? (int)left : SRKL_CHUNK;
         const SrklSums sums =
             block.dtype == SRKL_F64
                 ? write_momentum<double>(block, gradient, block_step, moves, start, len, lanes)
                 : write_momentum<float>(block, gradient, block_step, moves, start, len, lanes);
-        const u64 number = ((const SrklChunk *)matrices.chunks)[chunk].block;
         if (threadIdx.x == 0) {
             of_chunks[chunk] = sums;
-            last = arrives_last(&((u32 *)matrices.chunks_done)[number], matrix.chunk_count);
+            last = arrives_last(&((u32 *)matrices.chunks_done)[of_matrix.block], matrix.chunk_count);
         }
         __syncthreads();
         if (last) {
             const SrklSums *all = of_chunks + matrix.first_chunk;
             const SrklSums total = fold(
                 matrix.chunk_count, [=](u64 i) { return read_sums(&all[i]); }, lanes);
-            if (threadIdx.x == 0) ((SrklSums *)matrices.sums)[number] = total;
+            if (threadIdx.x == 0) ((SrklSums *)matrices.sums)[of_matrix.block] = total;
         }
         __syncthreads();
     }

@@ -48,11 +48,12 @@ __device__ inline void vector_lanes(const T *g, int wide, int width, bool norm, 
     }
 }
 
-// For an f64 block, the exponent that brings the magnitudes of a chunk to about 1.
-__device__ inline int chunk_exponent(const SrklGradient &g, u64 start, int len) {
+// For an f64 block, the exponent that brings the magnitudes of a chunk of `len` numbers to about 1;
+// `number(at)` is one of them.
+template <typename Number> __device__ inline int chunk_exponent(int len, Number number) {
     int most = -1022;
     for (int at = threadIdx.x; at < len; at += SRKL_THREADS) {
-        double magnitude = fabs(load_one(g, start + at));
+        double magnitude = fabs(number(at));
         int e = magnitude < __longlong_as_double(0x7ff0000000000000ll) ? scale_exponent(magnitude) : most;
         most = e > most ? e : most;
     }
@@ -65,7 +66,7 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
     SrklSums sums = {0., 0., 0};
     const int width = lane_count(len);
     const bool f64 = dtype == SRKL_F64;
-    if (f64) sums.exponent = chunk_exponent(g, start, len);
+    if (f64) sums.exponent = chunk_exponent(len, [&](int at) { return load_one(g, start + at); });
     const double scale = pow2(-(int)sums.exponent);
 
     int wide = 0;

@@ -166,7 +166,7 @@ impl<'a> SrklBuilder<'a> {
     ) -> Result<Srkl> {
         let default = Group::new(DEFAULT_GROUP.to_string(), self.default);
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
-        let groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
+        let mut groups: Vec<Group> = std::iter::once(default).chain(groups).collect();
         let mut names = HashSet::new();
         for group in &groups {
             group.params.validate().map_err(|e| e.context(format!("group `{}`", group.name)))?;
@@ -177,7 +177,6 @@ impl<'a> SrklBuilder<'a> {
 
         // What takes Adam beside Muon comes behind all groups.
         let mut beside: HashMap<usize, usize> = HashMap::new();
-        let mut groups = groups;
         for i in 0..groups.len() {
             if groups[i].params.is_muon() {
                 beside.insert(i, groups.len());

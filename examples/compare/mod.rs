@@ -197,7 +197,7 @@ fn train<T: Task>(
         step += 1;
     }
     let seconds = start.elapsed().as_secs_f64();
-    let score = if finite { candidate.score(&mut optimizer, &task)? } else { f64::NAN };
+    let score = if finite { optimizer.score(&task)? } else { f64::NAN };
     Ok(Run { candidate: number, score, gradients, seconds })
 }
 
@@ -209,20 +209,6 @@ impl Candidate {
         // No decay, as the presets have none.
         let params = ParamsAdamW { lr: self.lr, weight_decay: 0., ..ParamsAdamW::default() };
         Ok(AnyOptimizer::AdamW(AdamW::new(varmap.all_vars(), params)?))
-    }
-
-    /// Of averaged weights, if the preset keeps them.
-    fn score(&self, optimizer: &mut AnyOptimizer, task: &impl Task) -> Result<f64> {
-        match optimizer {
-            AnyOptimizer::Srkl(srkl)
-                if self.preset.as_ref().is_some_and(|p| p.average.is_some()) =>
-            {
-                let _averaged = srkl.swap_averaged()?;
-                task.averaged()?;
-                task.score()
-            }
-            _ => task.score(),
-        }
     }
 }
 
@@ -244,6 +230,18 @@ impl AnyOptimizer {
                 adamw.backward_step(&loss)?;
                 Ok(loss)
             }
+        }
+    }
+
+    /// Of averaged weights, if the preset keeps them.
+    fn score(&mut self, task: &impl Task) -> Result<f64> {
+        match self {
+            Self::Srkl(srkl) if srkl.averages() => {
+                let _averaged = srkl.swap_averaged()?;
+                task.averaged()?;
+                task.score()
+            }
+            _ => task.score(),
         }
     }
 }

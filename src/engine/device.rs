@@ -67,7 +67,8 @@ impl Engine for Device {
             self.cuda.launch_step(stages, gradients, sums_up)
         };
         let is_muon = all.any(ParamsSrkl::is_muon);
-        if measures || is_muon || all.any(|params| params.trust.is_some()) {
+        let needs_directions = measures || all.any(|params| params.trust.is_some());
+        if is_muon || needs_directions {
             launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
             if is_muon && let Err(e) = self.cuda.launch_orthogonal(all, gradients) {
                 // For want of memory: as if the step had not begun.
@@ -76,7 +77,7 @@ impl Engine for Device {
                 }
                 return Err(e);
             }
-            if measures || all.any(|params| params.trust.is_some()) {
+            if needs_directions {
                 let what =
                     if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
                 self.sum(gradients, what, 0.)?;

@@ -140,10 +140,17 @@ impl Host {
         decisions: &[Option<Decision>],
     ) -> Result<()> {
         for backend in &mut self.backends {
-            backend.upload_decisions(all, &self.tracked, decisions)?;
             backend.orthogonalize(all, &self.tracked, run.clone(), gradients, decisions)?;
         }
         Ok(())
+    }
+
+    /// Sends decisions to the devices, ahead of the stages that use them.
+    fn upload_decisions(&mut self, all: &Parameters, decisions: &[Option<Decision>]) -> Result<()> {
+        let tracked = &self.tracked;
+        self.backends
+            .iter_mut()
+            .try_for_each(|backend| backend.upload_decisions(all, tracked, decisions))
     }
 
     /// The part of stage 2 that needs the directions of all blocks of a run.
@@ -156,9 +163,6 @@ impl Host {
         step: Step,
     ) -> Result<()> {
         let Step { scalars, measures, .. } = step;
-        for backend in &mut self.backends {
-            backend.upload_decisions(all, &self.tracked, decisions)?;
-        }
         let blocks = &all.blocks[run.clone()];
         let by_step = |block: &Block| all.of(block).measures_steps();
         let small = |block: &Block, decision: &Decision| {
@@ -213,9 +217,7 @@ impl Host {
         decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
-        for backend in &mut self.backends {
-            backend.upload_decisions(all, &self.tracked, decisions)?;
-        }
+        self.upload_decisions(all, decisions)?;
         for backend in &mut self.backends {
             let (all, tracked) = (&mut *all, &mut self.tracked);
             backend.update(all, tracked, run.clone(), gradients, decisions, step)?;
@@ -302,10 +304,15 @@ impl Engine for Host {
                 skipped = true;
                 break;
             };
-            if all.any(ParamsSrkl::is_muon) {
+            let is_muon = all.any(ParamsSrkl::is_muon);
+            let needs_directions = measures || all.any(|params| params.trust.is_some());
+            if is_muon || needs_directions {
+                self.upload_decisions(all, &decisions)?;
+            }
+            if is_muon {
                 self.orthogonalize(all, run.clone(), &gradients, &decisions)?;
             }
-            if measures || all.any(|params| params.trust.is_some()) {
+            if needs_directions {
                 self.adjust(all, run.clone(), &gradients, &mut decisions, step)?;
             }
             if measures {
