@@ -6,8 +6,8 @@ use candle_core::CudaDevice;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
 use crate::matrices::Matrices;
-use crate::params::{Group, MasterWeights, ParamsSrkl};
-use crate::state::{Slot, State};
+use crate::params::{Group, MasterWeights, ParamsSrkl, Rounding};
+use crate::state::State;
 
 /// A parameter tensor and its state.
 ///
@@ -194,9 +194,15 @@ impl Block {
         self.matrices.as_ref().map_or(1., Matrices::scale)
     }
 
-    /// The masters, on the host.
-    pub fn master_values(&self) -> Result<Option<Vec<f32>>> {
-        self.state.master.as_ref().map(Slot::to_f32).transpose()
+    /// Whether its parameter is rounded at random.
+    pub fn rounds(&self, params: &ParamsSrkl) -> bool {
+        let kept = self.state.master.is_some();
+        params.rounding == Rounding::Stochastic && self.dtype == DType::BF16 && !kept
+    }
+
+    /// Whether a step packs anything.
+    pub fn is_packed(&self, params: &ParamsSrkl) -> bool {
+        self.rounds(params) || self.state.is_packed()
     }
 }
 

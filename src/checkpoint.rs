@@ -25,7 +25,7 @@ use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
-use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Var, bail};
+use candle_core::{CpuStorage, Device, Error, Result, Storage, Var, bail};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
@@ -39,7 +39,7 @@ use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
-use crate::state::{STATE, SavedTensor};
+use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 2;
@@ -121,7 +121,8 @@ impl Srkl {
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
             for (kind, slot) in block.state.named() {
-                let saved = slot.tensors(block.var.dims()).into_iter().zip(slot.to_bytes()?);
+                let Saved { format, parts } = slot.save()?;
+                let saved = format.tensors(kind, block.var.dims()).into_iter().zip(parts);
                 tensors.extend(saved.map(|(tensor, bytes)| {
                     (format!("{name}.{kind}{}", tensor.suffix), StateTensor { tensor, bytes })
                 }));
@@ -164,9 +165,10 @@ impl Srkl {
         }
         // Nothing below can fail, but for a device that has failed already, or is being captured.
         for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
-            for ((_, slot), parts) in block.state.named_mut().zip(&loaded.state) {
-                slot.set(parts)?;
+            for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
+                slot.set(saved)?;
             }
+            masters::after_loading(block)?;
             block.trained = loaded.trained;
         }
         self.schedule = loaded.schedule;
@@ -208,8 +210,8 @@ struct LoadedBlock {
     trained: bool,
     powers: Powers,
     estimate: Estimate,
-    /// The bytes of each tensor of each kind of state, in order.
-    state: Vec<Vec<Vec<u8>>>,
+    /// Each kind of state, in order.
+    state: Vec<Saved>,
 }
 
 impl Loaded {
@@ -428,29 +430,93 @@ fn load_block(
         1 => powers != Powers::NONE,
         _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
     };
-    let mut state = vec![];
-    for (kind, slot) in block.state.named() {
-        let mut parts = vec![];
-        for expected in slot.tensors(block.var.dims()) {
-            let tensor = tensors.tensor(&format!("{name}.{kind}{}", expected.suffix))?;
-            if tensor.dtype() != dtype(&expected) || tensor.shape() != expected.shape {
-                bail!(
-                    "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
-                    dtype(&expected),
-                    expected.shape,
-                    tensor.dtype(),
-                    tensor.shape()
-                )
-            }
-            parts.push(tensor.data().to_vec());
-        }
-        if let ("master", [bytes]) = (kind, &parts[..]) {
-            check_master(block, bytes)?;
-        }
-        state.push(parts);
-    }
+    let state = load_state(block, name, metadata, tensors)?;
     let place = saved_place(metadata, name)?;
     Ok(LoadedBlock { place, skipped, trained, powers, estimate, state })
+}
+
+/// The state of `block` that was saved as `name`, in the formats that the block has.
+fn load_state(
+    block: &Block,
+    name: &str,
+    metadata: &HashMap<String, String>,
+    tensors: &SafeTensors,
+) -> Result<Vec<Saved>> {
+    let parameter = masters::bf16s(block)?;
+    let mut all = vec![];
+    for (kind, slot) in block.state.named() {
+        let saved = saved_state(block, name, (kind, slot.format()), tensors)?;
+        match (kind, saved.format) {
+            ("master", Format::F32) => check_master(block, &saved.parts.concat())?,
+            ("master", _) => check_parameter(block, name, metadata)?,
+            _ => {}
+        }
+        all.push((kind, slot.format(), saved));
+    }
+    // Moments are converted together: a compact `m` is in units of `sqrt(v)`.
+    let is_moment = |kind: &str| matches!(kind, "m" | "v");
+    let moments = all.iter().any(|(kind, to, saved)| is_moment(kind) && *to != saved.format);
+    let second = all.iter().find(|(kind, ..)| moments && *kind == "v");
+    let beside = Beside { v: None, parameter: &parameter };
+    let (mut old_v, mut new_v) = (None, None);
+    if let Some((kind, to, saved)) = second {
+        let values = saved.to_f32(kind, beside)?;
+        new_v = Some(Saved::of_f32(*to, kind, &values, beside)?.to_f32(kind, beside)?);
+        old_v = Some(values);
+    }
+    let convert = |(kind, to, saved): (&str, Format, Saved)| {
+        if to == saved.format && !(is_moment(kind) && moments) {
+            return Ok(saved);
+        }
+        let values = saved.to_f32(kind, Beside { v: old_v.as_deref(), ..beside })?;
+        Saved::of_f32(to, kind, &values, Beside { v: new_v.as_deref(), ..beside })
+    };
+    all.into_iter().map(convert).collect()
+}
+
+/// The state `kind` that was saved as `name`, in whatever format that is in.
+fn saved_state(
+    block: &Block,
+    name: &str,
+    (kind, format): (&str, Format),
+    tensors: &SafeTensors,
+) -> Result<Saved> {
+    let get = |part: &SavedTensor| tensors.tensor(&format!("{name}.{kind}{}", part.suffix));
+    let fits = |part: &SavedTensor| {
+        get(part).is_ok_and(|t| t.dtype() == part.dtype && t.shape() == part.shape)
+    };
+    let dims = block.var.dims();
+    let has = |format: &Format| format.tensors(kind, dims).iter().all(fits);
+    let Some(found) = Format::ALL.into_iter().find(has) else {
+        for expected in format.tensors(kind, dims).iter().filter(|part| !fits(part)) {
+            let tensor = get(expected)?;
+            bail!(
+                "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
+                expected.dtype,
+                expected.shape,
+                tensor.dtype(),
+                tensor.shape()
+            )
+        }
+        bail!("{kind} of `{name}`: the checkpoint has none")
+    };
+    let parts = found.tensors(kind, dims);
+    let parts = parts.iter().map(|part| Ok(get(part)?.data().to_vec())).collect::<Result<_>>()?;
+    let saved = Saved { format: found, parts };
+    saved.check(kind).map_err(|e| e.context(format!("{kind} of `{name}`")))?;
+    Ok(saved)
+}
+
+/// A parameter must be the one that its split master was saved with.
+fn check_parameter(block: &Block, name: &str, metadata: &HashMap<String, String>) -> Result<()> {
+    if text(metadata, &format!("fingerprint.{name}"))? != fingerprint(&block.var)? {
+        bail!(
+            "master of `{}`: the checkpoint has what the parameter of then lacked to it, and the parameter has \
+             another value; load the model's parameters of the same checkpoint first",
+            block.name
+        )
+    }
+    Ok(())
 }
 
 /// Masters must be those of the parameter.
@@ -498,13 +564,6 @@ fn description(block: &Block) -> String {
     format!("dtype={} shape={:?} state={state}", block.var.dtype().as_str(), block.var.dims())
 }
 
-fn dtype(tensor: &SavedTensor) -> Dtype {
-    match tensor.dtype {
-        DType::F64 => Dtype::F64,
-        _ => Dtype::F32,
-    }
-}
-
 fn text<'a>(metadata: &'a HashMap<String, String>, key: &str) -> Result<&'a str> {
     let Some(text) = metadata.get(key) else { bail!("`{key}` is missing in the metadata") };
     Ok(text)
@@ -544,7 +603,7 @@ struct StateTensor {
 
 impl View for StateTensor {
     fn dtype(&self) -> Dtype {
-        dtype(&self.tensor)
+        self.tensor.dtype
     }
     fn shape(&self) -> &[usize] {
         &self.tensor.shape

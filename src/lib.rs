@@ -68,6 +68,7 @@ mod backend;
 mod block;
 mod builder;
 mod checkpoint;
+mod compact;
 mod dropout;
 mod engine;
 mod estimate;
@@ -91,8 +92,8 @@ pub use matrices::hidden_matrices;
 pub use measuring::Perturbed;
 pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{
-    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
-    ParamsSrkl, Repeatable, Scope, StepCurvature,
+    Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,
+    Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, StateFormat, StepCurvature,
 };
 pub use telemetry::BlockTelemetry;
 

@@ -402,7 +402,7 @@ impl Srkl {
 
     /// The next step, as a measurement by random vectors needs it.
     fn probe_step<'g>(&self, grads: &'g GradStore) -> Result<Step<'g>> {
-        Ok(Step { grads, scalars: self.scalars()?, measures: false, records: false })
+        Ok(Step { grads, scalars: self.scalars()?, measures: false, records: false, steps: 0 })
     }
 
     /// Whether a closure must be checked before the next measurement.

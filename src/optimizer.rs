@@ -104,7 +104,7 @@ impl Optimizer for Srkl {
         let scalars = self.scalars()?;
         self.refuse_unmeasured()?;
         let measures = self.measuring() && !self.probes();
-        let step = Step { grads, scalars, measures, records: self.records };
+        let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         if self.engine.step(&mut self.all, step)? == Outcome::Counted {
             self.count_step(measures);
             self.note_gradients(grads, measures);
@@ -315,7 +315,7 @@ impl Srkl {
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
         let block = self.all.blocks.iter().find(is_it);
-        block.map_or(Ok(None), Block::master_values)
+        block.map_or(Ok(None), masters::values)
     }
 
     /// Sends changed settings to the engine, so that replays of captured steps use them.

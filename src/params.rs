@@ -67,9 +67,15 @@ pub struct ParamsSrkl {
     ///
     /// [`Srkl::swap_averaged`]: crate::Srkl::swap_averaged
     pub average: Option<Average>,
-    /// Whether parameters of 16 bits keep an f32 copy that the steps accumulate in. Default
+    /// How that average is kept. Default [`AverageFormat::F32`].
+    pub average_format: AverageFormat,
+    /// How moments are kept. Default [`StateFormat::F32`].
+    pub state: StateFormat,
+    /// Whether parameters of 16 bits keep a copy of 32 bits that the steps accumulate in. Default
     /// [`MasterWeights::Auto`].
     pub master_weights: MasterWeights,
+    /// How a bf16 parameter without a master is rounded. Default [`Rounding::Nearest`].
+    pub rounding: Rounding,
     /// What to do about a NaN or an infinity in a gradient. Default [`NonFinite::SkipStep`].
     pub nonfinite: NonFinite,
     /// Whether [`Srkl::backward_step_with`] checks, before the first measurement, that its closure computes the same
@@ -335,22 +341,72 @@ pub enum Scope {
     Mixed(f64),
 }
 
-/// Master weights: f32 copies of parameters of 16 bits.
+/// How the moments `m` and `v` of [`Direction`] are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum StateFormat {
+    /// In f32 (f64 for f64 parameters): 4 bytes each.
+    #[default]
+    F32,
+    /// In 8 bits each, and 2 bytes for 256 elements: both moments of Adam in 2.008 bytes a parameter.
+    ///
+    /// `v` is a float of 3 bits behind the point, over 31 binades below the largest of its 256 neighbours, and is rounded
+    /// up or down at random so that its mean is right: rounded to nearest it could not follow its average. `m` is an
+    /// integer of 8 bits in units of about `sqrt(v)`, so that what rounding adds to an Adam step `m / sqrt(v)` is the same
+    /// for small and large gradients. Momentum and Muon, which have no `v`, keep `m` in units of 1/127 to 1/63 of the
+    /// largest of the 256.
+    ///
+    /// A gradient that is 2^15 times smaller than its neighbours' for long gets shorter steps than it would in f32.
+    ///
+    /// Parameters below 4096 elements, parameters of f64, and the `q` of [`Curvature::Hutchinson`] stay as they are.
+    Compact,
+}
+
+/// How the average of [`ParamsSrkl::average`] is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum AverageFormat {
+    /// In f32 (f64 for f64 parameters): 4 bytes a parameter.
+    #[default]
+    F32,
+    /// In bf16, rounded up or down at random so that its mean is right: 2 bytes a parameter. f64 parameters keep f64.
+    BF16,
+}
+
+/// How a bf16 parameter without a master ([`MasterWeights::None`]) is rounded after a step. Parameters of other dtypes, and
+/// those with masters, are always rounded to nearest even.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum Rounding {
+    /// To nearest even: **small steps are lost**.
+    #[default]
+    Nearest,
+    /// Up or down at random, by a generator that counts steps and elements: a small step takes its effect in the mean.
+    Stochastic,
+}
+
+/// Master weights: copies of 32 bits of parameters of 16 bits.
 ///
 /// A bf16 number has 8 significant bits, so a step below 1/512 of it is lost when it is rounded
 /// back; an f32 master keeps it. The parameter is the master rounded to nearest even after every
-/// step. Cost: 4 bytes a parameter.
+/// step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum MasterWeights {
-    /// f32 masters for bf16 and f16 parameters; f32 and f64 parameters need none.
+    /// f32 masters for bf16 and f16 parameters, 4 bytes each; f32 and f64 parameters need none.
     Auto,
     /// f32 masters wherever the parameter is not f32 itself. An error for f64 parameters, which
     /// would lose bits.
     F32,
-    /// No masters: the parameter is rounded to nearest after every step, and **small steps are
-    /// lost**.
+    /// A bf16 parameter keeps the 16 bits that it lacks to its master: 2 bytes. The parameter is still the master rounded
+    /// to nearest even; a master half-way between two bf16 numbers may be stored as its f32 neighbour. f16 parameters have
+    /// f32 masters, as with [`Auto`](Self::Auto).
+    Split,
+    /// No masters: the parameter is rounded after every step, as [`ParamsSrkl::rounding`] says.
     None,
 }
 
@@ -412,7 +468,10 @@ impl ParamsSrkl {
             weight_decay: 0.,
             max_grad_norm: None,
             average: None,
+            average_format: AverageFormat::F32,
+            state: StateFormat::F32,
             master_weights: MasterWeights::Auto,
+            rounding: Rounding::Nearest,
             nonfinite: NonFinite::SkipStep,
             repeatable: Repeatable::Check,
         }

@@ -8,13 +8,16 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 #[cfg(feature = "cuda")]
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Var, bail};
+use half::bf16;
+use safetensors::Dtype;
 
-use crate::params::{Curvature, Direction, ParamsSrkl};
+use crate::compact::{self, UNIT};
+use crate::params::{AverageFormat, Curvature, Direction, MasterWeights, ParamsSrkl, StateFormat};
 
 /// The state of a block: for each kind that its settings need, one number per element.
 #[derive(Default)]
 pub(crate) struct State {
-    /// f32 masters of a parameter of 16 bits.
+    /// Masters of a parameter of 16 bits.
     pub master: Option<Slot>,
     /// The first moment, of all directions but [`Direction::Gradient`].
     pub m: Option<Slot>,
@@ -28,6 +31,51 @@ pub(crate) struct State {
 
 /// The names of a block's state, as [`State::named`] and checkpoints have them.
 pub(crate) const STATE: [&str; 5] = ["master", "m", "v", "average", "q"];
+
+/// Parameters of fewer elements keep their moments as they are computed with.
+const LEAST_COMPACT: usize = 4096;
+
+/// So many numbers of 16 bits take 16 bytes.
+const ALIGNED: usize = 8;
+
+/// How many elements of a parameter are compared with their masters before a step.
+pub(crate) const MASTER_SAMPLES: usize = 32;
+
+/// How the numbers of a kind of state are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    F32,
+    F64,
+    /// Moments of 8 bits, in units of 256: see [`compact`]. The codes, filled up to whole units, and behind them a byte
+    /// for the exponent of each unit.
+    Compact,
+    /// The 16 bits that a bf16 parameter lacks to its master. Behind them are the parameter's bits at
+    /// [`samples`](crate::backend::cpu::access::samples), by which one that was overwritten is noticed.
+    Split,
+    BF16,
+}
+
+/// The format of the moments and averages of this name, and of `q`, for a parameter of `n` elements.
+fn format_of(params: &ParamsSrkl, name: &str, dtype: DType, n: usize) -> Format {
+    match (name, dtype) {
+        (_, DType::F64) => Format::F64,
+        ("m" | "v", _) if params.state == StateFormat::Compact && n >= LEAST_COMPACT => {
+            Format::Compact
+        }
+        ("average", _) if params.average_format == AverageFormat::BF16 => Format::BF16,
+        _ => Format::F32,
+    }
+}
+
+/// The format of the masters of a parameter, if it should have some.
+pub(crate) fn master_format(masters: MasterWeights, dtype: DType) -> Option<Format> {
+    match (masters, dtype) {
+        (MasterWeights::None, _) => None,
+        (MasterWeights::Split, DType::BF16) => Some(Format::Split),
+        (_, DType::BF16 | DType::F16) => Some(Format::F32),
+        _ => None,
+    }
+}
 
 /// Whether these settings ask for state of this name; masters depend on the parameter's dtype too.
 fn has_state(params: &ParamsSrkl, name: &str) -> bool {
@@ -71,12 +119,17 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
     if built.average.as_ref().map(discriminant) != new.average.as_ref().map(discriminant) {
         other_kind("average", &built.average, &new.average)?;
     }
+    let other = |field: &str, built: &dyn Debug, new: &dyn Debug| -> Result<()> {
+        bail!("`{field}` of group `{group}`: expected {built:?} as it was built, got {new:?}")
+    };
     if built.master_weights != new.master_weights {
-        bail!(
-            "`master_weights` of group `{group}`: expected {:?} as it was built, got {:?}",
-            built.master_weights,
-            new.master_weights
-        )
+        other("master_weights", &built.master_weights, &new.master_weights)?;
+    }
+    if built.state != new.state {
+        other("state", &built.state, &new.state)?;
+    }
+    if built.average_format != new.average_format {
+        other("average_format", &built.average_format, &new.average_format)?;
     }
     Ok(())
 }
@@ -84,7 +137,9 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
 impl State {
     /// All zeros, and without masters: see `backend/masters.rs`.
     pub fn new(params: &ParamsSrkl, var: &Var) -> Result<Self> {
-        let zeros = |name| has_state(params, name).then(|| Slot::zeros(var)).transpose();
+        let format = |name| format_of(params, name, var.dtype(), var.elem_count());
+        let zeros =
+            |name| has_state(params, name).then(|| Slot::zeros(var, format(name))).transpose();
         Ok(Self {
             master: None,
             m: zeros("m")?,
@@ -92,6 +147,11 @@ impl State {
             average: zeros("average")?,
             q: zeros("q")?,
         })
+    }
+
+    /// Whether some of it is packed.
+    pub fn is_packed(&self) -> bool {
+        self.named().any(|(_, slot)| !matches!(slot.format, Format::F32 | Format::F64))
     }
 
     /// The kinds of state that exist, by name.
@@ -108,12 +168,13 @@ impl State {
     }
 }
 
-/// One kind of state of one block, on the parameter's device: for each element a number of the compute type.
+/// One kind of state of one block, on the parameter's device: for each element a number, in some format.
 ///
 /// The rest of the crate uses a format through the memory that it takes ([`Slot::storage`]) and the tensors that a
-/// checkpoint saves it as ([`Slot::tensors`]). Its numbers are loaded and stored in `backend/cpu/rows.rs` and
+/// checkpoint saves it as ([`Format::tensors`]). Its numbers are loaded and stored in `backend/cpu/rows.rs` and
 /// `kernels/state.cuh`.
 pub(crate) struct Slot {
+    format: Format,
     /// On a device at least one element long: 0 bytes can't be allocated there.
     storage: Storage,
     n: usize,
@@ -124,43 +185,102 @@ pub(crate) struct Slot {
 pub(crate) struct SavedTensor {
     /// What is appended to the name of the state.
     pub suffix: &'static str,
-    pub dtype: DType,
+    pub dtype: Dtype,
     pub shape: Vec<usize>,
 }
 
-impl Slot {
-    /// Zeros for each element of `var`, in its compute type.
-    pub fn zeros(var: &Var) -> Result<Self> {
-        let n = var.elem_count();
-        let dtype = if var.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let storage = match var.device() {
-            Device::Cpu => Storage::Cpu(match dtype {
-                DType::F64 => CpuStorage::F64(vec![0.; n]),
-                _ => CpuStorage::F32(vec![0.; n]),
-            }),
-            Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&n.max(1).into(), dtype)?),
-            device => bail!("no state on {:?}", device.location()),
-        };
-        Ok(Self { storage, n })
+/// A kind of state as a checkpoint has it.
+#[derive(Clone)]
+pub(crate) struct Saved {
+    pub format: Format,
+    /// The bytes of each of [`Format::tensors`], little-endian.
+    pub parts: Vec<Vec<u8>>,
+}
+
+impl Format {
+    pub const ALL: [Self; 5] = [Self::F32, Self::F64, Self::Compact, Self::Split, Self::BF16];
+
+    /// How many numbers of [`Format::dtype`] it takes to keep `n`.
+    fn len(self, n: usize) -> usize {
+        match self {
+            Self::F32 | Self::F64 | Self::BF16 => n,
+            Self::Compact => n.next_multiple_of(UNIT) + n.div_ceil(UNIT),
+            Self::Split => n.next_multiple_of(ALIGNED) + MASTER_SAMPLES,
+        }
     }
 
-    /// `values`, on the device of `var`.
+    /// The remainders of a split master, and the samples of the parameter.
+    pub fn split_parts(numbers: &mut [i16], n: usize) -> (&mut [i16], &mut [i16]) {
+        let (rests, samples) = numbers.split_at_mut(n.next_multiple_of(ALIGNED));
+        (&mut rests[..n], samples)
+    }
+
+    /// That of its storage.
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F64 => DType::F64,
+            Self::Compact => DType::U8,
+            Self::Split => DType::I16,
+            Self::BF16 => DType::BF16,
+        }
+    }
+
+    /// The tensors that a checkpoint saves the state `name` as, for a parameter of shape `dims`, in order.
+    pub fn tensors(self, name: &str, dims: &[usize]) -> Vec<SavedTensor> {
+        let numbers = |suffix, dtype| SavedTensor { suffix, dtype, shape: dims.to_vec() };
+        match self {
+            Self::F32 => vec![numbers("", Dtype::F32)],
+            Self::F64 => vec![numbers("", Dtype::F64)],
+            Self::BF16 => vec![numbers("", Dtype::BF16)],
+            Self::Split => vec![numbers(".rest", Dtype::I16)],
+            Self::Compact => {
+                let units = dims.iter().product::<usize>().div_ceil(UNIT);
+                let codes = if name == "m" { Dtype::I8 } else { Dtype::U8 };
+                let shape = vec![units];
+                vec![
+                    numbers(".codes", codes),
+                    SavedTensor { suffix: ".exponents", dtype: Dtype::U8, shape },
+                ]
+            }
+        }
+    }
+}
+impl Slot {
+    /// Zeros for each element of `var`.
+    pub fn zeros(var: &Var, format: Format) -> Result<Self> {
+        let n = var.elem_count();
+        let (len, dtype) = (format.len(n), format.dtype());
+        let storage = match var.device() {
+            Device::Cpu => Storage::Cpu(match dtype {
+                DType::F64 => CpuStorage::F64(vec![0.; len]),
+                DType::U8 => CpuStorage::U8(vec![0; len]),
+                DType::I16 => CpuStorage::I16(vec![0; len]),
+                DType::BF16 => CpuStorage::BF16(vec![bf16::ZERO; len]),
+                _ => CpuStorage::F32(vec![0.; len]),
+            }),
+            Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&len.max(1).into(), dtype)?),
+            device => bail!("no state on {:?}", device.location()),
+        };
+        Ok(Self { format, storage, n })
+    }
+
+    /// f32 `values`, on the device of `var`.
     pub fn of_f32(var: &Var, values: Vec<f32>) -> Result<Self> {
-        let mut slot = Self::zeros(var)?;
-        slot.write_f32(values)?;
+        let mut slot = Self::zeros(var, Format::F32)?;
+        slot.write(CpuStorage::F32(values))?;
         Ok(slot)
     }
 
-    /// Replaces all of its numbers.
-    pub fn write_f32(&mut self, values: Vec<f32>) -> Result<()> {
-        self.write(CpuStorage::F32(values))
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     pub fn storage(&self) -> &Storage {
         &self.storage
     }
 
-    /// Its numbers, if they are on the CPU.
+    /// What it is kept in, if that is on the CPU.
     pub fn cpu_mut(&mut self) -> Option<&mut CpuStorage> {
         match &mut self.storage {
             Storage::Cpu(storage) => Some(storage),
@@ -168,44 +288,8 @@ impl Slot {
         }
     }
 
-    /// The tensors that a checkpoint saves it as, for a parameter of shape `dims`, in order.
-    pub fn tensors(&self, dims: &[usize]) -> Vec<SavedTensor> {
-        vec![SavedTensor { suffix: "", dtype: self.storage.dtype(), shape: dims.to_vec() }]
-    }
-
-    /// The bytes of each of [`Slot::tensors`], little-endian.
-    pub fn to_bytes(&self) -> Result<Vec<Vec<u8>>> {
-        Ok(vec![match &*self.to_cpu()? {
-            CpuStorage::F32(values) => {
-                values[..self.n].iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            CpuStorage::F64(values) => {
-                values[..self.n].iter().flat_map(|x| x.to_le_bytes()).collect()
-            }
-            other => bail!("no state is of {:?}", other.dtype()),
-        }])
-    }
-
-    /// Replaces all of its numbers by those that [`Slot::to_bytes`] returned.
-    pub fn set(&mut self, parts: &[Vec<u8>]) -> Result<()> {
-        let [bytes] = parts else { bail!("expected one tensor, got {}", parts.len()) };
-        let (narrow, _) = bytes.as_chunks::<4>();
-        let (wide, _) = bytes.as_chunks::<8>();
-        self.write(match self.storage.dtype() {
-            DType::F64 => CpuStorage::F64(wide.iter().map(|b| f64::from_le_bytes(*b)).collect()),
-            _ => CpuStorage::F32(narrow.iter().map(|b| f32::from_le_bytes(*b)).collect()),
-        })
-    }
-
-    /// Its numbers as f32, on the CPU.
-    pub fn to_f32(&self) -> Result<Vec<f32>> {
-        match &*self.to_cpu()? {
-            CpuStorage::F32(values) => Ok(values[..self.n].to_vec()),
-            other => bail!("expected state of f32, got {:?}", other.dtype()),
-        }
-    }
-
-    fn to_cpu(&self) -> Result<Cow<'_, CpuStorage>> {
+    /// What it is kept in, on the CPU.
+    pub fn to_cpu(&self) -> Result<Cow<'_, CpuStorage>> {
         Ok(match &self.storage {
             Storage::Cpu(storage) => Cow::Borrowed(storage),
             Storage::Cuda(storage) => Cow::Owned(storage.to_cpu_storage()?),
@@ -213,25 +297,177 @@ impl Slot {
         })
     }
 
-    /// Replaces the numbers; on a device in place, since the kernels' table has their address.
-    fn write(&mut self, values: CpuStorage) -> Result<()> {
+    /// Its numbers, which are f32.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        match &*self.to_cpu()? {
+            CpuStorage::F32(values) => Ok(values[..self.n].to_vec()),
+            other => bail!("expected state of f32, got {:?}", other.dtype()),
+        }
+    }
+
+    /// As a checkpoint has it.
+    pub fn save(&self) -> Result<Saved> {
+        fn bytes<T: Copy, const N: usize>(values: &[T], to_bytes: fn(T) -> [u8; N]) -> Vec<u8> {
+            values.iter().flat_map(|x| to_bytes(*x)).collect()
+        }
+        let n = self.n;
+        let parts = match &*self.to_cpu()? {
+            CpuStorage::F32(values) => vec![bytes(&values[..n], f32::to_le_bytes)],
+            CpuStorage::F64(values) => vec![bytes(&values[..n], f64::to_le_bytes)],
+            CpuStorage::BF16(values) => vec![bytes(&values[..n], bf16::to_le_bytes)],
+            CpuStorage::I16(rests) => vec![bytes(&rests[..n], i16::to_le_bytes)],
+            CpuStorage::U8(bytes) => {
+                let (codes, exponents) = bytes.split_at(n.next_multiple_of(UNIT));
+                vec![codes[..n].to_vec(), exponents[..n.div_ceil(UNIT)].to_vec()]
+            }
+            other => bail!("no state is of {:?}", other.dtype()),
+        };
+        Ok(Saved { format: self.format, parts })
+    }
+
+    /// Replaces all of its numbers by those that were saved, in the same format. (The samples of a split master stay.)
+    pub fn set(&mut self, saved: &Saved) -> Result<()> {
+        fn numbers<T, const N: usize>(bytes: &[u8], from_bytes: fn([u8; N]) -> T) -> Vec<T> {
+            bytes.as_chunks::<N>().0.iter().map(|b| from_bytes(*b)).collect()
+        }
+        let values = match (self.format, &saved.parts[..]) {
+            (format, _) if format != saved.format => {
+                bail!("expected state of {format:?}, got {:?}", saved.format)
+            }
+            (Format::F32, [bytes]) => CpuStorage::F32(numbers(bytes, f32::from_le_bytes)),
+            (Format::F64, [bytes]) => CpuStorage::F64(numbers(bytes, f64::from_le_bytes)),
+            (Format::BF16, [bytes]) => CpuStorage::BF16(numbers(bytes, bf16::from_le_bytes)),
+            (Format::Split, [bytes]) => {
+                let CpuStorage::I16(mut rests) = self.to_cpu()?.into_owned() else {
+                    bail!("expected a split master")
+                };
+                let new = numbers(bytes, i16::from_le_bytes);
+                rests[..new.len()].copy_from_slice(&new);
+                CpuStorage::I16(rests)
+            }
+            (Format::Compact, [codes, exponents]) => {
+                let mut bytes = codes.clone();
+                bytes.resize(self.n.next_multiple_of(UNIT), 0);
+                bytes.extend(exponents);
+                CpuStorage::U8(bytes)
+            }
+            (_, parts) => bail!("{:?} does not have {} parts", self.format, parts.len()),
+        };
+        self.write(values)
+    }
+
+    /// Replaces what it is kept in; on a device in place, since the kernels' table has its address.
+    pub fn write(&mut self, values: CpuStorage) -> Result<()> {
         if self.n == 0 {
             return Ok(());
         }
         match &mut self.storage {
             Storage::Cpu(storage) => *storage = values,
             #[cfg(feature = "cuda")]
-            Storage::Cuda(storage) => match (&mut storage.slice, values) {
-                (CudaStorageSlice::F32(slot), CpuStorage::F32(values)) => {
-                    slot.stream().clone().memcpy_htod(&values, slot).w()?
+            Storage::Cuda(storage) => {
+                let stream = storage.device.cuda_stream();
+                match (&mut storage.slice, values) {
+                    (CudaStorageSlice::F32(slot), CpuStorage::F32(values)) => {
+                        stream.memcpy_htod(&values, slot).w()?
+                    }
+                    (CudaStorageSlice::F64(slot), CpuStorage::F64(values)) => {
+                        stream.memcpy_htod(&values, slot).w()?
+                    }
+                    (CudaStorageSlice::BF16(slot), CpuStorage::BF16(values)) => {
+                        stream.memcpy_htod(&values, slot).w()?
+                    }
+                    (CudaStorageSlice::I16(slot), CpuStorage::I16(values)) => {
+                        stream.memcpy_htod(&values, slot).w()?
+                    }
+                    (CudaStorageSlice::U8(slot), CpuStorage::U8(values)) => {
+                        stream.memcpy_htod(&values, slot).w()?
+                    }
+                    _ => bail!("expected values of the state's dtype"),
                 }
-                (CudaStorageSlice::F64(slot), CpuStorage::F64(values)) => {
-                    slot.stream().clone().memcpy_htod(&values, slot).w()?
-                }
-                _ => bail!("expected values of the state's dtype, f32 or f64"),
-            },
+            }
             _ => bail!("no state on this device"),
         }
         Ok(())
+    }
+}
+
+/// What the numbers of a kind of state mean besides their own bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Beside<'a> {
+    /// The second moment as it is kept, if there is one: the unit of a compact first one.
+    pub v: Option<&'a [f32]>,
+    /// The parameter, if it is of bf16: the upper half of a split master.
+    pub parameter: &'a [bf16],
+}
+
+impl Saved {
+    /// An error for what [`Slot::save`] does not write.
+    pub fn check(&self, name: &str) -> Result<()> {
+        if let (Format::Compact, [_, exponents]) = (self.format, &self.parts[..]) {
+            let most =
+                if name == "v" { compact::MOST_V_EXPONENT } else { compact::MOST_M_EXPONENT };
+            if let Some(exponent) = exponents.iter().find(|exponent| **exponent > most) {
+                bail!("expected exponents up to {most}, got {exponent}")
+            }
+        }
+        Ok(())
+    }
+
+    /// The numbers of the state `name`, in f32.
+    pub fn to_f32(&self, name: &str, beside: Beside) -> Result<Vec<f32>> {
+        fn numbers<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+            bytes.as_chunks::<N>().0.iter().map(|b| read(*b)).collect()
+        }
+        Ok(match (self.format, &self.parts[..]) {
+            (Format::F32, [bytes]) => numbers(bytes, f32::from_le_bytes),
+            (Format::BF16, [bytes]) => numbers(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            (Format::Split, [bytes]) => {
+                let rests = bytes.as_chunks().0.iter().map(|b| i16::from_le_bytes(*b));
+                let both = beside.parameter.iter().zip(rests);
+                both.map(|(p, rest)| compact::join(p.to_bits(), rest)).collect()
+            }
+            (Format::Compact, [codes, exponents]) => {
+                let mut values = vec![0.; codes.len()];
+                let units = values.chunks_mut(UNIT).zip(codes.chunks(UNIT)).zip(exponents);
+                for (u, ((values, codes), exponent)) in units.enumerate() {
+                    match name {
+                        "v" => compact::decode_v_unit(codes, *exponent, values),
+                        _ => compact::decode_m_unit(
+                            codes,
+                            *exponent,
+                            compact::unit_of(beside.v, u),
+                            values,
+                        ),
+                    }
+                }
+                values
+            }
+            (format, _) => bail!("`{name}` of {format:?} can't be converted to f32"),
+        })
+    }
+
+    /// The state `name` of these numbers, rounded to nearest.
+    pub fn of_f32(format: Format, name: &str, values: &[f32], beside: Beside) -> Result<Self> {
+        let parts = match format {
+            Format::F32 => vec![values.iter().flat_map(|x| x.to_le_bytes()).collect()],
+            Format::BF16 => {
+                vec![values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()]
+            }
+            Format::Split => {
+                vec![values.iter().flat_map(|x| compact::split(*x).1.to_le_bytes()).collect()]
+            }
+            Format::Compact => {
+                let mut codes = vec![0; values.len()];
+                let units = values.chunks(UNIT).zip(codes.chunks_mut(UNIT)).enumerate();
+                let encode = |(u, (values, codes)): (usize, (&[f32], &mut [u8]))| match name {
+                    "v" => compact::encode_v_unit(values, compact::Offsets::Nearest, codes),
+                    _ => compact::encode_m_unit(values, compact::unit_of(beside.v, u), codes),
+                };
+                let exponents = units.map(encode).collect();
+                vec![codes, exponents]
+            }
+            Format::F64 => bail!("`{name}`: state of f64 is not converted"),
+        };
+        Ok(Self { format, parts })
     }
 }

@@ -10,6 +10,7 @@
 
 mod checkpoint;
 mod curve;
+mod draw;
 mod model;
 mod sample;
 mod text;
@@ -57,6 +58,10 @@ struct Options {
     /// the training must be the same
     #[arg(long, requires = "out")]
     resume: bool,
+    /// Instead of training, draw the curves of trainings with --out FOLDER/NAME/SEED beside each other,
+    /// and print a table of their ends
+    #[arg(long, value_name = "FOLDER", conflicts_with = "out")]
+    draw: Option<PathBuf>,
     /// Characters to write in the end
     #[arg(long, value_name = "CHARACTERS", default_value = "500")]
     sample: usize,
@@ -76,6 +81,10 @@ enum DeviceKind {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    if let Some(folder) = &options.draw {
+        println!("wrote {}", draw::draw(folder)?.display());
+        return Ok(());
+    }
     let device = match options.device {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda(0).context("--device cuda")?,

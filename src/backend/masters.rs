@@ -1,11 +1,13 @@
-//! Master weights: f32 copies of parameters of 16 bits. They are made from, compared with, and updated from these.
+//! Master weights: copies of 32 bits of parameters of 16 bits. They are made from, compared with, and updated from
+//! these.
 
-use candle_core::{CpuStorage, DType, Device, Result, Tensor, bail};
+use candle_core::{CpuStorage, Device, Result, Tensor, bail};
+use half::bf16;
 
-use super::cpu::access::{Parameter, agree, cpu_storage};
+use super::cpu::access::{self, Parameter, agree, cpu_storage, differs};
 use crate::block::Block;
 use crate::params::MasterWeights;
-use crate::state::Slot;
+use crate::state::{Beside, Format, Slot, master_format};
 
 /// Sets masters that do not round to their parameter to its value. Returns whether there were any.
 fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
@@ -43,25 +45,83 @@ pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<
 
 /// The masters of a block, if it should have some, with the values of the parameter.
 pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<Slot>> {
-    let is_half = matches!(block.dtype, DType::BF16 | DType::F16);
-    if !is_half || masters == MasterWeights::None {
-        return Ok(None);
+    match master_format(masters, block.dtype) {
+        None => Ok(None),
+        Some(Format::Split) => {
+            let mut master = Slot::zeros(&block.var, Format::Split)?;
+            note(&mut master, block)?;
+            Ok(Some(master))
+        }
+        Some(_) => {
+            // A NaN agrees with nothing but a NaN, so all elements are set.
+            let mut values = vec![f32::NAN; block.n];
+            sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)?;
+            Slot::of_f32(&block.var, values).map(Some)
+        }
     }
-    // A NaN agrees with nothing but a NaN, so all elements are set.
-    let mut values = vec![f32::NAN; block.n];
-    sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)?;
-    Slot::of_f32(&block.var, values).map(Some)
 }
 
 /// Updates the masters of a block whose parameter was written outside of the optimizer.
 pub(crate) fn sync(block: &mut Block) -> Result<()> {
-    let Some(master) = &mut block.state.master else { return Ok(()) };
+    let Some(mut master) = block.state.master.take() else { return Ok(()) };
+    let synced = sync_slot(&mut master, block);
+    block.state.master = Some(master);
+    synced
+}
+
+fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
+    if master.format() == Format::Split {
+        let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
+        let (rests, noted) = Format::split_parts(&mut numbers, block.n);
+        let w = bf16s(block)?;
+        if differs(&w, noted) {
+            rests.fill(0);
+            access::note(&w, noted);
+            master.write(CpuStorage::I16(numbers))?;
+        }
+        return Ok(());
+    }
     if let Some(CpuStorage::F32(values)) = master.cpu_mut() {
         return sync_master(&block.var, values).map(|_| ());
     }
     let mut values = master.to_f32()?;
     match sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)? {
-        true => master.write_f32(values),
+        true => master.write(CpuStorage::F32(values)),
         false => Ok(()),
     }
+}
+
+/// Notes the samples of a parameter in its split master, whose remainders have been loaded.
+pub(crate) fn after_loading(block: &mut Block) -> Result<()> {
+    let Some(mut master) = block.state.master.take() else { return Ok(()) };
+    let noted = note(&mut master, block);
+    block.state.master = Some(master);
+    noted
+}
+
+/// Notes the samples of the parameter in its split master, by which it is noticed that the parameter was overwritten.
+fn note(master: &mut Slot, block: &Block) -> Result<()> {
+    let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
+    access::note(&bf16s(block)?, Format::split_parts(&mut numbers, block.n).1);
+    master.write(CpuStorage::I16(numbers))
+}
+
+/// The masters of a block, on the host.
+pub(crate) fn values(block: &Block) -> Result<Option<Vec<f32>>> {
+    let Some(master) = &block.state.master else { return Ok(None) };
+    if master.format() == Format::F32 {
+        return master.to_f32().map(Some);
+    }
+    let beside = Beside { v: None, parameter: &bf16s(block)? };
+    master.save()?.to_f32("master", beside).map(Some)
+}
+
+/// A bf16 parameter, on the host; nothing if it is of another dtype.
+pub(crate) fn bf16s(block: &Block) -> Result<Vec<bf16>> {
+    let parameter = block.var.to_device(&Device::Cpu)?;
+    let (storage, _) = parameter.storage_and_layout();
+    Ok(match cpu_storage(&storage)? {
+        CpuStorage::BF16(w) => w[..block.n].to_vec(),
+        _ => vec![],
+    })
 }

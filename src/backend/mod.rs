@@ -69,6 +69,8 @@ pub(crate) struct Step<'g> {
     pub measures: bool,
     /// Whether norms are recorded.
     pub records: bool,
+    /// How many steps were taken before, if the host decides.
+    pub steps: u64,
 }
 
 /// The sums over gradients that a step needs.

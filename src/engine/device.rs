@@ -38,7 +38,7 @@ impl Engine for Device {
     /// One launch; two if it needs no statistics; three if it needs the directions; with matrices those of their
     /// products besides. No synchronisation, and nothing is copied to the host.
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
-        let Step { grads, scalars, measures, records } = step;
+        let Step { grads, scalars, measures, records, .. } = step;
         let cuda = &mut self.cuda;
         // `alive` must live until the last kernel is launched; then the stream's order protects its memory.
         let (gradients, alive) = cuda.resolve_gradients(all, grads)?;

@@ -287,7 +287,8 @@ impl Host {
 
 impl Engine for Host {
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
-        let Step { grads, scalars, measures, records } = step;
+        let step = Step { steps: self.counters.steps, ..step };
+        let Step { grads, scalars, measures, records, .. } = step;
         let asked = asked(all, records);
         let runs = self.runs(all, measures);
         if runs.len() > 1 {
@@ -536,7 +537,7 @@ impl Host {
             Some(GradientPair { first, again, factor: tracked.grad_factor })
         };
         let given: Vec<_> = every.map(both).collect();
-        let step = Step { grads: again, scalars, measures: true, records: false };
+        let step = Step { grads: again, scalars, measures: true, records: false, steps: 0 };
         let mut changes = vec![None; given.len()];
         for backend in &mut self.backends {
             backend.change_of_gradient(all, &self.tracked, step, &given, &mut changes)?;

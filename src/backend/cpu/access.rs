@@ -7,7 +7,9 @@ use half::{bf16, f16};
 
 use super::gradient::{Compute, Gradient};
 use crate::block::Block;
+use crate::compact;
 use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::state::MASTER_SAMPLES;
 
 /// A parameter's dtype, with conversions to and from its compute type.
 pub(crate) trait Parameter: Copy + Send + Sync {
@@ -16,10 +18,16 @@ pub(crate) trait Parameter: Copy + Send + Sync {
     /// Rounded to nearest even.
     fn narrow(x: Self::Compute) -> Self;
     fn same_bits(self, other: Self) -> bool;
+    /// The bits of a bf16 number.
+    fn bits(self) -> u16 {
+        0
+    }
+    /// Rounds a row at random, that begins with unit `unit` of its block: bf16 alone.
+    fn round_row(_w: &mut [Self], _x: &[Self::Compute], _key: u64, _unit: u64) {}
 }
 
 macro_rules! impl_parameter {
-    ($t:ty, $compute:ty, $widen:expr, $narrow:expr) => {
+    ($t:ty, $compute:ty, $widen:expr, $narrow:expr $(, $more:item)*) => {
         impl Parameter for $t {
             type Compute = $compute;
             #[inline(always)]
@@ -34,23 +42,42 @@ macro_rules! impl_parameter {
             fn same_bits(self, other: Self) -> bool {
                 self.to_bits() == other.to_bits()
             }
+            $($more)*
         }
     };
 }
 impl_parameter!(f32, f32, |x| x, |x| x);
 impl_parameter!(f64, f64, |x| x, |x| x);
-impl_parameter!(bf16, f32, |x: bf16| bf16_to_f32(x.to_bits()), |x| {
-    bf16::from_bits(f32_to_bf16(x))
-});
+impl_parameter!(
+    bf16,
+    f32,
+    |x: bf16| bf16_to_f32(x.to_bits()),
+    |x| bf16::from_bits(f32_to_bf16(x)),
+    #[inline(always)]
+    fn bits(self) -> u16 {
+        self.to_bits()
+    },
+    #[inline(always)]
+    fn round_row(w: &mut [bf16], x: &[f32], key: u64, unit: u64) {
+        compact::round_row(w, x, key, unit);
+    }
+);
 impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
-
-/// How many elements of a block are compared with their masters before a step.
-pub(crate) const MASTER_SAMPLES: usize = 32;
 
 /// The elements compared: evenly spaced, the first and the last among them.
 pub(crate) fn samples(n: usize) -> impl Iterator<Item = usize> {
     let count = MASTER_SAMPLES.min(n);
     (0..count).map(move |k| if count > 1 { k * (n - 1) / (count - 1) } else { 0 })
+}
+
+/// Whether a parameter is not what was noted of it: it seems to have been overwritten as a whole.
+pub(crate) fn differs<P: Parameter>(w: &[P], noted: &[i16]) -> bool {
+    samples(w.len()).zip(noted).any(|(i, noted)| w[i].bits() != *noted as u16)
+}
+
+/// Notes samples of a parameter.
+pub(crate) fn note<P: Parameter>(w: &[P], noted: &mut [i16]) {
+    samples(w.len()).zip(noted).for_each(|(i, noted)| *noted = w[i].bits() as i16);
 }
 
 /// Whether a parameter is what its master rounds to.

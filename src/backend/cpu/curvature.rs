@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, Row, StateRows};
+use super::rows::{Exact, Keys, Packed, Row, StateRows};
 use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
@@ -79,13 +79,13 @@ pub(crate) fn directions(
     fn sums<C: Compute>(
         w: &Gradient,
         g: &Gradient,
-        state: &mut State,
+        state: impl StateRows<C>,
         step: BlockStep,
         simd: Simd,
         scratch: &mut Scratch,
     ) -> Pair {
-        let coefficients = step.coefficients::<C>();
-        let terms = DirectionTerms { w, g, state: Exact::new(state), coefficients };
+        let coefficients = step.coefficients();
+        let terms = DirectionTerms { w, g, state, coefficients };
         let Pair { a, b } = pair_sums(g.len(), &terms, simd, scratch);
         let scale = coefficients.scale;
         Pair { a: a * (scale * scale), b }
@@ -95,9 +95,14 @@ pub(crate) fn directions(
     let g = block.orthogonal.as_ref().unwrap_or(gradient);
     let (g, g_layout) = g.storage_and_layout();
     let (w, g) = (&Gradient::new(&w, w_layout)?, &Gradient::new(&g, g_layout)?);
+    let state = &mut block.state;
     Ok(match block.dtype {
-        DType::F64 => sums::<f64>(w, g, &mut block.state, step, simd, scratch),
-        _ => sums::<f32>(w, g, &mut block.state, step, simd, scratch),
+        DType::F64 => sums(w, g, Exact::<f64>::new(state), step, simd, scratch),
+        _ if state.is_packed() => {
+            let state = Packed::new(state, block.n, Keys::default(), false);
+            sums(w, g, state, step, simd, scratch)
+        }
+        _ => sums(w, g, Exact::<f32>::new(state), step, simd, scratch),
     })
 }
 
@@ -315,13 +320,11 @@ pub(crate) fn average_probe(
             for at in (0..len).step_by(LANES) {
                 let row = LANES.min(len - at);
                 terms.row(chunk * CHUNK + at, inputs, &mut a[..row], &mut b[..row]);
-                let mut part = state.take(row);
-                let q = part.load(&mut inputs.state).q.unwrap_or_default();
+                let q = state.take(row).q.unwrap_or_default();
                 for ((lane, q), square) in lanes.iter_mut().zip(q).zip(&*a) {
                     *q = C::from_f64(decay * q.to_f64() + (1. - decay) * square);
                     *lane += q.to_f64();
                 }
-                part.store(&mut inputs.state);
             }
             Pair { a: tree(&mut lanes[..width]), b: 0. }
         };

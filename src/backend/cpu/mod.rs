@@ -244,25 +244,31 @@ impl Backend for CpuBackend {
         step: Step,
     ) -> Result<()> {
         let Parameters { blocks, groups, .. } = all;
+        let first = run.start;
         let (blocks, tracked) = (&mut blocks[run.clone()], &mut tracked[run]);
         let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(tracked.chunks_mut(size));
         let batches = batches.zip(gradients.chunks(size)).zip(decisions.chunks(size));
-        let batches = batches.map(|item| (has_large(item.0.0.0), item)).collect();
-        self.for_each_item(batches, |scratch, (((blocks, tracked), gradients), decisions)| {
+        let batches = batches.zip((first..).step_by(size));
+        let batches = batches.map(|item| (has_large(item.0.0.0.0), item)).collect();
+        self.for_each_item(batches, |scratch, batch| {
+            let ((((blocks, tracked), gradients), decisions), first) = batch;
             if size > 1 {
                 for (block, found) in blocks.iter().zip(gradients) {
                     prefetch_update(block, found.as_ref());
                 }
             }
-            let all = blocks.iter_mut().zip(tracked).zip(gradients).zip(decisions);
-            for (((block, tracked), found), decision) in all.filter(|item| item.0.0.0.on_cpu) {
+            let all = blocks.iter_mut().zip(tracked).zip(gradients).zip(decisions).zip(first..);
+            for ((((block, tracked), found), decision), place) in
+                all.filter(|item| item.0.0.0.0.on_cpu)
+            {
                 let (Some(found), Some(decision)) = (found, decision) else { continue };
                 let params = &groups[block.group].params;
                 let keeps_strips = step.measures && params.measures_steps();
                 let sums_up = keeps_strips || step.records;
                 let numbers = block_step(params, decision, tracked, block);
-                let numbers = BlockStep { sums_up, keeps_strips, ..numbers };
+                let (steps, place) = (step.steps, place as u64);
+                let numbers = BlockStep { sums_up, keeps_strips, steps, place, ..numbers };
                 (tracked.step_sums, tracked.strips) =
                     update::update(block, found.gradient, numbers, self.simd, scratch)?;
             }
@@ -375,7 +381,18 @@ fn block_step<'a>(
     let Tracked { powers, estimate, .. } = tracked;
     let matrix_scale = block.matrix_scale();
     let (sums_up, keeps_strips) = (false, false);
-    BlockStep { params, decision, powers, estimate, sums_up, keeps_strips, matrix_scale }
+    let (steps, place) = (0, 0);
+    BlockStep {
+        params,
+        decision,
+        powers,
+        estimate,
+        sums_up,
+        keeps_strips,
+        matrix_scale,
+        steps,
+        place,
+    }
 }
 
 fn has_large(batch: &[Block]) -> bool {

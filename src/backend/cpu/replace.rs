@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 
 use super::access::{Parameter, cpu_storage, with_storage_mut};
-use super::rows::{Exact, StateRows};
+use super::rows::{Exact, Keys, Packed, StateRows};
 use super::statistics::{PIECE, splits};
 use crate::block::{Backup, Block};
 use crate::numerics::{LANES, Real, random_bits};
@@ -71,7 +71,7 @@ fn copy(from: &Tensor, to: &Var) -> Result<()> {
 
 /// Replaces the parameter by its average.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
-    fn put<P: Parameter>(w: &mut [P], state: Exact<P::Compute>) {
+    fn put<P: Parameter>(w: &mut [P], state: impl StateRows<P::Compute>) {
         let put = |(piece, w): (usize, &mut [P])| {
             let mut room = Default::default();
             for (row, w) in w.chunks_mut(LANES).enumerate() {
@@ -88,8 +88,19 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     if block.n == 0 {
         return Ok(());
     }
+    let n = block.n;
     let Block { var, state, .. } = block;
     with_storage_mut(var, |storage| {
+        if state.is_packed() {
+            let state = Packed::new(state, n, Keys::default(), false);
+            match storage {
+                CpuStorage::F32(w) => put(w, state),
+                CpuStorage::BF16(w) => put(w, state),
+                CpuStorage::F16(w) => put(w, state),
+                _ => bail!("expected a parameter of f32, bf16 or f16"),
+            }
+            return Ok(());
+        }
         match storage {
             CpuStorage::F32(w) => put(w, Exact::new(state)),
             CpuStorage::F64(w) => put(w, Exact::new(state)),

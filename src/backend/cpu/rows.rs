@@ -1,7 +1,13 @@
 //! The formats of state: how rows of it are converted to and from the compute type.
 
+use candle_core::CpuStorage;
+use half::bf16;
+
+use super::access::{Parameter, agree, differs, samples};
 use super::gradient::{Compute, RowBuffer};
-use crate::state::{Slot, State};
+use crate::compact::{self, Offsets, UNIT};
+use crate::numerics::bf16_to_f32;
+use crate::state::{Format, Slot, State};
 
 /// The state of neighbouring elements of a block, in some format. A packed format decodes its numbers into `room`,
 /// and encodes them from there after they have changed.
@@ -12,11 +18,26 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     /// Elements `start..start + len`, to be read.
     fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, C>;
 
-    /// All elements, at most a row of lanes, to be changed; [`StateRows::store`] must follow.
-    fn load<'r>(&'r mut self, room: &'r mut Room) -> RowMut<'r, C>;
+    /// All elements, at most a row of lanes, to be changed; [`StateRows::store`] must follow. `w` are the parameters.
+    fn load<'r, P: Parameter<Compute = C>>(
+        &'r mut self,
+        w: &[P],
+        room: &'r mut Room,
+    ) -> RowMut<'r, C>;
 
     /// Stores what was changed after [`StateRows::load`].
     fn store(&mut self, room: &mut Room);
+
+    /// Resets all masters of a block if its parameter seems to have been overwritten as a whole.
+    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P]);
+
+    /// Takes the samples of the parameter apart, which [`note`](super::access::note) writes after the update.
+    fn take_samples<'s>(&mut self) -> &'s mut [i16]
+    where
+        Self: 's,
+    {
+        &mut []
+    }
 }
 
 /// Buffers for a row of each kind of state.
@@ -41,11 +62,12 @@ pub(crate) struct RowMut<'r, C> {
 
 /// State of f32 or f64, stored as it is computed with.
 pub(crate) struct Exact<'a, C> {
-    pub master: Option<&'a mut [C]>,
+    master: Option<&'a mut [C]>,
     m: Option<&'a mut [C]>,
     v: Option<&'a mut [C]>,
     average: Option<&'a mut [C]>,
-    q: Option<&'a mut [C]>,
+    /// Never packed.
+    pub q: Option<&'a mut [C]>,
 }
 
 impl<'a, C: Compute> Exact<'a, C> {
@@ -82,7 +104,11 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     }
 
     #[inline(always)]
-    fn load<'r>(&'r mut self, _: &'r mut Room) -> RowMut<'r, C> {
+    fn load<'r, P: Parameter<Compute = C>>(
+        &'r mut self,
+        _: &[P],
+        _: &'r mut Room,
+    ) -> RowMut<'r, C> {
         let Self { master, m, v, average, q } = self;
         RowMut {
             master: master.as_deref_mut(),
@@ -95,4 +121,310 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
 
     #[inline(always)]
     fn store(&mut self, _: &mut Room) {}
+
+    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P]) {
+        if let Some(master) = &mut self.master {
+            reset(master, w);
+        }
+    }
+}
+
+fn reset<P: Parameter>(master: &mut [P::Compute], w: &[P]) {
+    if samples(w.len()).any(|i| !agree(w[i], master[i])) {
+        master.iter_mut().zip(w).for_each(|(master, w)| *master = w.widen());
+    }
+}
+
+/// State of f32 parameters, or of parameters of 16 bits, some of which is packed.
+pub(crate) struct Packed<'a> {
+    master: Option<Master<'a>>,
+    m: Option<Numbers<'a>>,
+    v: Option<Numbers<'a>>,
+    average: Option<Numbers<'a>>,
+    q: Option<Numbers<'a>>,
+    keys: Keys,
+    /// The number of its first unit in the block.
+    unit: u64,
+}
+
+/// The keys of the offsets by which a block is rounded in a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Keys {
+    moments: u64,
+    averages: u64,
+    pub parameters: u64,
+}
+
+impl Keys {
+    /// Of the block at `place`, in the step after `steps` others.
+    pub fn new(steps: u64, place: u64) -> Self {
+        let [moments, averages, parameters] =
+            [compact::MOMENTS, compact::AVERAGES, compact::PARAMETERS]
+                .map(|seed| compact::offset_key(seed, steps, place));
+        Self { moments, averages, parameters }
+    }
+}
+
+enum Master<'a> {
+    F32(&'a mut [f32]),
+    /// The remainders, and the samples of the parameter.
+    Split(&'a mut [i16], &'a mut [i16]),
+    /// The parameter itself, in f32: it is rounded at random afterwards.
+    None,
+}
+
+enum Numbers<'a> {
+    F32(&'a mut [f32]),
+    BF16(&'a mut [bf16]),
+    CompactM(Compact<'a>),
+    CompactV(Compact<'a>),
+}
+
+struct Compact<'a> {
+    codes: &'a mut [u8],
+    exponents: &'a mut [u8],
+}
+
+/// Splits off the first `len`.
+#[inline(always)]
+fn first<'a, T>(numbers: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    numbers.split_off_mut(..len).unwrap_or_default()
+}
+
+impl<'a> Compact<'a> {
+    #[inline(always)]
+    fn take(&mut self, len: usize) -> Self {
+        let Self { codes, exponents } = self;
+        Self { codes: first(codes, len), exponents: first(exponents, len.div_ceil(UNIT)) }
+    }
+
+    /// The codes and exponents of the units of elements `start..start + len`.
+    #[inline(always)]
+    fn units(&self, start: usize, len: usize) -> impl Iterator<Item = (&[u8], u8)> {
+        let exponents = self.exponents[start / UNIT..].iter().copied();
+        self.codes[start..start + len].chunks(UNIT).zip(exponents)
+    }
+
+    #[inline(always)]
+    fn units_mut(&mut self) -> impl Iterator<Item = (&mut [u8], &mut u8)> {
+        self.codes.chunks_mut(UNIT).zip(&mut *self.exponents)
+    }
+}
+
+impl<'a> Numbers<'a> {
+    fn new(name: &str, slot: &'a mut Slot, n: usize) -> Option<Self> {
+        Some(match slot.cpu_mut()? {
+            CpuStorage::F32(numbers) => Self::F32(numbers),
+            CpuStorage::BF16(numbers) => Self::BF16(numbers),
+            CpuStorage::U8(bytes) => {
+                let (codes, exponents) = bytes.split_at_mut(n.next_multiple_of(UNIT));
+                let compact = Compact { codes: &mut codes[..n], exponents };
+                if name == "v" { Self::CompactV(compact) } else { Self::CompactM(compact) }
+            }
+            _ => return None,
+        })
+    }
+
+    #[inline(always)]
+    fn take(&mut self, len: usize) -> Self {
+        match self {
+            Self::F32(numbers) => Self::F32(first(numbers, len)),
+            Self::BF16(numbers) => Self::BF16(first(numbers, len)),
+            Self::CompactM(compact) => Self::CompactM(compact.take(len)),
+            Self::CompactV(compact) => Self::CompactV(compact.take(len)),
+        }
+    }
+
+    /// Converts the numbers from `start` on; a compact first moment goes by `v`.
+    #[inline(always)]
+    fn decode(&self, start: usize, v: Option<&[f32]>, row: &mut [f32]) {
+        let len = row.len();
+        match self {
+            Self::F32(numbers) => row.copy_from_slice(&numbers[start..start + len]),
+            Self::BF16(numbers) => {
+                let numbers = &numbers[start..start + len];
+                row.iter_mut().zip(numbers).for_each(|(x, p)| *x = bf16_to_f32(p.to_bits()));
+            }
+            Self::CompactV(compact) => {
+                for (row, (codes, exponent)) in row.chunks_mut(UNIT).zip(compact.units(start, len))
+                {
+                    compact::decode_v_unit(codes, exponent, row);
+                }
+            }
+            Self::CompactM(compact) => {
+                let units = compact.units(start, len);
+                for (u, (row, (codes, exponent))) in row.chunks_mut(UNIT).zip(units).enumerate() {
+                    compact::decode_m_unit(codes, exponent, compact::unit_of(v, u), row);
+                }
+            }
+        }
+    }
+
+    /// `len` of its numbers, to be read.
+    #[inline(always)]
+    fn read<'r>(
+        &'r self,
+        start: usize,
+        len: usize,
+        v: Option<&[f32]>,
+        room: &'r mut RowBuffer,
+    ) -> &'r [f32] {
+        if let Self::F32(numbers) = self {
+            return &numbers[start..start + len];
+        }
+        let row = &mut f32::buffer(room)[..len];
+        self.decode(start, v, row);
+        row
+    }
+
+    /// All of its numbers, `len`, to be changed.
+    #[inline(always)]
+    fn load<'r>(
+        &'r mut self,
+        len: usize,
+        v: Option<&[f32]>,
+        room: &'r mut RowBuffer,
+    ) -> &'r mut [f32] {
+        match self {
+            Self::F32(numbers) => numbers,
+            packed => {
+                let row = &mut f32::buffer(room)[..len];
+                packed.decode(0, v, row);
+                row
+            }
+        }
+    }
+}
+
+impl<'a> Packed<'a> {
+    /// `rounds`: whether the parameter has no master and is rounded at random.
+    pub fn new(state: &'a mut State, n: usize, keys: Keys, rounds: bool) -> Self {
+        fn numbers<'a>(name: &str, slot: &'a mut Option<Slot>, n: usize) -> Option<Numbers<'a>> {
+            slot.as_mut().and_then(|slot| Numbers::new(name, slot, n))
+        }
+        let State { master, m, v, average, q } = state;
+        let master = match master.as_mut().and_then(Slot::cpu_mut) {
+            Some(CpuStorage::F32(master)) => Some(Master::F32(master)),
+            Some(CpuStorage::I16(numbers)) => {
+                let (rests, samples) = Format::split_parts(numbers, n);
+                Some(Master::Split(rests, samples))
+            }
+            _ => rounds.then_some(Master::None),
+        };
+        let [m, v] = [numbers("m", m, n), numbers("v", v, n)];
+        let [average, q] = [numbers("average", average, n), numbers("q", q, n)];
+        Self { master, m, v, average, q, keys, unit: 0 }
+    }
+}
+
+impl StateRows<f32> for Packed<'_> {
+    #[inline(always)]
+    fn take(&mut self, len: usize) -> Self {
+        let Self { master, m, v, average, q, keys, unit } = self;
+        let master = master.as_mut().map(|master| match master {
+            Master::F32(master) => Master::F32(first(master, len)),
+            Master::Split(rests, _) => Master::Split(first(rests, len), &mut []),
+            Master::None => Master::None,
+        });
+        let [m, v, average, q] =
+            [m, v, average, q].map(|numbers| numbers.as_mut().map(|numbers| numbers.take(len)));
+        let part = Self { master, m, v, average, q, keys: *keys, unit: *unit };
+        *unit += (len / UNIT) as u64;
+        part
+    }
+
+    #[inline(always)]
+    fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, f32> {
+        let Self { m, v, average, q, .. } = self;
+        let [_, m_room, v_room, average_room, q_room] = room;
+        let v = v.as_ref().map(|v| v.read(start, len, None, v_room));
+        let m = m.as_ref().map(|m| m.read(start, len, v, m_room));
+        let average = average.as_ref().map(|a| a.read(start, len, None, average_room));
+        let q = q.as_ref().map(|q| q.read(start, len, None, q_room));
+        Row { m, v, average, q }
+    }
+
+    #[inline(always)]
+    fn load<'r, P: Parameter<Compute = f32>>(
+        &'r mut self,
+        w: &[P],
+        room: &'r mut Room,
+    ) -> RowMut<'r, f32> {
+        let Self { master, m, v, average, q, .. } = self;
+        let [master_room, m_room, v_room, average_room, q_room] = room;
+        let len = w.len();
+        let master = match master {
+            None => None,
+            Some(Master::F32(master)) => Some(&mut **master),
+            Some(Master::Split(rests, _)) => {
+                let row = &mut f32::buffer(master_room)[..len];
+                for (x, (w, rest)) in row.iter_mut().zip(w.iter().zip(&**rests)) {
+                    *x = compact::join(w.bits(), *rest);
+                }
+                Some(row)
+            }
+            Some(Master::None) => {
+                let row = &mut f32::buffer(master_room)[..len];
+                row.iter_mut().zip(w).for_each(|(x, w)| *x = w.widen());
+                Some(row)
+            }
+        };
+        let v = v.as_mut().map(|v| v.load(len, None, v_room));
+        let m = m.as_mut().map(|m| m.load(len, v.as_deref(), m_room));
+        let average = average.as_mut().map(|average| average.load(len, None, average_room));
+        let q = q.as_mut().map(|q| q.load(len, None, q_room));
+        RowMut { master, m, v, average, q }
+    }
+
+    #[inline(always)]
+    fn store(&mut self, room: &mut Room) {
+        let Self { master, m, v, average, keys, unit, .. } = self;
+        let [master_room, m_room, v_room, average_room, _] = room;
+        if let Some(Master::Split(rests, _)) = master {
+            let row = &f32::buffer(master_room)[..rests.len()];
+            rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);
+        }
+        let kept_v = match v {
+            Some(Numbers::CompactV(compact)) => {
+                let row = &mut f32::buffer(v_room)[..compact.codes.len()];
+                let units = compact.units_mut().zip(row.chunks_mut(UNIT));
+                for (u, ((codes, exponent), v)) in (*unit..).zip(units) {
+                    let base = compact::offset_base(keys.moments, u);
+                    *exponent = compact::encode_v_unit(v, Offsets::Random(base), codes);
+                    compact::decode_v_unit(codes, *exponent, v);
+                }
+                Some(&*row)
+            }
+            _ => None,
+        };
+        if let Some(Numbers::CompactM(compact)) = m {
+            let row = &f32::buffer(m_room)[..compact.codes.len()];
+            for (u, ((codes, exponent), m)) in compact.units_mut().zip(row.chunks(UNIT)).enumerate()
+            {
+                *exponent = compact::encode_m_unit(m, compact::unit_of(kept_v, u), codes);
+            }
+        }
+        if let Some(Numbers::BF16(average)) = average {
+            let row = &f32::buffer(average_room)[..average.len()];
+            compact::round_row(average, row, keys.averages, *unit);
+        }
+    }
+
+    fn reset_masters<P: Parameter<Compute = f32>>(&mut self, w: &[P]) {
+        match &mut self.master {
+            Some(Master::F32(master)) => reset(master, w),
+            Some(Master::Split(rests, noted)) if differs(w, noted) => rests.fill(0),
+            _ => {}
+        }
+    }
+
+    fn take_samples<'s>(&mut self) -> &'s mut [i16]
+    where
+        Self: 's,
+    {
+        match &mut self.master {
+            Some(Master::Split(_, samples)) => std::mem::take(samples),
+            _ => &mut [],
+        }
+    }
 }

@@ -3,12 +3,13 @@
 use candle_core::{CpuStorage, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::access::{Parameter, agree, samples, with_storage_mut};
+use super::access::{Parameter, note, with_storage_mut};
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, RowMut, StateRows};
+use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
 use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
+use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, fold, strip_sum, tree};
 use crate::params::{Direction, ParamsSrkl};
@@ -28,6 +29,9 @@ pub(crate) struct BlockStep<'a> {
     pub keeps_strips: bool,
     /// [`Block::matrix_scale`]
     pub matrix_scale: f64,
+    /// The number of steps before, and the block's place: by them numbers are rounded at random.
+    pub steps: u64,
+    pub place: u64,
 }
 
 impl BlockStep<'_> {
@@ -50,7 +54,9 @@ pub(crate) fn update(
     if block.n == 0 {
         return Ok(moved); // candle refuses to write to an empty tensor.
     }
-    let Block { var, state, orthogonal, .. } = block;
+    let packs = block.is_packed(step.params);
+    let rounds = block.rounds(step.params);
+    let Block { var, state, orthogonal, n, .. } = block;
     let (storage, layout) = gradient.storage_and_layout();
     let orthogonal = orthogonal.as_ref().map(Tensor::storage_and_layout);
     let orthogonal = orthogonal.as_ref().map(|(storage, layout)| Gradient::new(storage, layout));
@@ -58,11 +64,23 @@ pub(crate) fn update(
     let gradient = Gradient::new(&storage, layout)?;
     let g = Followed { gradient: &gradient, orthogonal: orthogonal.as_ref() };
     with_storage_mut(var, |storage| {
+        if packs {
+            let keys = Keys::new(step.steps, step.place);
+            let state = Packed::new(state, *n, keys, rounds);
+            let rounding = rounds.then_some(keys.parameters);
+            moved = match storage {
+                CpuStorage::F32(w) => block_update(w, state, None, g, step, simd, scratch),
+                CpuStorage::BF16(w) => block_update(w, state, rounding, g, step, simd, scratch),
+                CpuStorage::F16(w) => block_update(w, state, None, g, step, simd, scratch),
+                _ => bail!("expected a parameter of f32, bf16 or f16"),
+            };
+            return Ok(());
+        }
         moved = match storage {
-            CpuStorage::F32(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
-            CpuStorage::F64(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
-            CpuStorage::BF16(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
-            CpuStorage::F16(w) => block_update(w, Exact::new(state), g, step, simd, scratch),
+            CpuStorage::F32(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
+            CpuStorage::F64(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
+            CpuStorage::BF16(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
+            CpuStorage::F16(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         };
         Ok(())
@@ -78,9 +96,11 @@ struct Followed<'a> {
     orthogonal: Option<&'a Gradient<'a>>,
 }
 
-fn block_update<P: Parameter>(
+/// `rounding` is the key by which bf16 parameters are rounded at random.
+fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     w: &mut [P],
-    mut state: Exact<P::Compute>,
+    mut state: S,
+    rounding: Option<u64>,
     g: Followed,
     step: BlockStep,
     simd: Simd,
@@ -88,16 +108,12 @@ fn block_update<P: Parameter>(
 ) -> (StepSums, Vec<f64>) {
     let n = w.len();
     let coefficients = step.coefficients();
-    if let Some(master) = &mut state.master
-        && samples(n).any(|i| !agree(w[i], master[i]))
-    {
-        // The parameter seems to have been overwritten as a whole, so all masters are reset.
-        master.iter_mut().zip(w.iter()).for_each(|(master, w)| *master = w.widen());
-    }
-    let part = Part { w, state };
+    state.reset_masters(w);
+    let samples = state.take_samples();
+    let part = Part { w: &mut *w, state };
     let update = |scratch: &mut Scratch, start, part| {
         let BlockStep { sums_up, keeps_strips, .. } = step;
-        simd.run(Update { start, part, g, coefficients, sums_up, keeps_strips, scratch })
+        simd.run(Update { start, part, g, coefficients, rounding, sums_up, keeps_strips, scratch })
     };
     let parts: Vec<Stepped> = if !splits(n) {
         vec![update(scratch, 0, part)]
@@ -106,6 +122,7 @@ fn block_update<P: Parameter>(
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
         pieces.map_init(Scratch::new, update).collect()
     };
+    note(w, samples);
     let chunks: Vec<[f64; 3]> = parts.iter().flat_map(|part| part.chunks.iter().copied()).collect();
     let strips = parts.into_iter().flat_map(|part| part.strips).collect();
     let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
@@ -148,6 +165,7 @@ struct Update<'a, P: Parameter, S> {
     part: Part<'a, P, S>,
     g: Followed<'a>,
     coefficients: Coefficients<P::Compute>,
+    rounding: Option<u64>,
     /// Whether to compute the sums over the step.
     sums_up: bool,
     keeps_strips: bool,
@@ -159,8 +177,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
 
     #[inline(always)]
     fn run(self) -> Stepped {
-        let Self { start, mut part, g: followed, coefficients, sums_up, keeps_strips, scratch } =
-            self;
+        let Self { start, mut part, g: followed, coefficients, .. } = self;
+        let Self { rounding, sums_up, keeps_strips, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, d, terms: [squares, d_again] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
@@ -170,7 +188,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let mut stepped = Stepped::default();
         for at in (0..n).step_by(LANES) {
             let Part { w, mut state } = part.take(LANES.min(n - at));
-            let RowMut { mut master, mut m, mut v, average: a, q } = state.load(room);
+            let RowMut { mut master, mut m, mut v, average: a, q } = state.load(w, room);
             let before = &mut P::Compute::buffer(before)[..w.len()];
             if sums_up {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
@@ -245,6 +263,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         for_each(w, master, d, |w, d| apply_step(w, d, step_size, decay_factor));
                     }
                 }
+            }
+            if let (Some(key), Some(x)) = (rounding, master.as_deref()) {
+                P::round_row(w, x, key, ((start + at) / UNIT) as u64);
             }
             match (a, master) {
                 (None, _) => {}
@@ -371,98 +392,127 @@ fn for_each<P: Parameter>(
 
 #[cfg(test)]
 mod tests {
+    use candle_core::backprop::GradStore;
+    use candle_core::{Device, Result, Tensor, Var};
+    use candle_nn::Optimizer;
     use half::bf16;
 
-    use super::super::gradient::RowBuffer;
-    use super::super::rows::{Room, Row};
-    use super::*;
-    use crate::numerics::{Sums, bf16_to_f32, f32_to_bf16};
-    use crate::rule::{self, StepScalars};
+    use crate::compact::{self, Offsets, UNIT};
+    use crate::state::{Beside, Format};
+    use crate::{Average, AverageFormat, MasterWeights, ParamsSrkl, Rounding, Srkl, StateFormat};
 
-    /// A format that packs its numbers: moments in bf16.
-    struct Halves<'a> {
-        m: &'a mut [u16],
-        v: &'a mut [u16],
+    fn numbers(n: usize, salt: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + salt) as f32 * 0.61).sin()).collect()
     }
 
-    fn decode<'r>(packed: &[u16], room: &'r mut RowBuffer) -> &'r mut [f32] {
-        let row = &mut f32::buffer(room)[..packed.len()];
-        row.iter_mut().zip(packed).for_each(|(x, packed)| *x = bf16_to_f32(*packed));
-        row
+    /// Rounds a block at random.
+    fn rounded(xs: &[f32], seed: u64, step: u64, place: u64) -> Vec<bf16> {
+        let mut rounded = vec![bf16::ZERO; xs.len()];
+        compact::round_row(&mut rounded, xs, compact::offset_key(seed, step, place), 0);
+        rounded
     }
 
-    impl StateRows<f32> for Halves<'_> {
-        fn take(&mut self, len: usize) -> Self {
-            let m = self.m.split_off_mut(..len).unwrap();
-            Self { m, v: self.v.split_off_mut(..len).unwrap() }
-        }
-        fn read<'r>(&'r self, _: usize, _: usize, _: &'r mut Room) -> Row<'r, f32> {
-            unreachable!("an update changes what it reads")
-        }
-        fn load<'r>(&'r mut self, [m, v, ..]: &'r mut Room) -> RowMut<'r, f32> {
-            let (m, v) = (decode(self.m, m), decode(self.v, v));
-            RowMut { master: None, m: Some(m), v: Some(v), average: None, q: None }
-        }
-        fn store(&mut self, room: &mut Room) {
-            let [m, v, ..] = room;
-            for (packed, row) in [(&mut *self.m, m), (&mut *self.v, v)] {
-                let row = &f32::buffer(row)[..packed.len()];
-                packed.iter_mut().zip(row).for_each(|(packed, x)| *packed = f32_to_bf16(*x));
+    /// Steps of bf16 parameters and of f32 ones with packed state give what the formula gives on decoded numbers,
+    /// encoded again, in all of the state.
+    #[test]
+    fn packed_steps_are_those_of_decoded_numbers() -> Result<()> {
+        // Steps before this one of another size, in pieces and units that end anywhere.
+        for (n, splits, averages) in
+            [(4096, true, true), (4097, false, true), (9001, true, false), (70_001, false, false)]
+        {
+            let params = ParamsSrkl {
+                state: StateFormat::Compact,
+                master_weights: if splits { MasterWeights::Split } else { MasterWeights::None },
+                rounding: Rounding::Stochastic,
+                average: averages.then_some(Average::Polynomial(8.)),
+                average_format: AverageFormat::BF16,
+                ..ParamsSrkl::adamw(0.01)
+            };
+            let start: Vec<bf16> = numbers(n, 5).into_iter().map(bf16::from_f32).collect();
+            let before = Var::from_tensor(&Tensor::new(&[1f32], &Device::Cpu)?)?;
+            let var = Var::from_tensor(&Tensor::new(&start[..], &Device::Cpu)?)?;
+            let mut opt = Srkl::new(vec![before, var.clone()], params)?;
+
+            let mut x: Vec<f32> = start.iter().map(|w| w.to_f32()).collect();
+            let (mut m, mut v) = (vec![0f32; n], vec![0f32; n]);
+            let mut average = vec![0f32; n];
+            for step in 0..6u64 {
+                let g = numbers(n, 100 + step as usize);
+                let mut grads = GradStore::default();
+                grads.insert(&var, Tensor::new(&g[..], &Device::Cpu)?);
+                opt.step(&grads)?;
+
+                let t = step as i32 + 1;
+                let [c1, c2] = [0.9f64, 0.999].map(|beta: f64| {
+                    // A product, as the optimizer keeps it.
+                    1. / (1. - (0..t).fold(1., |power, _| power * beta))
+                });
+                let (beta1, beta2) = (0.9f32, 0.999f32);
+                let (gain1, gain2) = ((1. - 0.9f64) as f32, (1. - 0.999f64) as f32);
+                let (size, decay) = ((0.01 * c1) as f32, (1. - 0.01 * 0.01f64) as f32);
+                let weight = (9. / (f64::from(t) + 8.)) as f32;
+                for i in 0..n {
+                    m[i] = g[i].mul_add(gain1, beta1 * m[i]);
+                    v[i] = (gain2 * g[i]).mul_add(g[i], beta2 * v[i]);
+                    let d = m[i] / ((c2 as f32 * v[i]).sqrt() + 1e-8);
+                    x[i] = d.mul_add(-size, decay * x[i]);
+                    average[i] = (x[i] - average[i]).mul_add(weight, average[i]);
+                }
+                let key = compact::offset_key(compact::MOMENTS, step, 1);
+                let mut codes = [0; UNIT];
+                for (u, (m, v)) in m.chunks_mut(UNIT).zip(v.chunks_mut(UNIT)).enumerate() {
+                    let base = compact::offset_base(key, u as u64);
+                    let exponent = compact::encode_v_unit(v, Offsets::Random(base), &mut codes);
+                    compact::decode_v_unit(&codes, exponent, v);
+                    let exponent = compact::encode_m_unit(m, Some(v), &mut codes);
+                    compact::decode_m_unit(&codes, exponent, Some(v), m);
+                }
+                let w: Vec<bf16> = if splits {
+                    x.iter_mut().for_each(|x| {
+                        let (parameter, rest) = compact::split(*x);
+                        *x = compact::join(parameter, rest);
+                    });
+                    x.iter().map(|x| bf16::from_f32(*x)).collect()
+                } else {
+                    rounded(&x, compact::PARAMETERS, step, 1)
+                };
+                if !splits {
+                    x = w.iter().map(|w| w.to_f32()).collect();
+                }
+                let kept = rounded(&average, compact::AVERAGES, step, 1);
+                average = kept.iter().map(|a| a.to_f32()).collect();
+
+                assert_eq!(var.to_vec1::<bf16>()?, w, "{n} {step}");
+                let state = &opt.all.blocks[1].state;
+                let mut beside = Beside { v: None, parameter: &w };
+                for (name, format, expected) in [
+                    ("v", Format::Compact, &v),
+                    ("m", Format::Compact, &m),
+                    ("master", Format::Split, &x),
+                    ("average", Format::BF16, &average),
+                ] {
+                    let has = match name {
+                        "master" => splits,
+                        "average" => averages,
+                        _ => true,
+                    };
+                    let slot = state.named().find(|(other, _)| *other == name);
+                    assert_eq!(slot.is_some(), has, "{name}");
+                    let Some((_, slot)) = slot else { continue };
+                    let saved = slot.save()?;
+                    assert_eq!(saved.format, format);
+                    let kept: Vec<u32> =
+                        saved.to_f32(name, beside)?.into_iter().map(f32::to_bits).collect();
+                    let expected: Vec<u32> = expected.iter().map(|x| x.to_bits()).collect();
+                    assert_eq!(kept, expected, "{n} {step} {name}");
+                    beside.v = Some(&v);
+                }
+                if splits {
+                    let master = opt.master("1")?.unwrap();
+                    assert_eq!(master, x);
+                }
             }
         }
-    }
-
-    /// The update takes any format of state: what is loaded is computed with in f32, and stored.
-    #[test]
-    fn state_may_be_packed() {
-        let n = 2 * LANES + 17;
-        let numbers = |salt: u64| -> Vec<f32> {
-            (0..n as u64).map(|i| ((i * 37 + salt) as f32 * 0.61).sin()).collect()
-        };
-        let params = ParamsSrkl::braked_adam();
-        let scalars = StepScalars { schedule: 1., grad_scale: 1. };
-        let mut decision =
-            rule::decide(&params, scalars, &Sums::ZERO, &Sums::ZERO, &Estimate::NONE);
-        decision.phi = 0.25;
-        let step = BlockStep {
-            params: &params,
-            decision: &decision,
-            powers: &Powers { first: 0.81, second: 0.998, average: 1. },
-            estimate: &Estimate::NONE,
-            sums_up: false,
-            keeps_strips: false,
-            matrix_scale: 1.,
-        };
-        let coefficients = step.coefficients::<f32>();
-        let (g, w) = (numbers(3), numbers(5));
-        let pack = |xs: Vec<f32>| xs.into_iter().map(f32_to_bf16).collect::<Vec<u16>>();
-        let m = pack(numbers(7));
-        let v = pack(numbers(11).into_iter().map(|x| x * x).collect());
-
-        let (mut new_w, mut new_m, mut new_v) = (w.clone(), m.clone(), v.clone());
-        let gradient = Tensor::new(&g[..], &candle_core::Device::Cpu).unwrap();
-        let (storage, layout) = gradient.storage_and_layout();
-        let row = Gradient::new(&storage, layout).unwrap();
-        let part = Part { w: &mut new_w[..], state: Halves { m: &mut new_m, v: &mut new_v } };
-        Simd::detect().run(Update {
-            start: 0,
-            part,
-            g: Followed { gradient: &row, orthogonal: None },
-            coefficients,
-            sums_up: false,
-            keeps_strips: false,
-            scratch: &mut Scratch::new(),
-        });
-
-        let moments = coefficients.moments;
-        let (step_size, decay_factor) = coefficients.step_coefficients(0.25);
-        for i in 0..n {
-            let m = moments.first_moment(bf16::from_bits(m[i]).to_f32(), g[i]);
-            let v = moments.second_moment(bf16::from_bits(v[i]).to_f32(), g[i]);
-            let w = apply_step(w[i], m.div(moments.denom(v)), step_size, decay_factor);
-            assert_eq!(new_w[i].to_bits(), w.to_bits(), "w[{i}]");
-            assert_eq!(new_m[i], bf16::from_f32(m).to_bits(), "m[{i}]");
-            assert_eq!(new_v[i], bf16::from_f32(v).to_bits(), "v[{i}]");
-        }
+        Ok(())
     }
 }
