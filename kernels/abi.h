@@ -12,6 +12,17 @@
 // How many elements of a block are compared with their masters before a step.
 #define SRKL_MASTER_SAMPLES 32
 
+// Compact state: neighbours that share exponents, and the seeds of random offsets (src/compact.rs).
+#define SRKL_UNIT 256
+#define SRKL_MOMENTS 0x6d6f6d656e747300ull    // "moments\0"
+#define SRKL_PARAMETERS 0x726f756e64696e67ull // "rounding"
+#define SRKL_AVERAGES 0x6176657261676573ull   // "averages"
+
+// What of a block's state is packed.
+#define SRKL_COMPACT 1      // `m` and `v`: codes, filled up to whole units, and behind them their exponents
+#define SRKL_SPLIT 2        // `master`: what the parameter lacks to it; behind, samples of the parameter
+#define SRKL_AVERAGE_BF16 4 // `average`
+
 // Threads in a CTA (a block of CUDA threads), and how many CTAs a multiprocessor must have room for.
 #define SRKL_THREADS 128
 #define SRKL_CTAS_PER_SM 8
@@ -94,7 +105,7 @@ typedef struct {
 // A parameter tensor. Written once.
 typedef struct {
     unsigned long long w;           // the parameter, 16-byte aligned
-    unsigned long long master;      // its f32 masters, 16-byte aligned, or 0
+    unsigned long long master;      // its masters, 16-byte aligned, or 0
     unsigned long long m;           // its first moment, or 0
     unsigned long long v;           // its second moment, or 0
     unsigned long long average;     // of the parameter, or 0
@@ -109,6 +120,8 @@ typedef struct {
     unsigned int group;
     unsigned int from_end; // whether its last chunk is updated first
     unsigned int place;    // among all parameters of the optimizer
+    unsigned int packs;    // SRKL_COMPACT and so on
+    unsigned int pad;
 } SrklBlock;
 
 // The settings of a parameter group. Written when one has changed.
@@ -133,7 +146,9 @@ typedef struct {
     unsigned int direction;
     unsigned int curvature;
     unsigned int nonfinite;
-    unsigned int ahead; // SRKL_MUON: whether the momentum looks ahead
+    unsigned int ahead;      // SRKL_MUON: whether the momentum looks ahead
+    unsigned int stochastic; // whether bf16 parameters without masters are rounded at random
+    unsigned int pad;
 } SrklGroup;
 
 // What a step uses that is neither a setting of one group nor a gradient. Written by srkl_set.
@@ -266,6 +281,7 @@ typedef struct {
     unsigned long long live_count; // blocks that have chunks
     unsigned long long chunk_count;
     unsigned long long stages; // what this launch does
+    unsigned long long steps;  // taken before, if the host decides; else `state` has them
 } SrklTable;
 
 // A matrix of SRKL_MUON. Written once.
@@ -289,9 +305,9 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 120 && offsetof(SrklBlock, place) == 116, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 128 && offsetof(SrklBlock, place) == 116, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 144 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 152 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");
@@ -304,5 +320,5 @@ static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72,
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
 static_assert(sizeof(SrklMatrix) == 40 && offsetof(SrklMatrix, chunk_count) == 32, "SrklMatrix");
 static_assert(sizeof(SrklMatrices) == 48 && offsetof(SrklMatrices, chunk_count) == 40, "SrklMatrices");
-static_assert(sizeof(SrklTable) == 192 && offsetof(SrklTable, stages) == 184, "SrklTable");
+static_assert(sizeof(SrklTable) == 200 && offsetof(SrklTable, steps) == 192, "SrklTable");
 #endif

@@ -48,10 +48,9 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
         if (direction == SRKL_MUON)
             from_f64(load_one(block.orthogonal, start + at), d);
         else if (direction != SRKL_GRADIENT)
-            d = k.moments.first_moment(part.m().load_one(at), g);
+            d = k.moments.first_moment(part.load_m(at), g);
         if (direction == SRKL_NESTEROV) d = k.moments.nesterov(d, g);
-        if (direction == SRKL_ADAM)
-            d = div(d, k.moments.denom(k.moments.second_moment(part.v().load_one(at), g)));
+        if (direction == SRKL_ADAM) d = div(d, k.moments.denom(k.moments.second_moment(part.load_v(at), g)));
         double a = (double)d, w = (double)widen(part.w()[at]);
         if (has_element_brakes(block_step.group)) {
             double q = part.q() ? (double)part.q().load_one(at) : 0.;

@@ -26,7 +26,7 @@ __device__ inline C momentum(const Part<C, C> &part, const SrklGradient &g, cons
                              const Moments<C> &moments, u64 start, int at) {
     C gradient;
     from_f64(load_one(g, start + at), gradient);
-    C m = moments.first_moment(part.m().load_one(at), gradient);
+    C m = moments.first_moment(part.load_m(at), gradient);
     return group.ahead ? moments.nesterov(m, gradient) : m;
 }
 

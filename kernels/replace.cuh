@@ -34,8 +34,8 @@ __device__ inline void replace(const SrklTable &table, u32 what, u64 seed, u64 d
             u64 bits = random_bits(seed, draw, block.place, i / 64);
             C w = (C)widen(part.w()[at]);
             narrow(canonical(add(w, bits >> (i % 64) & 1 ? -by : by)), part.w()[at]);
-        } else if (part.average() && stepped) {
-            narrow(part.average().load_one(at), part.w()[at]);
+        } else if (block.average != 0 && stepped) {
+            narrow(part.load_average(at), part.w()[at]);
         }
     }
 }

@@ -1,6 +1,7 @@
 // One step of all parameters of a device: one launch, whatever their number.
 //
-// Launch contract of srkl_step, srkl_step_elements and srkl_step_measuring:
+// Launch contract of srkl_step, srkl_step_elements, srkl_step_measuring, srkl_step_packed and
+// srkl_step_packed_measuring:
 //   grid     any number of CTAs, one a chunk at most
 //   block    SRKL_THREADS threads
 //   shared   static
@@ -31,6 +32,7 @@
 #include "curvature.cuh"
 #include "dropout.cuh"
 #include "orthogonal.cuh"
+#include "packed.cuh"
 #include "replace.cuh"
 #include "statistics.cuh"
 #include "update.cuh"
@@ -51,6 +53,7 @@ struct Work {
     SrklBlock block;
     SrklGradient gradient;
     BlockStep block_step;
+    Keys keys;
     u64 pending;   // the chunk to update next, or NO_CHUNK
     u64 needs;     // statistics of chunks up to this number are worth doing meanwhile
     u64 pending_b; // its block
@@ -105,7 +108,8 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
 }
 
 // Loads what an update needs besides its chunk.
-template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &table, Work &work) {
+template <bool ELEMENTS, bool PACKED>
+__device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.block_step.group = ((const SrklGroup *)table.groups)[work.block.group];
     work.block_step.matrix_scale = work.block.matrix_scale;
     if (ELEMENTS) work.block_step.row_curvature(((const SrklEstimate *)table.estimates)[work.b]);
@@ -125,10 +129,14 @@ template <bool ELEMENTS> __device__ inline void take_decision(const SrklTable &t
             ((u64 *)table.skipped)[work.b]++;
         if (found_inf) work.block_step.decision.moves = 0;
     }
+    if (PACKED && is_packed(work.block, work.block_step.group)) {
+        const bool counts = table.stages & SRKL_COUNT;
+        work.keys.set(counts ? ((const SrklState *)table.state)->steps : table.steps, work.block.place);
+    }
 }
 
 // Chooses what to do next, by one thread.
-template <bool ELEMENTS> __device__ inline void choose(const SrklTable &table, Work &work) {
+template <bool ELEMENTS, bool PACKED> __device__ inline void choose(const SrklTable &table, Work &work) {
     const bool updates = table.stages & SRKL_UPDATE;
     if (updates && work.pending == NO_CHUNK) take_pending(table, work);
     const bool has_pending = work.pending != NO_CHUNK;
@@ -144,7 +152,7 @@ template <bool ELEMENTS> __device__ inline void choose(const SrklTable &table, W
     }
     __threadfence();
     take(table, work, SRKL_UPDATE, work.pending);
-    take_decision<ELEMENTS>(table, work);
+    take_decision<ELEMENTS, PACKED>(table, work);
     work.pending = NO_CHUNK;
 }
 
@@ -261,14 +269,14 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
     }
 }
 
-template <bool ELEMENTS, bool MEASURES>
+template <bool ELEMENTS, bool MEASURES, bool PACKED>
 __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
         work.pending = NO_CHUNK;
     }
     for (;;) {
-        if (threadIdx.x == 0) choose<ELEMENTS>(table, work);
+        if (threadIdx.x == 0) choose<ELEMENTS, PACKED>(table, work);
         __syncthreads();
         if (work.stage == 0) break;
         const u64 left = work.block.n - work.start;
@@ -278,8 +286,12 @@ __device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
         } else if (work.block_step.decision.moves) {
             double *strips = (double *)table.strips;
             if (strips != 0) strips += work.chunk * (SRKL_CHUNK / SRKL_STRIP);
-            update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.reset_master,
-                                       work.block_step, lanes, strips);
+            if (PACKED && is_packed(work.block, work.block_step.group))
+                update_packed<MEASURES>(work.block, work.keys, work.gradient, work.start, len,
+                                        work.reset_master, work.block_step, lanes, strips);
+            else
+                update<ELEMENTS, MEASURES>(work.block, work.gradient, work.start, len, work.reset_master,
+                                           work.block_step, lanes, strips);
             if (MEASURES) add_up_step(table, work, lanes);
         }
         __syncthreads();
@@ -291,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     srkl_step(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    step<false, false>(table, lanes, work);
+    step<false, false, false>(table, lanes, work);
 }
 
 // The same, for settings where elements have their own brakes.
@@ -299,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     srkl_step_elements(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    step<true, false>(table, lanes, work);
+    step<true, false, false>(table, lanes, work);
 }
 
 // The same for a step that measures the curvature along it, or records norms, with any brakes. One CTA less
@@ -308,15 +320,38 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
     srkl_step_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
-    step<true, true>(table, lanes, work);
+    step<true, true, false>(table, lanes, work);
 }
 
-// Stage 2 alone, where neither curvature nor policy needs statistics: a thread a block, any grid.
+// srkl_step where some state is packed, or some parameters are rounded at random.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
+    srkl_step_packed(const SrklTable table) {
+    __shared__ Lanes lanes;
+    __shared__ Work work;
+    step<false, false, true>(table, lanes, work);
+}
+
+// srkl_step_measuring likewise, and srkl_step_elements.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
+    srkl_step_packed_measuring(const SrklTable table) {
+    __shared__ Lanes lanes;
+    __shared__ Work work;
+    step<true, true, true>(table, lanes, work);
+}
+
+// Stage 2 alone, where neither curvature nor policy needs statistics: a thread a block, any grid. It looks
+// for overwritten masters.
 extern "C" __global__ void __launch_bounds__(SRKL_THREADS) srkl_decide(const SrklTable table) {
     const SrklScalars scalars = *(const SrklScalars *)table.scalars;
     const SrklSums none = {0., 0., 0};
     const u64 first = (u64)blockIdx.x * SRKL_THREADS + threadIdx.x, stride = (u64)gridDim.x * SRKL_THREADS;
-    for (u64 b = first; b < table.block_count; b += stride) decide_block(table, scalars, b, none, none);
+    for (u64 b = first; b < table.block_count; b += stride) {
+        const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
+        bool reset = false;
+        for (u64 k = 0; block.master != 0 && k < SRKL_MASTER_SAMPLES; k++) reset |= overwritten(block, k);
+        ((SrklStatistics *)table.statistics)[b].reset_master = reset;
+        decide_block(table, scalars, b, none, none);
+    }
 }
 
 // Writes the scalars: one thread. A launch, whose argument may change as soon as it returns; a copy would

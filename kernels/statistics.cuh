@@ -6,7 +6,7 @@
 // Contract: all SRKL_THREADS threads of a CTA call these together; `lanes` is shared memory.
 #pragma once
 
-#include "access.cuh"
+#include "state.cuh"
 #include "sums.cuh"
 
 // Rows of lanes in a chunk.
@@ -103,19 +103,23 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
     return sums;
 }
 
-// Whether one of up to SRKL_MASTER_SAMPLES evenly spaced elements is not what its master rounds to.
-template <typename P> __device__ bool overwritten(const P *w, const float *master, u64 n) {
-    u64 count = n < SRKL_MASTER_SAMPLES ? n : SRKL_MASTER_SAMPLES;
-    bool differs = false;
-    if (threadIdx.x < count) {
-        u64 i = count > 1 ? threadIdx.x * (n - 1) / (count - 1) : 0;
-        P rounded;
-        narrow(master[i], rounded);
-        float value = widen(w[i]);
-        bool both_nan = value != value && master[i] != master[i];
-        differs = !same_bits(rounded, w[i]) && !both_nan;
-    }
-    return __syncthreads_or(differs);
+// Whether sample `k` of a parameter is not what its f32 master rounds to.
+template <typename P> __device__ inline bool sample_differs(const SrklBlock &block, u64 k) {
+    const u64 i = sample(k, block.n);
+    const P w = ((const P *)block.w)[i];
+    const float master = ((const float *)block.master)[i], value = widen(w);
+    P rounded;
+    narrow(master, rounded);
+    const bool both_nan = value != value && master != master;
+    return !same_bits(rounded, w) && !both_nan;
+}
+
+// Whether a parameter seems to have been overwritten as a whole, by sample `k` of up to SRKL_MASTER_SAMPLES.
+__device__ inline bool overwritten(const SrklBlock &block, u64 k) {
+    if (block.master == 0 || k >= SRKL_MASTER_SAMPLES || k >= block.n) return false;
+    if (block.packs & SRKL_SPLIT)
+        return ((const bf16 *)block.w)[sample(k, block.n)].bits != (unsigned short)samples(block)[k];
+    return block.dtype == SRKL_BF16 ? sample_differs<bf16>(block, k) : sample_differs<f16>(block, k);
 }
 
 // The statistics of a block, when the sums of all its chunks are there, to all threads.
@@ -124,10 +128,6 @@ __device__ SrklStatistics block_statistics(const SrklBlock &block, const SrklSum
     SrklStatistics found = {};
     found.sums = fold(
         block.chunk_count, [=](u64 i) { return read_sums(&first[i]); }, lanes);
-    if (block.master != 0) {
-        const float *master = (const float *)block.master;
-        found.reset_master = block.dtype == SRKL_BF16 ? overwritten((const bf16 *)block.w, master, block.n)
-                                                      : overwritten((const f16 *)block.w, master, block.n);
-    }
+    if (block.master != 0) found.reset_master = __syncthreads_or(overwritten(block, threadIdx.x));
     return found;
 }

@@ -106,6 +106,20 @@ __device__ inline double strip_sum(double term) {
     return term;
 }
 
+// The same where each thread has 8 neighbouring terms, and so 4 threads a strip: to the first of them.
+__device__ inline double strip_sum(double (&terms)[8]) {
+#pragma unroll
+    for (int threads = 2; threads > 0; threads /= 2)
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            terms[e] = __dadd_rn(terms[e], __shfl_down_sync(0xffffffff, terms[e], threads));
+#pragma unroll
+    for (int width = 4; width > 0; width /= 2)
+#pragma unroll
+        for (int e = 0; e < width; e++) terms[e] = __dadd_rn(terms[e], terms[e + width]);
+    return terms[0];
+}
+
 // The sum of `count` pairs, by rule 4; `item(i)` reads one.
 template <typename Item> __device__ SrklPair fold_pairs(u64 count, Item item, Lanes &lanes) {
     if (count == 1) return item(0);

@@ -12,14 +12,23 @@ mod common;
 
 use candle_core::{Device, Result};
 use candle_srkl::{
-    Average, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure, NonFinite,
-    ParamsSrkl, Repeatable, Scope, StepCurvature,
+    Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,
+    Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, StateFormat, StepCurvature,
 };
 use common::training::{Kind, Left, STEPS, train};
 use twox_hash::XxHash3_128;
 
 /// Around lanes and chunks, and more than one chunk.
 const SIZES: [usize; 14] = [3, 1025, 9, 8193, 17, 1, 8200, 31, 64, 16_385, 5, 4095, 127, 1024];
+
+/// The same for packed state, whose units are of 256 elements, of parameters from 4096 elements on.
+const PACKED_SIZES: [usize; 14] =
+    [4096, 1025, 4097, 8193, 17, 4095, 12_345, 5000, 64, 16_385, 5, 8192, 4351, 9000];
+
+/// Those of a case's parameters.
+fn sizes(params: &ParamsSrkl) -> &'static [usize] {
+    if params.state == StateFormat::Compact { &PACKED_SIZES } else { &SIZES }
+}
 
 /// The suite: a name for each, which is its line in the file.
 fn suite() -> Vec<(String, ParamsSrkl)> {
@@ -66,6 +75,7 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
                 master_weights,
                 nonfinite,
                 repeatable: Repeatable::Assume,
+                ..ParamsSrkl::reference()
             };
             suite.push((format!("{rule}, {policy}"), params));
         }
@@ -86,7 +96,43 @@ fn suite() -> Vec<(String, ParamsSrkl)> {
         let params = ParamsSrkl { curvature, measure, ..ParamsSrkl::braked_adam() };
         suite.push((format!("step, every {every}, decay {decay:?}, noise {noise}"), params));
     }
+    suite.extend(packed(rules));
     suite
+}
+
+/// The same rules, and one more, with packed state.
+fn packed<const N: usize>(
+    rules: [(&str, Direction, Curvature, Scope); N],
+) -> Vec<(String, ParamsSrkl)> {
+    let nesterov = Direction::Sgd { momentum: 0.9, nesterov: true };
+    let more = ("nesterov, none, tensor", nesterov, Curvature::None, Scope::Tensor);
+    let policies = [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate];
+    let packed = |(case, (rule, direction, curvature, scope)): (usize, (&str, _, _, _))| {
+        // Each with each, over the rules.
+        let masters = [MasterWeights::Split, MasterWeights::None][case % 2];
+        let averages = [AverageFormat::BF16, AverageFormat::F32][case / 2 % 2];
+        let nonfinite = policies[case % 3];
+        let params = ParamsSrkl {
+            lr: 0.5,
+            direction,
+            curvature,
+            measure: Measure { every: 3, first: 2, delta: 1e-2, seed: 5 },
+            scope,
+            beta: Beta::Tied(0.5),
+            trust: (case % 4 == 1).then_some(0.05),
+            weight_decay: 0.1,
+            average: (case % 5 != 4).then_some(Average::Polynomial(2.)),
+            average_format: averages,
+            state: StateFormat::Compact,
+            master_weights: masters,
+            rounding: Rounding::Stochastic,
+            nonfinite,
+            repeatable: Repeatable::Assume,
+            ..ParamsSrkl::reference()
+        };
+        (format!("{rule}, packed, {masters:?}, {averages:?}, {nonfinite:?}"), params)
+    };
+    rules.into_iter().chain([more]).enumerate().map(packed).collect()
 }
 
 /// A line of the file.
@@ -113,7 +159,7 @@ fn check(devices: &[&[&Device]], may_write: bool) -> Result<()> {
     let mut lines = vec![];
     for (case, (name, params)) in suite.iter().enumerate() {
         let devices = devices[case % devices.len()];
-        let line = line(name, &train(params, &SIZES, 1 + case as u64, devices)?);
+        let line = line(name, &train(params, sizes(params), 1 + case as u64, devices)?);
         if expected.get(case) != Some(&line.as_str()) {
             wrong.push(format!("  {line}\nnot {}", expected.get(case).unwrap_or(&"in the file")));
         }
@@ -152,13 +198,13 @@ fn of_several_devices() -> Result<()> {
 #[test]
 fn the_suite_moves_and_measures() -> Result<()> {
     for (case, (name, params)) in suite().iter().enumerate() {
-        let left = train(params, &SIZES, 1 + case as u64, &[&Device::Cpu])?;
+        let left = train(params, sizes(params), 1 + case as u64, &[&Device::Cpu])?;
         let counters = |what: &str| {
             let place = format!("step {}, {what}", STEPS - 1);
             left.iter().find(|left| left.place == place).expect("in what is left").bits.clone()
         };
         assert!(counters("counters")[0] > 2, "{name}: {:?}", counters("counters"));
-        let measured = !matches!(params.curvature, Curvature::GradSquare);
+        let measured = !matches!(params.curvature, Curvature::GradSquare | Curvature::None);
         let taken = counters("measurements")[0];
         assert_eq!(taken > 0, measured, "{name}: {taken} measurements");
     }

@@ -64,7 +64,7 @@ impl Engine for Device {
         let launch = |stages: u32| {
             let stages = stages | if records { abi::SRKL_RECORD } else { 0 };
             let sums_up = (measures || records) && stages & abi::SRKL_UPDATE != 0;
-            self.cuda.launch_step(stages, gradients, sums_up)
+            self.cuda.launch_step(stages, gradients, sums_up, 0)
         };
         let is_muon = all.any(ParamsSrkl::is_muon);
         let needs_directions = measures || all.any(|params| params.trust.is_some());
@@ -83,7 +83,7 @@ impl Engine for Device {
                 self.sum(gradients, what, 0.)?;
             }
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
-        } else if all.any(ParamsSrkl::uses_sums) || self.cuda.has_masters || records {
+        } else if all.any(ParamsSrkl::uses_sums) || records {
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
             launch(stages | abi::SRKL_COUNT)?;
         } else {

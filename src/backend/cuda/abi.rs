@@ -4,6 +4,13 @@ pub const SRKL_CHUNK: u32 = 8192;
 pub const SRKL_LANES: u32 = 1024;
 pub const SRKL_STRIP: u32 = 32;
 pub const SRKL_MASTER_SAMPLES: u32 = 32;
+pub const SRKL_UNIT: u32 = 256;
+pub const SRKL_MOMENTS: u64 = 7885641754961277696;
+pub const SRKL_PARAMETERS: u64 = 8245938559730151015;
+pub const SRKL_AVERAGES: u64 = 7022912210865710451;
+pub const SRKL_COMPACT: u32 = 1;
+pub const SRKL_SPLIT: u32 = 2;
+pub const SRKL_AVERAGE_BF16: u32 = 4;
 pub const SRKL_THREADS: u32 = 128;
 pub const SRKL_CTAS_PER_SM: u32 = 8;
 pub const SRKL_DROPOUT_TILE: u32 = 2048;
@@ -83,10 +90,12 @@ pub struct SrklBlock {
     pub group: ::std::os::raw::c_uint,
     pub from_end: ::std::os::raw::c_uint,
     pub place: ::std::os::raw::c_uint,
+    pub packs: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 120usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 128usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
@@ -109,6 +118,8 @@ const _: () = {
     ["Offset of field: SrklBlock::from_end"]
         [::std::mem::offset_of!(SrklBlock, from_end) - 112usize];
     ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 116usize];
+    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 120usize];
+    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 124usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -134,10 +145,12 @@ pub struct SrklGroup {
     pub curvature: ::std::os::raw::c_uint,
     pub nonfinite: ::std::os::raw::c_uint,
     pub ahead: ::std::os::raw::c_uint,
+    pub stochastic: ::std::os::raw::c_uint,
+    pub pad: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 144usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 152usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -166,6 +179,9 @@ const _: () = {
     ["Offset of field: SrklGroup::nonfinite"]
         [::std::mem::offset_of!(SrklGroup, nonfinite) - 136usize];
     ["Offset of field: SrklGroup::ahead"][::std::mem::offset_of!(SrklGroup, ahead) - 140usize];
+    ["Offset of field: SrklGroup::stochastic"]
+        [::std::mem::offset_of!(SrklGroup, stochastic) - 144usize];
+    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 148usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -447,10 +463,11 @@ pub struct SrklTable {
     pub live_count: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
     pub stages: ::std::os::raw::c_ulonglong,
+    pub steps: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 192usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 200usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
@@ -488,6 +505,7 @@ const _: () = {
     ["Offset of field: SrklTable::chunk_count"]
         [::std::mem::offset_of!(SrklTable, chunk_count) - 176usize];
     ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 184usize];
+    ["Offset of field: SrklTable::steps"][::std::mem::offset_of!(SrklTable, steps) - 192usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

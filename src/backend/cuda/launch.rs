@@ -18,6 +18,20 @@ pub(crate) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl
 /// its memory.)
 const CTAS_PER_SM: u32 = abi::SRKL_CTAS_PER_SM;
 
+/// Which kernel runs a step.
+#[derive(Clone, Copy)]
+pub(crate) enum StepKernel {
+    Plain,
+    /// For elements that have their own brakes.
+    Elements,
+    /// Any of these, and the update writes `step_sums`.
+    Measuring,
+    /// For state that is packed, and parameters that are rounded at random.
+    Packed,
+    /// Any of these, and the update writes `step_sums`.
+    PackedMeasuring,
+}
+
 /// The kernels of a device, and how they are launched. Each gets a table, which keeps the launch contract if the
 /// memory that it points to does.
 pub(crate) struct Kernels {
@@ -26,6 +40,8 @@ pub(crate) struct Kernels {
     step: CudaFunction,
     step_elements: CudaFunction,
     step_measuring: CudaFunction,
+    step_packed: CudaFunction,
+    step_packed_measuring: CudaFunction,
     decide: CudaFunction,
     sums: CudaFunction,
     replace: CudaFunction,
@@ -48,6 +64,8 @@ impl Kernels {
             step: load("srkl_step")?,
             step_elements: load("srkl_step_elements")?,
             step_measuring: load("srkl_step_measuring")?,
+            step_packed: load("srkl_step_packed")?,
+            step_packed_measuring: load("srkl_step_packed_measuring")?,
             decide: load("srkl_decide")?,
             sums: load("srkl_sums")?,
             replace: load("srkl_replace")?,
@@ -58,8 +76,7 @@ impl Kernels {
         })
     }
 
-    /// Runs those of stages 1 to 3 that the table asks for. `elements`: whether elements have their own brakes.
-    /// `sums_up`: whether the update writes `step_sums`.
+    /// Runs those of stages 1 to 3 that the table asks for.
     ///
     /// # Safety
     ///
@@ -70,11 +87,13 @@ impl Kernels {
     ///    live as long, and none is of a parameter;
     /// 3. the addresses of parameters and their state are memory of their own, aligned to 16 bytes;
     /// 4. all work on these goes to this stream, and launches with one table follow each other there.
-    pub unsafe fn step(&self, table: &abi::SrklTable, elements: bool, sums_up: bool) -> Result<()> {
-        let step = match (sums_up, elements) {
-            (true, _) => &self.step_measuring,
-            (false, true) => &self.step_elements,
-            (false, false) => &self.step,
+    pub unsafe fn step(&self, table: &abi::SrklTable, kind: StepKernel) -> Result<()> {
+        let step = match kind {
+            StepKernel::Plain => &self.step,
+            StepKernel::Elements => &self.step_elements,
+            StepKernel::Measuring => &self.step_measuring,
+            StepKernel::Packed => &self.step_packed,
+            StepKernel::PackedMeasuring => &self.step_packed_measuring,
         };
         // SAFETY: the grid and the size of a CTA are as the contract says, the only argument is the table by value,
         // and the caller keeps the rest.

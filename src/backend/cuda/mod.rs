@@ -14,7 +14,7 @@ use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 
 use self::capture::{Captures, SETTINGS_IN_CAPTURE, is_capturing};
-use self::launch::Kernels;
+use self::launch::{Kernels, StepKernel};
 use self::orthogonal::Orthogonalizer;
 use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
 use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
@@ -53,8 +53,8 @@ pub(crate) struct CudaBackend {
     restores: Option<u32>,
     /// If there are matrices to orthogonalise.
     orthogonalizer: Option<Orthogonalizer>,
-    /// Whether any block has masters: these are compared with their parameters in the launch that does statistics.
-    pub has_masters: bool,
+    /// Whether any block's state is packed.
+    packs: bool,
 }
 
 /// The address of a table of gradients on the device, as [`CudaBackend::resolve_gradients`] has found them.
@@ -96,7 +96,7 @@ impl CudaBackend {
             device: device.clone(),
             kernels,
             places,
-            has_masters: blocks.iter().any(|block| block.master != 0),
+            packs: blocks.iter().any(|block| block.packs != 0),
             blocks,
             gradients: vec![NO_GRADIENT; count],
             settings,
@@ -128,11 +128,26 @@ impl CudaBackend {
     }
 
     /// Launches those of stages 1 to 3 that are asked for. If it `sums_up`, the update leaves the sums over the step.
-    pub fn launch_step(&self, stages: u32, gradients: GradientTable, sums_up: bool) -> Result<()> {
+    /// `steps` were taken before, if the host decides.
+    pub fn launch_step(
+        &self,
+        stages: u32,
+        gradients: GradientTable,
+        sums_up: bool,
+        steps: u64,
+    ) -> Result<()> {
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
         let elements = self.settings.groups.iter().any(own);
-        let table = self.table_for(stages, gradients);
+        let packs = self.packs || self.settings.groups.iter().any(|group| group.stochastic != 0);
+        let kind = match (packs, sums_up, elements) {
+            (true, false, false) => StepKernel::Packed,
+            (true, ..) => StepKernel::PackedMeasuring,
+            (false, true, _) => StepKernel::Measuring,
+            (false, false, true) => StepKernel::Elements,
+            (false, false, false) => StepKernel::Plain,
+        };
+        let table = abi::SrklTable { steps, ..self.table_for(stages, gradients) };
         // SAFETY:
         // 1. `new` has allocated what the table points to, in the sizes that abi.h gives, with zeros where
         //    the contract asks for them, and `memory` keeps it; cudarc frees memory in the order of the stream;
@@ -143,7 +158,7 @@ impl CudaBackend {
         //    bytes, at offset 0 (`Block::new`);
         // 4. all launches go to the stream that candle's own work on these tensors goes to, and one follows
         //    the other there, as long as one thread steps: `Srkl` says so.
-        unsafe { self.kernels.step(&table, elements, sums_up) }
+        unsafe { self.kernels.step(&table, kind) }
     }
 
     /// Launches stage 2 alone, if it needs no statistics.
@@ -375,7 +390,7 @@ impl Backend for CudaBackend {
         }
         self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
         let record = if step.records { abi::SRKL_RECORD } else { 0 };
-        self.launch_step(abi::SRKL_STATISTICS | record, self.own_gradients(), false)
+        self.launch_step(abi::SRKL_STATISTICS | record, self.own_gradients(), false, step.steps)
     }
 
     fn read_statistics<'g>(
@@ -446,7 +461,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.make_strips(step.measures)?;
         let sums_up = step.measures || step.records;
-        self.launch_step(abi::SRKL_UPDATE, self.own_gradients(), sums_up)
+        self.launch_step(abi::SRKL_UPDATE, self.own_gradients(), sums_up, step.steps)
     }
 
     fn read_step_sums(&self, step_sums: &mut [StepSums]) -> Result<()> {
@@ -646,7 +661,7 @@ mod tests {
             self.upload_changed(Settings::new(&all.groups, scalars))?;
             self.upload_gradients(gradients)?;
             let stages = abi::SRKL_STATISTICS | abi::SRKL_DECIDE | abi::SRKL_UPDATE;
-            self.launch_step(stages | abi::SRKL_COUNT, self.own_gradients(), false)
+            self.launch_step(stages | abi::SRKL_COUNT, self.own_gradients(), false, 0)
         }
     }
 }

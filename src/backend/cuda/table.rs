@@ -7,21 +7,25 @@ use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{CudaDevice, DType, Result, Storage, Tensor, bail};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits};
 
-use super::super::cpu::access::MASTER_SAMPLES;
 use super::super::{Last, Tracked};
 use super::abi;
 use crate::block::{Block, Parameters};
+use crate::compact;
 use crate::estimate::{Counts, Estimate, Left, Probe, StepSums};
 use crate::numerics::{CHUNK, LANES, Pair, STRIP, Sums};
-use crate::params::{Average, Curvature, Direction, Group, NonFinite, ParamsSrkl, Scope};
+use crate::params::{Average, Curvature, Direction, Group, NonFinite, ParamsSrkl, Rounding, Scope};
 use crate::rule::{Corrections, Decision, Powers, StepScalars};
-use crate::state::Slot;
+use crate::state::{Format, MASTER_SAMPLES, Slot, State};
 
 // The kernels' copies of our constants.
 const _: () = assert!(abi::SRKL_CHUNK as usize == CHUNK);
 const _: () = assert!(abi::SRKL_LANES as usize == LANES);
 const _: () = assert!(abi::SRKL_STRIP as usize == STRIP);
 const _: () = assert!(abi::SRKL_MASTER_SAMPLES as usize == MASTER_SAMPLES);
+const _: () = assert!(abi::SRKL_UNIT as usize == compact::UNIT);
+const _: () = assert!(abi::SRKL_MOMENTS == compact::MOMENTS);
+const _: () = assert!(abi::SRKL_PARAMETERS == compact::PARAMETERS);
+const _: () = assert!(abi::SRKL_AVERAGES == compact::AVERAGES);
 
 macro_rules! device_repr {
     ($($t:ty),*) => {$(
@@ -138,6 +142,8 @@ impl Packed {
                 group: block.group as u32,
                 from_end: (bytes > l2 / 4) as u32,
                 place: place as u32,
+                packs: packs(state),
+                pad: 0,
             });
             let start = |chunk| chunk * CHUNK as u64;
             let number = places.len() as u64;
@@ -212,6 +218,7 @@ impl Memory {
             live_count: live_count as u64,
             chunk_count: self.chunks.len() as u64,
             stages: 0,
+            steps: 0,
         }
     }
 }
@@ -297,6 +304,8 @@ fn group(group: &Group) -> abi::SrklGroup {
             NonFinite::Propagate => abi::SRKL_PROPAGATE,
         },
         ahead: matches!(group.params.direction, Direction::Muon { nesterov: true, .. }) as u32,
+        stochastic: (group.params.rounding == Rounding::Stochastic) as u32,
+        pad: 0,
     }
 }
 
@@ -434,6 +443,17 @@ pub(crate) fn dtype(dtype: DType) -> Result<u32> {
     })
 }
 
+/// What of a block's state is packed.
+fn packs(state: &State) -> u32 {
+    let flag = |(_, slot): (_, &Slot)| match slot.format() {
+        Format::F32 | Format::F64 => 0,
+        Format::Compact => abi::SRKL_COMPACT,
+        Format::Split => abi::SRKL_SPLIT,
+        Format::BF16 => abi::SRKL_AVERAGE_BF16,
+    };
+    state.named().map(flag).fold(0, |flags, flag| flags | flag)
+}
+
 /// Where the elements of a contiguous tensor are.
 pub(crate) fn numbers(tensor: &Tensor, stream: &CudaStream) -> Result<abi::SrklGradient> {
     let (storage, layout) = tensor.storage_and_layout();
@@ -455,7 +475,9 @@ pub(crate) fn address_of(storage: &Storage, offset: usize, stream: &CudaStream) 
         CudaStorageSlice::F64(slice) => (slice.device_ptr(stream).0, 8),
         CudaStorageSlice::BF16(slice) => (slice.device_ptr(stream).0, 2),
         CudaStorageSlice::F16(slice) => (slice.device_ptr(stream).0, 2),
-        _ => bail!("expected f32, f64, bf16 or f16"),
+        CudaStorageSlice::I16(slice) => (slice.device_ptr(stream).0, 2),
+        CudaStorageSlice::U8(slice) => (slice.device_ptr(stream).0, 1),
+        _ => bail!("expected f32, f64, bf16 or f16, or packed state"),
     };
     Ok(address + (offset * size) as u64)
 }
