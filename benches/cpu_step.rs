@@ -13,6 +13,8 @@
 //! |---|---|
 //! | reference rule, f32 | 12: read w and g, write w; 16 where g is read twice from memory |
 //! | reference rule, bf16 with f32 master | 12: read g, read and write master, write w; 14 likewise |
+//! | AdamW, f32, `Compact` | 16: read w, g and 2 of moments, write w and 2 |
+//! | AdamW, bf16, `Compact` and `Split` | 14: read w, g, 2 of masters and 2 of moments, write all but g |
 //! | braked Adam, f32, a step that doesn't measure | 28: read w, g, m, v, write w, m, v; 32 where g is read twice |
 //! | kinetic, f32, likewise | 36: g; g, m, w for the trust clip; read w, g, m, write w, m |
 //! | Muon, f32 | 44: read g, m, write X; read and write X for its norm; read g, m, X, w, write m, w; and what its products take |
@@ -32,7 +34,7 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
+use candle_srkl::{MasterWeights, Measure, NonFinite, ParamsSrkl, Srkl, StateFormat};
 use criterion::{BenchmarkId, Criterion};
 use lists::List;
 use rayon::prelude::*;
@@ -99,15 +101,17 @@ impl Bench<'_> {
 /// readings of a gradient that is larger than the caches.
 type Contender = (&'static str, usize, usize);
 
-const CONTENDERS: [Contender; 13] = [
+const CONTENDERS: [Contender; 15] = [
     (SRKL, 12, 16),
     (SRKL_SKIP_BLOCK, 12, 16),
     (BRAKED, 28, 32),
     (BRAKED_PROPAGATE, 28, 28),
+    (BRAKED_COMPACT, 16, 20),
     (BRAKED_MEASURING, 28, 44),
     (KINETIC, 20, 36),
     (SGD_PROPAGATE, 12, 12),
     (ADAMW_PROPAGATE, 28, 28),
+    (ADAMW_COMPACT, 16, 16),
     (MUON_PROPAGATE, 44, 44),
     (CANDLE_SGD, 12, 12),
     (CANDLE_ADAMW, 28, 28),
@@ -119,10 +123,12 @@ const SRKL: &str = "srkl reference";
 const SRKL_SKIP_BLOCK: &str = "srkl reference, SkipBlock";
 const BRAKED: &str = "srkl braked Adam";
 const BRAKED_PROPAGATE: &str = "srkl braked Adam, Propagate";
+const BRAKED_COMPACT: &str = "srkl braked Adam, Compact and Split";
 const BRAKED_MEASURING: &str = "srkl braked Adam, measuring";
 const KINETIC: &str = "srkl kinetic";
 const SGD_PROPAGATE: &str = "srkl SGD, Propagate";
 const ADAMW_PROPAGATE: &str = "srkl AdamW, Propagate";
+const ADAMW_COMPACT: &str = "srkl AdamW, Compact and Split, Propagate";
 const MUON_PROPAGATE: &str = "srkl Muon, Propagate";
 const CANDLE_SGD: &str = "candle SGD";
 const CANDLE_ADAMW: &str = "candle AdamW";
@@ -133,6 +139,12 @@ const PLAIN_2: &str = "plain loop, 2 threads";
 fn measured(params: ParamsSrkl, every: u64) -> ParamsSrkl {
     let measure = Measure { every, first: 1, ..Measure::default() };
     ParamsSrkl { measure, ..params }
+}
+
+/// Moments in 2 bytes, and bf16 masters in 2 bytes.
+fn packed(params: ParamsSrkl) -> ParamsSrkl {
+    let (state, master_weights) = (StateFormat::Compact, MasterWeights::Split);
+    ParamsSrkl { state, master_weights, ..params }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -163,6 +175,7 @@ fn main() -> anyhow::Result<()> {
                 BRAKED_PROPAGATE,
                 ParamsSrkl { nonfinite: NonFinite::Propagate, ..ParamsSrkl::braked_adam() },
             ),
+            (BRAKED_COMPACT, packed(ParamsSrkl::braked_adam())),
             (KINETIC, ParamsSrkl::kinetic()),
         ] {
             let mut srkl = Srkl::new(vars.clone(), measured(params, u64::MAX))?;
@@ -170,9 +183,11 @@ fn main() -> anyhow::Result<()> {
             srkl.observe(&others)?;
             bench.run(&list, contender, || srkl.step(&grads).unwrap());
         }
-        for (contender, params) in
-            [(SGD_PROPAGATE, ParamsSrkl::sgd(1e-3)), (ADAMW_PROPAGATE, ParamsSrkl::adamw(1e-3))]
-        {
+        for (contender, params) in [
+            (SGD_PROPAGATE, ParamsSrkl::sgd(1e-3)),
+            (ADAMW_PROPAGATE, ParamsSrkl::adamw(1e-3)),
+            (ADAMW_COMPACT, packed(ParamsSrkl::adamw(1e-3))),
+        ] {
             let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..params };
             let mut srkl = Srkl::new(vars.clone(), params)?;
             bench.run(&list, contender, || srkl.step(&grads).unwrap());

@@ -227,6 +227,12 @@ template <typename P> struct PackedPart {
     template <typename T> __device__ static void round_to(float, u32, T &) {} // not rounded at random
 };
 
+// Adds the term of `d m` of an element to its lane, which is this thread's.
+__device__ inline void add_along(Lanes &lanes, int at, float d, float m) {
+    double *lane = &lanes.sum4[at % SRKL_LANES];
+    *lane = __dadd_rn(*lane, __dmul_rn((double)d, (double)m));
+}
+
 // Updates the units of elements `from..to` of a chunk. If it is WIDE, `g` is of type G, both are multiples of
 // a unit, and all of it is in the wide part; else elements are loaded one by one, from gradients of any
 // dtype.
@@ -262,30 +268,36 @@ __device__ inline void update_units(const PackedPart<P> &part, const SrklGradien
         if (direction != SRKL_GRADIENT) {
             float m[EIGHT], v[EIGHT];
             part.template load_moments<WIDE>(m, v, at, to);
+            if (direction == SRKL_ADAM) {
 #pragma unroll
-            for (int e = 0; e < EIGHT; e++) {
-                const float gradient = d[e];
-                m[e] = k.moments.first_moment(m[e], gradient);
-                if (direction == SRKL_ADAM) v[e] = k.moments.second_moment(v[e], gradient);
-                d[e] = m[e];
-                if (direction == SRKL_NESTEROV) d[e] = k.moments.nesterov(m[e], gradient);
-                if (direction == SRKL_ADAM) d[e] = div(m[e], k.moments.denom(v[e]));
-                if (direction == SRKL_MUON)
-                    from_f64(at + e < to ? load_one(block.orthogonal, part.start + at + e) : 0., d[e]);
-                if (MEASURES && at + e < to) {
-                    float along = direction == SRKL_ADAM || direction == SRKL_MUON ? m[e] : d[e];
-                    if (direction == SRKL_MUON && group.ahead) along = k.moments.nesterov(m[e], gradient);
-                    double *lane = &lanes.sum4[(at + e) % SRKL_LANES];
-                    *lane = __dadd_rn(*lane, __dmul_rn((double)d[e], (double)along));
+                for (int e = 0; e < EIGHT; e++) {
+                    m[e] = k.moments.first_moment(m[e], d[e]);
+                    v[e] = k.moments.second_moment(v[e], d[e]);
+                    d[e] = div(m[e], k.moments.denom(v[e]));
+                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], m[e]);
+                }
+            } else if (!WIDE && direction == SRKL_MUON) {
+#pragma unroll
+                for (int e = 0; e < EIGHT; e++) {
+                    if (at + e >= to) continue;
+                    m[e] = k.moments.first_moment(m[e], d[e]);
+                    const float along = group.ahead ? k.moments.nesterov(m[e], d[e]) : m[e];
+                    from_f64(load_one(block.orthogonal, part.start + at + e), d[e]);
+                    if (MEASURES) add_along(lanes, at + e, d[e], along);
+                }
+            } else {
+#pragma unroll
+                for (int e = 0; e < EIGHT; e++) {
+                    m[e] = k.moments.first_moment(m[e], d[e]);
+                    d[e] = direction == SRKL_NESTEROV ? k.moments.nesterov(m[e], d[e]) : m[e];
+                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], d[e]);
                 }
             }
             part.template store_moments<WIDE>(m, v, at, to);
         } else if (MEASURES) {
 #pragma unroll
-            for (int e = 0; e < EIGHT; e++) {
-                double *lane = &lanes.sum4[(at + e) % SRKL_LANES];
-                if (at + e < to) *lane = __dadd_rn(*lane, __dmul_rn((double)d[e], (double)d[e]));
-            }
+            for (int e = 0; e < EIGHT; e++)
+                if (at + e < to) add_along(lanes, at + e, d[e], d[e]);
         }
         P before[MEASURES ? EIGHT : 1], stored[EIGHT];
         if (MEASURES) {

@@ -323,8 +323,9 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
     step<true, true, false>(table, lanes, work);
 }
 
-// srkl_step where some state is packed, or some parameters are rounded at random.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
+// srkl_step where some state is packed, or some parameters are rounded at random. Two CTAs less for each
+// multiprocessor leave registers enough for 8 elements a thread.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
     srkl_step_packed(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;
@@ -332,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
 }
 
 // srkl_step_measuring likewise, and srkl_step_elements.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 1)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
     srkl_step_packed_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;

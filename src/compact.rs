@@ -81,7 +81,7 @@ pub(crate) const LEAST_EXPONENT: u32 = 34;
 
 /// `2^e`, for `e` from -126 to 127.
 #[inline(always)]
-fn pow2(e: i32) -> f32 {
+fn pow2f(e: i32) -> f32 {
     f32::from_bits(((e + 127) as u32) << 23)
 }
 
@@ -138,7 +138,7 @@ const TOO_LARGE: u32 = 0x7f00_0000;
 #[inline(always)]
 pub(crate) fn relative_m(m: f32, v: f32) -> f32 {
     let kept = m.to_bits() & 0x7fff_ffff < TOO_LARGE && v > 0.;
-    let scaled = (if kept { m } else { 0. } * pow2(-half_exponent(v))).to_bits();
+    let scaled = (if kept { m } else { 0. } * pow2f(-half_exponent(v))).to_bits();
     let magnitude = (scaled & 0x7fff_ffff).min(MOST);
     f32::from_bits(scaled & 0x8000_0000 | magnitude)
 }
@@ -156,12 +156,12 @@ pub(crate) fn m_exponent(most: u32) -> i32 {
 pub(crate) fn encode_m(relative: f32, exponent: i32) -> i32 {
     // 1.5 * 2^23: the sum is rounded to a whole number, ties to even, which its last bits hold.
     const ROUND: f32 = 12_582_912.;
-    (relative * pow2(-exponent) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+    (relative * pow2f(-exponent) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
 }
 
 #[inline(always)]
 pub(crate) fn decode_m(q: i32, exponent: i32, v: f32) -> f32 {
-    q as f32 * pow2(exponent) * pow2(half_exponent(v))
+    q as f32 * pow2f(exponent) * pow2f(half_exponent(v))
 }
 
 /// The parameter and the remainder of a master. A NaN comes back as the canonical one.

@@ -210,9 +210,23 @@ fn the_rule_is_the_same_on_both_sides() {
     assert_eq!(ours, devices);
 }
 
+/// The same of compact state; loops over units are apart.
+#[test]
+fn compact_state_is_the_same_on_both_sides() {
+    let ours = include_str!("../src/compact.rs").split("/// How second moments are rounded.");
+    let ours = functions(ours.into_iter().next().unwrap(), "fn ", |line| {
+        line.split_once("fn ")?.1.split(['(', '<']).next()
+    });
+    let devices = functions(include_str!("../kernels/compact.cuh"), "__device__", |line| {
+        line.split_once('(')?.0.rsplit([' ', '*', '&']).next()
+    });
+    assert!(ours.len() > 15, "{ours:?}");
+    assert_eq!(ours, devices);
+}
+
 /// The modules from top to bottom: each imports those below it alone, so that there is no circle. A folder's `mod.rs` has
 /// the folder's name.
-const MODULES: [&str; 41] = [
+const MODULES: [&str; 42] = [
     "checkpoint",
     "averages",
     "measuring",
@@ -254,6 +268,7 @@ const MODULES: [&str; 41] = [
     "random",
     "matrices",
     "params",
+    "compact",
 ];
 
 #[test]

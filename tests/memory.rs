@@ -5,7 +5,10 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{NonFinite, ParamsSrkl, Scope, Srkl};
+use candle_srkl::{
+    Average, AverageFormat, MasterWeights, NonFinite, ParamsSrkl, Rounding, Scope, Srkl,
+    StateFormat,
+};
 use peak_alloc::PeakAlloc;
 
 use common::*;
@@ -52,7 +55,42 @@ fn a_step_allocates_little() -> Result<()> {
             }
         }
     }
-    products_alone()
+    products_alone()?;
+    state_takes_what_the_docs_say()
+}
+
+/// The bytes a parameter of each kind of state (docs/memory.md), and no more than a thousandth besides.
+fn state_takes_what_the_docs_say() -> Result<()> {
+    let compact = |params| ParamsSrkl { state: StateFormat::Compact, ..params };
+    let split = |params| ParamsSrkl { master_weights: MasterWeights::Split, ..params };
+    let adamw = ParamsSrkl::adamw(1e-3);
+    let averaged = |average_format| ParamsSrkl {
+        average: Some(Average::Polynomial(8.)),
+        average_format,
+        ..ParamsSrkl::sgd(1e-3)
+    };
+    let codes = 1. + 1. / 256.;
+    let n = 3_000_001;
+    for (params, dtype, bytes) in [
+        (adamw.clone(), DType::F32, 8.),
+        (adamw.clone(), DType::BF16, 12.),
+        (compact(adamw.clone()), DType::F32, 2. * codes),
+        (split(compact(adamw.clone())), DType::BF16, 2. + 2. * codes),
+        (split(compact(adamw.clone())), DType::F16, 4. + 2. * codes),
+        (compact(adamw), DType::F64, 16.),
+        (compact(ParamsSrkl::kinetic()), DType::F32, codes),
+        (averaged(AverageFormat::F32), DType::F32, 4.),
+        (averaged(AverageFormat::BF16), DType::F32, 2.),
+        (split(averaged(AverageFormat::BF16)), DType::BF16, 4.),
+    ] {
+        let var = Var::zeros(n, dtype, &Device::Cpu)?;
+        let before = ALLOCATOR.current_usage();
+        let opt = Srkl::new(vec![var], params.clone())?;
+        let kept = (ALLOCATOR.current_usage() - before) as f64 / n as f64;
+        assert!((bytes..bytes * 1.001).contains(&kept), "{kept} not {bytes}: {dtype:?} {params:?}");
+        drop(opt);
+    }
+    Ok(())
 }
 
 /// With Muon a step allocates the products of one matrix at a time: two squares of the shorter side, and one matrix.
@@ -80,7 +118,20 @@ fn products_alone() -> Result<()> {
 
 /// The reference rule in its variants, and steps that measure the curvature along them.
 fn settings() -> Vec<ParamsSrkl> {
+    let packed = |params| ParamsSrkl {
+        state: StateFormat::Compact,
+        master_weights: MasterWeights::None,
+        rounding: Rounding::Stochastic,
+        average: Some(Average::Polynomial(8.)),
+        average_format: AverageFormat::BF16,
+        ..params
+    };
     let mut all = vec![ParamsSrkl::braked_adam(), ParamsSrkl::kinetic()];
+    all.extend([packed(ParamsSrkl::braked_adam()), packed(ParamsSrkl::kinetic())]);
+    all.push(ParamsSrkl {
+        master_weights: MasterWeights::Split,
+        ..packed(ParamsSrkl::adamw(1e-3))
+    });
     for scope in [Scope::Tensor, Scope::Global, Scope::Element] {
         for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock] {
             let max_grad_norm = Some(1.);

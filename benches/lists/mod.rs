@@ -11,10 +11,11 @@ pub struct List {
 }
 
 impl List {
-    pub fn all() -> [Self; 5] {
+    pub fn all() -> [Self; 6] {
         let list = |name, dtype, shapes| Self { name, dtype, shapes };
         [
             list("16M f32", DType::F32, vec![vec![1 << 24]]),
+            list("16M bf16", DType::BF16, vec![vec![1 << 24]]),
             list("GPT-2 small f32", DType::F32, gpt2_small()),
             list("GPT-2 small bf16", DType::BF16, gpt2_small()),
             list("4 layers of 256 f32", DType::F32, layers(4, 256)),

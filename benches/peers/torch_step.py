@@ -47,6 +47,7 @@ def layers(count, d):
 
 LISTS = {
     "16M f32": (torch.float32, [[1 << 24]]),
+    "16M bf16": (torch.bfloat16, [[1 << 24]]),
     "GPT-2 small f32": (torch.float32, gpt2_small()),
     "GPT-2 small bf16": (torch.bfloat16, gpt2_small()),
     "4 layers of 256 f32": (torch.float32, layers(4, 256)),

@@ -1,7 +1,7 @@
-//! One source, two instantiations: a kernel is plain safe Rust, compiled once for the target's baseline and once for
-//! AVX2 + FMA. The processor's features decide at run time which one runs.
+//! One source, three instantiations: a kernel is plain safe Rust, compiled for the target's baseline, for AVX2 + FMA,
+//! and for AVX-512. The processor's features decide at run time which one runs.
 //!
-//! Both give the same bits: vectorization reorders nothing in our loops, and `mul_add` is rounded
+//! All give the same bits: vectorization reorders nothing in our loops, and `mul_add` is rounded
 //! once in hardware and in the C library alike.
 
 /// A loop over slices. `run` and all it calls must be `#[inline(always)]`, or it is compiled for
@@ -24,12 +24,20 @@ pub(crate) enum Simd {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2Fma(Avx2Fma),
+    /// Of its parts F, BW, DQ and VL, which all processors have that have any but F.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
-/// Proof that this processor has AVX2 and FMA: only [`Simd::detect`] makes one.
+/// Proof that this processor has AVX2 and FMA: only [`Simd::available`] makes one.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2Fma(());
+
+/// Proof that this processor has AVX-512, AVX2 and FMA: only [`Simd::available`] makes one.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx512(());
 
 impl Simd {
     /// The best of this processor.
@@ -38,11 +46,25 @@ impl Simd {
         if let Some(forced) = FORCED.get() {
             return forced;
         }
+        Self::available().pop().unwrap_or(Self::Baseline)
+    }
+
+    /// All that this processor can run, the best last.
+    pub fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+        let mut available = vec![Self::Baseline];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return Self::Avx2Fma(Avx2Fma(()));
+            available.push(Self::Avx2Fma(Avx2Fma(())));
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                available.push(Self::Avx512(Avx512(())));
+            }
         }
-        Self::Baseline
+        available
     }
 
     #[inline]
@@ -51,8 +73,13 @@ impl Simd {
             Self::Baseline => kernel.run(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2Fma(Avx2Fma(())) => {
-                // SAFETY: an `Avx2Fma` exists only where `detect` has seen both features.
+                // SAFETY: an `Avx2Fma` exists only where `available` has seen both features.
                 unsafe { run_avx2_fma(kernel) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(Avx512(())) => {
+                // SAFETY: an `Avx512` exists only where `available` has seen all of these features.
+                unsafe { run_avx512(kernel) }
             }
         }
     }
@@ -61,6 +88,12 @@ impl Simd {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn run_avx2_fma<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
