@@ -332,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
     step<false, false, true>(table, lanes, work);
 }
 
-// srkl_step_measuring likewise, and srkl_step_elements.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
+// srkl_step_measuring likewise, and srkl_step_elements; of one CTA less again.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 3)
     srkl_step_packed_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;

@@ -6,7 +6,9 @@ use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Optimizer;
-use candle_srkl::{Average, Measure, ParamsSrkl, Srkl};
+use candle_srkl::{
+    Average, AverageFormat, MasterWeights, Measure, ParamsSrkl, Rounding, Srkl, StateFormat,
+};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use rand::SeedableRng;
@@ -35,10 +37,16 @@ pub struct Settings {
     /// training [default: as the preset has it]
     #[arg(long, value_parser = not_negative, allow_negative_numbers = true)]
     average: Option<f64>,
-    /// Type of the parameters and activations; with bf16 the optimizer keeps f32 master weights. Slow
-    /// on the CPU
+    /// Type of the parameters and activations; with bf16 the optimizer keeps master weights. Slow on the CPU
     #[arg(long, default_value = "f32", value_parser = dtype())]
     dtype: DType,
+    /// How master weights of bf16 are kept: in f32, as the 16 bits that the parameter lacks, or not at all, with random
+    /// rounding
+    #[arg(long, value_enum, default_value = "f32")]
+    masters: Masters,
+    /// Keep moments in 8 bits each, and averages in bf16
+    #[arg(long)]
+    compact: bool,
     /// Characters that the model sees at most
     #[arg(long, default_value = "64", value_parser = size)]
     pub context: usize,
@@ -86,6 +94,13 @@ pub enum Rule {
     Muon,
     /// Without a brake
     Adamw,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum Masters {
+    F32,
+    Split,
+    None,
 }
 
 /// A training after so many steps.
@@ -136,6 +151,14 @@ impl Settings {
             max_grad_norm: self.clip,
             average: self.average.map(Average::Polynomial).or(preset.average),
             measure: Measure { seed: self.seed, ..preset.measure },
+            state: if self.compact { StateFormat::Compact } else { StateFormat::F32 },
+            average_format: if self.compact { AverageFormat::BF16 } else { AverageFormat::F32 },
+            master_weights: match self.masters {
+                Masters::F32 => MasterWeights::Auto,
+                Masters::Split => MasterWeights::Split,
+                Masters::None => MasterWeights::None,
+            },
+            rounding: Rounding::Stochastic,
             ..preset
         }
     }

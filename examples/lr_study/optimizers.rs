@@ -3,7 +3,10 @@
 use anyhow::Result;
 use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarMap};
-use candle_srkl::{Average as Kept, Beta, Curvature, Measure, ParamsSrkl, Srkl, StepCurvature};
+use candle_srkl::{
+    Average as Kept, AverageFormat, Beta, Curvature, Measure, ParamsSrkl, Srkl, StateFormat,
+    StepCurvature,
+};
 use clap::{Args, ValueEnum};
 
 use crate::average::{Average, Share, swapped};
@@ -46,7 +49,7 @@ pub enum Rule {
     Hessian,
 }
 
-/// What kinetic, braked Adam and braked Muon have instead of their presets' settings.
+/// What kinetic, braked Adam, braked Muon and plain Muon have instead of their presets' settings.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Variant {
     /// For kinetic, braked Adam and braked Muon: beta over lr, instead of the preset's. This and the next four need an
@@ -65,12 +68,15 @@ pub struct Variant {
     /// For them: how much of its variance brakes
     #[arg(long)]
     noise: Option<f64>,
+    /// For all but candle's optimizers and peers: moments in 8 bits each, and averages in bf16. It needs an --out of its own
+    #[arg(long)]
+    compact: bool,
 }
 
 impl Variant {
     pub fn is_any(&self) -> bool {
-        let Self { gamma, every, first, decay, noise } = self;
-        gamma.or(*decay).or(*noise).is_some() || every.or(*first).is_some()
+        let Self { gamma, every, first, decay, noise, compact } = self;
+        gamma.or(*decay).or(*noise).is_some() || every.or(*first).is_some() || *compact
     }
 
     fn apply(&self, params: &mut ParamsSrkl) {
@@ -81,6 +87,10 @@ impl Variant {
             *every = self.every.unwrap_or(*every);
             *first = self.first.unwrap_or(*first);
             params.beta = self.gamma.map_or(params.beta, Beta::Tied);
+        }
+        if self.compact {
+            params.state = StateFormat::Compact;
+            params.average_format = AverageFormat::BF16;
         }
     }
 }
