@@ -3,7 +3,7 @@
 //! | where | key | value |
 //! |---|---|---|
 //! | metadata | `format` | `candle-srkl` |
-//! | metadata | `version` | `2`, the version of this layout; 1 is read too |
+//! | metadata | `version` | `3`, the version of this layout; 1 and 2 are read too |
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
 //! | metadata | `attempts`, `asked`, `draws` | steps so far, skipped ones included; how many of them measured; random vectors drawn; decimal |
@@ -17,10 +17,13 @@
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
 //! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing, and reach (f64), which older files do not have |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
-//! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
+//! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter, bf16 for a packed average), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
+//! | tensor | `NAME.m.codes`, `NAME.v.codes` | of a compact moment in place of that: i8, u8, the parameter's shape |
+//! | tensor | `NAME.m.exponents`, `NAME.v.exponents` | and for each 256 elements the exponent, u8 |
+//! | tensor | `NAME.master.rest` | of a split master: i16, the parameter's shape |
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
@@ -42,7 +45,7 @@ use crate::schedule::MeasureState;
 use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
 
 const FORMAT: &str = "candle-srkl";
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
 impl Srkl {
     /// Writes the state to a safetensors file: master weights, moments, averages and estimates of curvature,
@@ -140,6 +143,10 @@ impl Srkl {
     ///
     /// Load the model's parameters **first**: masters that do not round to them are an error.
     ///
+    /// State in another format ([`StateFormat`](crate::StateFormat), [`MasterWeights::Split`](crate::MasterWeights::Split),
+    /// [`AverageFormat`](crate::AverageFormat)) is converted: moments and averages are rounded to nearest, masters keep all of
+    /// their bits, but for one f32 number half-way between two of bf16.
+    ///
     /// If both optimizers were built with names, state is matched to parameters by name; a parameter without a master
     /// may then have another value than when it was saved. If one of them was built by
     /// [`Srkl::new`](candle_nn::Optimizer::new), which has no names, state is matched by dtype, shape and **value**.
@@ -233,7 +240,7 @@ impl Loaded {
         }
         let version = number::<u64>(metadata, "version")?;
         match version {
-            1 | VERSION => {}
+            1..=VERSION => {}
             version if version > VERSION => {
                 bail!("written by a newer {FORMAT}: version {version}, this one reads {VERSION}")
             }
@@ -370,11 +377,20 @@ fn same_state(
     [a, b]: [&str; 2],
 ) -> bool {
     let entry = |kind, name| metadata.get(&format!("{kind}.{name}"));
-    let tensor = |kind, name| tensors.tensor(&format!("{name}.{kind}")).ok().map(|t| t.data());
+    let tensor =
+        |kind: &str, name| tensors.tensor(&format!("{name}.{kind}")).ok().map(|t| t.data());
+    let parts = |kind: &str| {
+        let formats = Format::ALL.into_iter();
+        formats.flat_map(|f| f.tensors(kind, &[])).map(|part| part.suffix).collect::<BTreeSet<_>>()
+    };
+    let same = |kind: &str| {
+        let part = |suffix, name| tensor(&format!("{kind}{suffix}"), name);
+        parts(kind).into_iter().all(|suffix| part(suffix, a) == part(suffix, b))
+    };
     ["skipped", "powers", "estimate", "curvature", "trained"]
         .iter()
         .all(|kind| entry(kind, a) == entry(kind, b))
-        && STATE.iter().all(|kind| tensor(kind, a) == tensor(kind, b))
+        && STATE.into_iter().all(same)
 }
 
 /// `block` with the state that was saved as `name`.

@@ -1,48 +1,7 @@
 //! Compact state: both moments in 2 bytes, masters of bf16 in 2 bytes beside the parameter, averages in bf16.
 //!
-//! Integer operations and exact powers of two, so that every device has the same bits. `kernels/compact.cuh` has the same
-//! functions in the same order.
-//!
-//! # Moments
-//!
-//! [`UNIT`] = 256 neighbouring elements of a parameter (by index; the last of them may be fewer) share two exponents.
-//!
-//! The second moment of an element is a code `c = e << 3 | f` of 8 bits, a float without a sign whose exponent counts from
-//! the unit's `E`, at least 34, the exponent field of what comes after its largest `v`:
-//!
-//! ```text
-//! v = f32 of bits (c << 20) + ((E - 31) << 23)      if e >= 1
-//! v = f 2^(E - 160)                                 if e = 0
-//! ```
-//!
-//! So `v` has 3 bits behind the point over 31 binades. It is not rounded to nearest: an average whose decay is 0.999
-//! changes by less than half a step, and would stay what it is. An offset, evenly distributed between 0 and a step, is
-//! added before the rest is cut off, so that the mean over elements and steps is right. A `v` above 0 stays above 0.
-//!
-//! The first moment is an integer `q` from -127 to 127, in units of about `sqrt(v)`:
-//!
-//! ```text
-//! m = q 2^(h + s)      h = floor((exponent of v + 1) / 2), s the unit's
-//! ```
-//!
-//! with `v` as it is stored, or 1 where there is none (so that `m` is on one linear scale). `q` is rounded to nearest,
-//! ties to even. So the error is even in the *update* `m / sqrt(v)`: half of `2^s`, with `2^s` at most 1/63 of the
-//! largest in the unit.
-//!
-//! What is not finite is not kept: such a `v` becomes the largest of its unit, such an `m` 0. (It has gone into the
-//! parameter, where it stays.)
-//!
-//! # Masters
-//!
-//! A bf16 parameter `p` is its master rounded to nearest even, and `d` is what is missing: the bits of the master are
-//! `(p << 16) + d`, with `d` of 16 bits. Half-way between two bf16 numbers `d` would be 32768 where the one nearer to 0 is
-//! taken; there it is 32767, and the master comes back as its f32 neighbour (for 32,640 of all 2^32 patterns).
-//!
-//! # Random offsets
-//!
-//! The offset of element `i` of unit `u` is `base + i * 9e3779b1 (mod 2^32)`, of which the upper bits are used: evenly
-//! spread over a unit. `base` is the upper half of word `u` of the [generator](crate::numerics), whose draw is the number
-//! of steps taken before and whose stream is the parameter's place; the seed says for what.
+//! The formats are part of the contract in [`numerics`](crate::numerics): integer operations and exact powers of two, so that
+//! every device has the same bits. `kernels/compact.cuh` has the same functions in the same order.
 
 use half::bf16;
 
@@ -370,7 +329,7 @@ mod tests {
         }
     }
 
-    /// What the modules' head promises, for all patterns: the parameter is the master rounded to nearest even, and the
+    /// What the contract promises, for all patterns: the parameter is the master rounded to nearest even, and the
     /// master comes back but for ties whose even neighbour is nearer to 0.
     #[test]
     fn all_masters_split() {

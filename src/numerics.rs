@@ -58,6 +58,37 @@
 //! measured curvature) follow the same rules, in f64 without a scale; what is beyond f64 counts as not
 //! finite.
 //!
+//! # Packed state
+//!
+//! A step computes with all of a number and then stores what the format keeps of it. Integer operations and exact powers of
+//! two do that; there is no table and no division.
+//!
+//! **Compact moments.** 256 neighbouring elements of a parameter (by index; the last of them may be fewer) are a *unit* and
+//! share two exponents. The second moment of an element is a code `c = e << 3 | f` of 8 bits, a float without a sign whose
+//! exponent counts from the unit's `E`, at least 34, the exponent field of what comes after its largest `v`:
+//!
+//! ```text
+//! v = f32 of bits (c << 20) + ((E - 31) << 23)      if e >= 1
+//! v = f 2^(E - 160)                                 if e = 0
+//! ```
+//!
+//! So `v` has 3 bits behind the point over 31 binades. An offset of 20 bits, evenly distributed between 0 and a step, is
+//! added before the rest is cut off. A `v` above 0 stays above 0. The first moment is an integer `q` from -127 to 127:
+//!
+//! ```text
+//! m = q 2^(h + s)      h = floor((exponent of v + 1) / 2), s the unit's
+//! ```
+//!
+//! with `v` as it is stored, or 1 where there is none. `q` is rounded to nearest, ties to even; `s` is the least with which
+//! no `q` is above 127, from -126 to 126. What is not finite is not kept: such a `v` becomes the largest code of its unit, such an
+//! `m` (and one from `2^127` on) 0, and neither counts for the unit's exponents.
+//!
+//! **Split masters.** A bf16 parameter `p` is its master rounded to nearest even, and `d` is what is missing: the bits of the
+//! master are `(p << 16) + d`, with `d` of 16 bits. Half-way between two bf16 numbers `d` would be 32768 where the one nearer
+//! to 0 is taken; there it is 32767, and the master comes back as its f32 neighbour (for 32,640 of all 2^32 patterns).
+//!
+//! **bf16 rounded at random**: the upper half of the bits of the f32 number, plus an offset of 16 bits.
+//!
 //! # Products of matrices
 //!
 //! The exception: [`Direction::Muon`](crate::Direction::Muon) orthogonalises matrices by candle's `matmul` (`gemm` on the
@@ -77,6 +108,9 @@
 //!
 //! * Random vectors: seed of the settings, number of the measurement as `draw`, the parameter's place as
 //!   `stream`. Element `i` has the sign in bit `i % 64` of word `i / 64`.
+//! * Offsets of packed state: seed `"moments\0"`, `"averages"` or `"rounding"` (of a parameter without a master) as 8 bytes, the
+//!   first byte highest; as `draw` the steps taken before, as `stream` the parameter's place. The upper half of word `u` is
+//!   the base of unit `u`; its element `i` has the upper bits of `base + i * 9e3779b1 (mod 2^32)`, which spread evenly over a unit.
 //! * [`Dropout`](crate::Dropout): seed and draw of [`random`](crate::random), and the bytes `"dropout\0"`
 //!   as `stream`, the first byte highest. Element `i` has the low half of word `i / 2` where `i` is even, the
 //!   high half where it is odd.

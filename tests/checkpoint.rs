@@ -162,7 +162,7 @@ fn file(metadata: &[(&str, &str)], bias: (&[usize], f32)) -> Vec<u8> {
 const BIAS: &str = "dtype=bf16 shape=[70] state=master";
 const HEADER: [(&str, &str); 13] = [
     ("format", "candle-srkl"),
-    ("version", "2"),
+    ("version", "3"),
     ("steps", "7"),
     ("skipped_steps", "1"),
     ("schedule", "0.5"),
@@ -271,7 +271,7 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     assert_refused(&varmap, &mut opt, &std::fs::read(model_file)?, "not a checkpoint");
     let foreign = file(&[("format", "pt")], (&[70], 1.));
     assert_refused(&varmap, &mut opt, &foreign, "not a checkpoint of candle-srkl");
-    let newer = file(&header(&[("version", Some("3"))]), (&[70], 1.));
+    let newer = file(&header(&[("version", Some("4"))]), (&[70], 1.));
     assert_refused(&varmap, &mut opt, &newer, "newer");
     // This file has one parameter, the optimizer four.
     let fewer = file(&header(&[]), (&[70], 1.));
