@@ -44,16 +44,13 @@ __device__ inline u32 v_exponent(u32 most) {
 
 // The code of `v`, which is not negative; `offset` has 20 bits.
 __device__ inline u32 encode_v(float v, u32 exponent, u32 offset) {
-    const u32 bits = __float_as_uint(v);
+    const u32 bits = __float_as_uint(v), least_normal = (exponent - 30) << 23;
     const u32 above = bits - ((exponent - 31) << 23);
-    // Below the unit's normal numbers: `trunc(v 2^(180 - E))`.
-    const u32 field = bits >> 23;
-    const u32 significand = (bits & 0x7fffff) | (field > 0 ? 0x800000 : 0);
-    const u32 shift = exponent - 30 - max(field, 1);
-    const u32 below = significand >> min(shift, 31);
-    const bool is_normal = bits >= (exponent - 30) << 23;
-    const u32 code = ((is_normal ? above : below) + offset) >> 20;
-    return bits < INFINITE ? min(max(code, (u32)(bits > 0)), 255) : 255;
+    // The sum's last bit is 2^-20 of a step.
+    const u32 below = __float_as_uint(__fadd_rn(v, __uint_as_float(least_normal))) - least_normal;
+    const u32 steps = bits >= least_normal ? above : below;
+    // What is not finite is above all codes.
+    return min(max((steps + offset) >> 20, min(bits, 1)), 255);
 }
 
 __device__ inline float decode_v(u32 code, u32 exponent) {

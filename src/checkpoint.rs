@@ -504,17 +504,18 @@ fn saved_state(
     let dims = block.var.dims();
     let has = |format: &Format| format.tensors(kind, dims).iter().all(fits);
     let Some(found) = Format::ALL.into_iter().find(has) else {
-        for expected in format.tensors(kind, dims).iter().filter(|part| !fits(part)) {
-            let tensor = get(expected)?;
-            bail!(
-                "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
-                expected.dtype,
-                expected.shape,
-                tensor.dtype(),
-                tensor.shape()
-            )
-        }
-        bail!("{kind} of `{name}`: the checkpoint has none")
+        let parts = format.tensors(kind, dims);
+        let Some(expected) = parts.iter().find(|part| !fits(part)) else {
+            bail!("{kind} of `{name}`: the checkpoint has none")
+        };
+        let tensor = get(expected)?;
+        bail!(
+            "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
+            expected.dtype,
+            expected.shape,
+            tensor.dtype(),
+            tensor.shape()
+        )
     };
     let parts = found.tensors(kind, dims);
     let parts = parts.iter().map(|part| Ok(get(part)?.data().to_vec())).collect::<Result<_>>()?;

@@ -62,16 +62,13 @@ pub(crate) fn v_exponent(most: u32) -> u32 {
 #[inline(always)]
 pub(crate) fn encode_v(v: f32, exponent: u32, offset: u32) -> u32 {
     let bits = v.to_bits();
+    let least_normal = (exponent - 30) << 23;
     let above = bits.wrapping_sub((exponent - 31) << 23);
-    // Below the unit's normal numbers: `trunc(v 2^(180 - E))`.
-    let field = bits >> 23;
-    let significand = (bits & 0x7f_ffff) | if field > 0 { 0x80_0000 } else { 0 };
-    let shift = (exponent - 30).wrapping_sub(field.max(1));
-    let below = significand >> shift.min(31);
-    let is_normal = bits >= (exponent - 30) << 23;
-    let code = (if is_normal { above } else { below }).wrapping_add(offset) >> 20;
-    let code = code.clamp((bits > 0) as u32, 255);
-    if bits < INFINITE { code } else { 255 }
+    // The sum's last bit is 2^-20 of a step.
+    let below = (v + f32::from_bits(least_normal)).to_bits().wrapping_sub(least_normal);
+    let steps = if bits >= least_normal { above } else { below };
+    // What is not finite is above all codes.
+    (steps.wrapping_add(offset) >> 20).max(bits.min(1)).min(255)
 }
 
 #[inline(always)]
@@ -153,17 +150,36 @@ pub(crate) enum Offsets {
     Nearest,
 }
 
+/// The maximum of [`v_magnitude`]. One for each place in a vector: a single one, of numbers among which it chooses, is not
+/// vectorized.
+#[inline(always)]
+fn largest_magnitude(v: &[f32]) -> u32 {
+    const PLACES: usize = 16;
+    let mut most = [0; PLACES];
+    let (vectors, rest) = v.as_chunks::<PLACES>();
+    for v in vectors {
+        most.iter_mut().zip(v).for_each(|(most, v)| *most = v_magnitude(*v).max(*most));
+    }
+    most.iter_mut().zip(rest).for_each(|(most, v)| *most = v_magnitude(*v).max(*most));
+    most.into_iter().fold(0, u32::max)
+}
+
 /// Encodes the second moments of a unit, and returns the byte of its exponent.
 #[inline(always)]
 pub(crate) fn encode_v_unit(v: &[f32], offsets: Offsets, codes: &mut [u8]) -> u8 {
-    let most = v.iter().fold(0, |most, v| v_magnitude(*v).max(most));
-    let exponent = v_exponent(most);
-    let offset_of = |i| match offsets {
-        Offsets::Random(base) => offset(base, i) >> 12,
-        Offsets::Nearest => 1 << 19,
-    };
-    for ((i, code), v) in (0u32..).zip(codes).zip(v) {
-        *code = encode_v(*v, exponent, offset_of(i)) as u8;
+    let exponent = v_exponent(largest_magnitude(v));
+    // Of one loop each: a choice within would not be vectorized.
+    match offsets {
+        Offsets::Random(base) => {
+            for (i, (code, v)) in codes.iter_mut().zip(v).enumerate() {
+                *code = encode_v(*v, exponent, offset(base, i as u32) >> 12) as u8;
+            }
+        }
+        Offsets::Nearest => {
+            for (code, v) in codes.iter_mut().zip(v) {
+                *code = encode_v(*v, exponent, 1 << 19) as u8;
+            }
+        }
     }
     (exponent - LEAST_EXPONENT) as u8
 }
@@ -223,8 +239,8 @@ pub(crate) fn round_row(to: &mut [bf16], from: &[f32], key: u64, unit: u64) {
     let units = to.chunks_mut(UNIT).zip(from.chunks(UNIT));
     for (u, (to, from)) in (unit..).zip(units) {
         let base = offset_base(key, u);
-        for ((i, to), x) in (0u32..).zip(to).zip(from) {
-            *to = bf16::from_bits(round_bf16(*x, offset(base, i) >> 16));
+        for (i, (to, x)) in to.iter_mut().zip(from).enumerate() {
+            *to = bf16::from_bits(round_bf16(*x, offset(base, i as u32) >> 16));
         }
     }
 }

@@ -73,7 +73,7 @@
 //! ```
 //!
 //! So `v` has 3 bits behind the point over 31 binades. An offset of 20 bits, evenly distributed between 0 and a step, is
-//! added before the rest is cut off. A `v` above 0 stays above 0. The first moment is an integer `q` from -127 to 127:
+//! added before the rest is cut off (where `e` is 0, of `v` rounded to nearest in units of `2^(E - 180)`). A `v` above 0 stays above 0. The first moment is an integer `q` from -127 to 127:
 //!
 //! ```text
 //! m = q 2^(h + s)      h = floor((exponent of v + 1) / 2), s the unit's

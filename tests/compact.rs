@@ -18,7 +18,7 @@ fn compact(params: ParamsSrkl) -> ParamsSrkl {
 
 /// The names of a checkpoint's tensors, sorted.
 fn names(opt: &mut Srkl) -> Result<Vec<String>> {
-    Ok(saved(opt)?.1.into_iter().map(|(name, _)| name).collect())
+    Ok(saved(opt)?.1.into_keys().collect())
 }
 
 /// The f32 numbers of a tensor of a checkpoint.

@@ -24,8 +24,8 @@ use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights, Measure,
-    NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, Srkl, StateFormat, StepCurvature,
+    Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,
+    Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, Srkl, StateFormat, StepCurvature,
 };
 use common::cuda::{model, state, step};
 use common::training::{assert_same, train};
@@ -233,6 +233,41 @@ fn the_same_bits_of_small_packed_presets() -> Result<()> {
         };
         let sizes = [4096, LANES + 1, 4097, CHUNK + 1, 17, 1, 4351, 4095, 5000, 5];
         assert_as_on_cpu(&params, &sizes, seed(), &[&[&device], &[&Device::Cpu, &device]])?;
+    }
+    Ok(())
+}
+
+/// Packed state of gradients of all magnitudes, among which some elements of a unit are below all its binades.
+#[test]
+fn the_same_bits_of_packed_state_of_any_magnitude() -> Result<()> {
+    let cuda = Device::new_cuda(0)?;
+    let n = 5000;
+    let gradient = |step: u64, scale: f64| -> Vec<f64> {
+        let (sizes, signs) = (noise(n, 1., 7 + step), noise(n, 1., 70 + step));
+        let of = |(i, (size, sign)): (usize, (f64, f64))| match i % 11 {
+            0 => 0.,
+            _ => sign * scale * 10f64.powf(4. * size),
+        };
+        sizes.into_iter().zip(signs).enumerate().map(of).collect()
+    };
+    for scale in [1., 1e-15, 1e-20, 1e15] {
+        let train = |device: &Device| -> Result<_> {
+            let start = tensor(&noise(n, 1., 0), DType::BF16)?.to_device(device)?;
+            let var = Var::from_tensor(&start)?;
+            let params = ParamsSrkl {
+                state: StateFormat::Compact,
+                master_weights: MasterWeights::Split,
+                nonfinite: NonFinite::Propagate,
+                ..ParamsSrkl::adamw(1e-3)
+            };
+            let mut opt = Srkl::new(vec![var.clone()], params)?;
+            for step in 0..4 {
+                let g = tensor(&gradient(step, scale), DType::F32)?.to_device(device)?;
+                opt.step(&grads([(&var, g)]))?;
+            }
+            Ok((bits(&var.to_device(&Device::Cpu)?)?, saved(&mut opt)?.1))
+        };
+        assert!(train(&Device::Cpu)? == train(&cuda)?, "{scale}");
     }
     Ok(())
 }

@@ -7,7 +7,9 @@ mod common;
 use approx::{abs_diff_eq, assert_abs_diff_eq};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
-use candle_srkl::{Direction, Measure, NonFinite, ParamsSrkl, Scope, Srkl, hidden_matrices};
+use candle_srkl::{
+    Direction, Measure, NonFinite, ParamsSrkl, Scope, Srkl, StateFormat, hidden_matrices,
+};
 use common::*;
 use serde_json::Value;
 
@@ -609,6 +611,37 @@ fn settings_are_those_of_the_whole_group() -> Result<()> {
         let error = params.validate().unwrap_err().to_string();
         assert!(error.contains(said), "{error}");
     }
+    Ok(())
+}
+
+/// Compact momentum is followed: a training moves matrices where that of f32 moves them, within a tenth.
+#[test]
+fn compact_momentum_is_followed() -> Result<()> {
+    let shape = (64, 100);
+    let train = |params: ParamsSrkl| -> Result<[Vec<f64>; 2]> {
+        let w = Var::from_tensor(&noisy_matrix(shape, 1., 1, DType::F32)?)?;
+        let start = values(&w)?;
+        let mut opt = Srkl::new(vec![w.clone()], params)?;
+        let mut first = vec![];
+        for step in 0..20 {
+            let (signal, noise) = (
+                noisy_matrix(shape, 1., 2, DType::F32)?,
+                noisy_matrix(shape, 1., 10 + step, DType::F32)?,
+            );
+            opt.step(&grads([(&w, (signal + noise)?)]))?;
+            if step == 0 {
+                first = minus(&values(&w)?, &start);
+            }
+        }
+        Ok([first, minus(&values(&w)?, &start)])
+    };
+    let params = ParamsSrkl::muon(0.01);
+    let compact = ParamsSrkl { state: StateFormat::Compact, ..params.clone() };
+    let ([first, exact], [first_again, packed]) = (train(params)?, train(compact)?);
+    assert_eq!(first, first_again, "the first step is of the gradient alone");
+    assert_ne!(exact, packed);
+    let error = norm(&minus(&packed, &exact)) / norm(&exact);
+    assert!(error < 0.1, "{error}");
     Ok(())
 }
 

@@ -39,8 +39,8 @@ def encode_v(v, field, offset):
     if v == 0:
         return 0
     if v < math.ldexp(1, field - 30 - 127):
-        # Steps of equal size; the number in 2^-20 of a step is cut off first.
-        code = (math.floor(math.ldexp(v, 180 - field)) + offset) >> 20
+        # Steps of equal size; the number is rounded to 2^-20 of a step first, ties to even.
+        code = (round(math.ldexp(v, 180 - field)) + offset) >> 20
     else:
         e = exponent(v)
         steps = math.ldexp(v, 23 - e) - 2**23

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, Keys, Packed, Row, StateRows};
+use super::rows::{Exact, Keys, Packed, Row, StateRows, row_norms};
 use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
@@ -310,17 +310,16 @@ pub(crate) fn average_probe(
         decay: f64,
         scratch: &mut Scratch,
     ) -> f64 {
-        let chunk_sum = |scratch: &mut Scratch, (chunk, mut state): (usize, Exact<C>)| {
+        let chunk_sum = |scratch: &mut Scratch, (chunk, q): (usize, &mut [C])| {
             let Scratch { rows, lanes: [lanes, ..] } = scratch;
             let Rows { inputs, terms: [a, b], .. } = rows;
             let (a, b) = (f64::buffer(a), f64::buffer(b));
             let len = CHUNK.min(n - chunk * CHUNK);
             let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
             lanes[..width].fill(0.);
-            for at in (0..len).step_by(LANES) {
-                let row = LANES.min(len - at);
+            for (at, q) in (0..len).step_by(LANES).zip(q.chunks_mut(LANES)) {
+                let row = q.len();
                 terms.row(chunk * CHUNK + at, inputs, &mut a[..row], &mut b[..row]);
-                let q = state.take(row).q.unwrap_or_default();
                 for ((lane, q), square) in lanes.iter_mut().zip(q).zip(&*a) {
                     *q = C::from_f64(decay * q.to_f64() + (1. - decay) * square);
                     *lane += q.to_f64();
@@ -328,10 +327,8 @@ pub(crate) fn average_probe(
             }
             Pair { a: tree(&mut lanes[..width]), b: 0. }
         };
-        let mut rest = Exact::new(state);
-        let chunks: Vec<_> = (0..n.div_ceil(CHUNK))
-            .map(|chunk| (chunk, rest.take(CHUNK.min(n - chunk * CHUNK))))
-            .collect();
+        let q = row_norms(state).unwrap_or_default();
+        let chunks: Vec<_> = q.chunks_mut(CHUNK).enumerate().collect();
         let sums: Vec<Pair> = if !splits(n) {
             chunks.into_iter().map(|item| chunk_sum(scratch, item)).collect()
         } else {

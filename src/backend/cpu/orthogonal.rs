@@ -7,7 +7,7 @@ use super::super::GradSums;
 use super::super::newton_schulz::newton_schulz;
 use super::access::with_storage_mut;
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, StateRows};
+use super::rows::{Exact, Keys, Packed, StateRows};
 use super::simd::{Kernel, Simd};
 use super::statistics::{self, InputRows, PIECE, Scratch, splits};
 use super::update::BlockStep;
@@ -38,7 +38,7 @@ pub(crate) fn write_momentum(
     scratch: &mut Scratch,
 ) -> Result<()> {
     fn write<C: Compute>(
-        block: &mut Block,
+        state: impl StateRows<C>,
         room: &Tensor,
         g: &Gradient,
         step: BlockStep,
@@ -46,7 +46,6 @@ pub(crate) fn write_momentum(
         scratch: &mut Scratch,
     ) -> Result<()> {
         let moments = step.coefficients::<C>().moments;
-        let state = Exact::<C>::new(&mut block.state);
         with_storage_mut(room, |storage| {
             let Some(x) = C::numbers_mut(storage) else { bail!("{OTHER_TYPE}") };
             let write = |scratch: &mut Scratch, (piece, x): (usize, &mut [C])| {
@@ -59,7 +58,7 @@ pub(crate) fn write_momentum(
             }
             Ok(())
         })?;
-        let is_f64 = block.dtype == DType::F64;
+        let is_f64 = room.dtype() == DType::F64;
         let norms = (0..room.dim(0)?).map(|i| {
             let matrix = room.narrow(0, i, 1)?;
             let (storage, layout) = matrix.storage_and_layout();
@@ -83,9 +82,14 @@ pub(crate) fn write_momentum(
     let Some(room) = block.orthogonal.clone() else { return Ok(()) };
     let (storage, layout) = gradient.storage_and_layout();
     let g = &Gradient::new(&storage, layout)?;
+    let state = &mut block.state;
     match block.dtype {
-        DType::F64 => write::<f64>(block, &room, g, step, simd, scratch),
-        _ => write::<f32>(block, &room, g, step, simd, scratch),
+        DType::F64 => write(Exact::<f64>::new(state), &room, g, step, simd, scratch),
+        _ if state.is_packed() => {
+            let state = Packed::new(state, block.n, Keys::default(), false);
+            write(state, &room, g, step, simd, scratch)
+        }
+        _ => write(Exact::<f32>::new(state), &room, g, step, simd, scratch),
     }
 }
 

@@ -66,15 +66,18 @@ pub(crate) struct Exact<'a, C> {
     m: Option<&'a mut [C]>,
     v: Option<&'a mut [C]>,
     average: Option<&'a mut [C]>,
-    /// Never packed.
-    pub q: Option<&'a mut [C]>,
+    q: Option<&'a mut [C]>,
 }
 
 impl<'a, C: Compute> Exact<'a, C> {
+    /// # Panics
+    ///
+    /// If some of the state is packed, which is for [`Packed`]: it would be overlooked.
     pub fn new(state: &'a mut State) -> Self {
         fn numbers<C: Compute>(slot: &mut Option<Slot>) -> Option<&mut [C]> {
             slot.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
         }
+        assert!(!state.is_packed(), "packed state taken for numbers");
         let State { master, m, v, average, q } = state;
         let [master, m, v, average, q] = [master, m, v, average, q].map(numbers);
         Self { master, m, v, average, q }
@@ -133,6 +136,11 @@ fn reset<P: Parameter>(master: &mut [P::Compute], w: &[P]) {
     if samples(w.len()).any(|i| !agree(w[i], master[i])) {
         master.iter_mut().zip(w).for_each(|(master, w)| *master = w.widen());
     }
+}
+
+/// The squared row norms `q`, which are never packed.
+pub(crate) fn row_norms<C: Compute>(state: &mut State) -> Option<&mut [C]> {
+    state.q.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
 }
 
 /// State of f32 parameters, or of parameters of 16 bits, some of which is packed.
