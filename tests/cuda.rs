@@ -175,6 +175,7 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
                 master_weights: masters[variant],
                 nonfinite,
                 repeatable: Repeatable::Assume,
+                ..ParamsSrkl::reference()
             });
         }
     }

@@ -13,7 +13,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Average, Curvature, Dropout, Measure, ParamsSrkl, Srkl, StepCurvature};
+use candle_srkl::{
+    Average, AverageFormat, Curvature, Dropout, Measure, ParamsSrkl, Srkl, StateFormat,
+    StepCurvature,
+};
 use common::cuda::{model, state, step};
 use common::*;
 use cudarc::driver::CudaGraph;
@@ -89,10 +92,12 @@ impl Learner {
                 .reshape((rows, columns))?
                 .to_device(device)
         };
+        // Large enough for compact state.
+        let width = if params.state == StateFormat::Compact { 400 } else { 40 };
         let vars = vec![
-            Var::from_tensor(&matrix(12, 40, 1)?)?,
-            Var::from_tensor(&matrix(1, 40, 2)?)?,
-            Var::from_tensor(&matrix(40, 3, 3)?)?,
+            Var::from_tensor(&matrix(12, width, 1)?)?,
+            Var::from_tensor(&matrix(1, width, 2)?)?,
+            Var::from_tensor(&matrix(width, 3, 3)?)?,
         ];
         Ok(Self { opt: Srkl::new(vars.clone(), params)?, vars, x: matrix(16, 12, 4)? })
     }
@@ -159,7 +164,12 @@ fn measuring_steps_between_replays() -> Result<()> {
         ..ParamsSrkl::braked_adam()
     };
     let muon = ParamsSrkl { direction: ParamsSrkl::braked_muon().direction, ..params.clone() };
-    for params in [params.clone(), muon, ParamsSrkl { trust: Some(0.01), ..params }] {
+    let packed = ParamsSrkl {
+        state: StateFormat::Compact,
+        average_format: AverageFormat::BF16,
+        ..params.clone()
+    };
+    for params in [params.clone(), muon, packed, ParamsSrkl { trust: Some(0.01), ..params }] {
         let records = params.trust.is_none();
         let mut eager = Learner::with(params.clone(), &device)?;
         let mut replayed = Learner::with(params, &device)?;
