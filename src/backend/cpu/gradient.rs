@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
+use super::simd::prefetch;
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
 /// A gradient, or a parameter, in CPU memory, in the order of its logical elements.
@@ -102,6 +103,19 @@ impl<'a> Gradient<'a> {
             Values::F64(values) => values.as_ptr().wrapping_add(offset).addr(),
             Values::BF16(values) => values.as_ptr().wrapping_add(offset).addr(),
             Values::F16(values) => values.as_ptr().wrapping_add(offset).addr(),
+        }
+    }
+
+    /// Asks for the row from element `start` on to be brought into the caches, if it is contiguous.
+    #[inline(always)]
+    pub fn prefetch(&self, start: usize) {
+        let size = match self.values {
+            Values::F32(_) => 4,
+            Values::F64(_) => 8,
+            Values::BF16(_) | Values::F16(_) => 2,
+        };
+        if self.contiguous {
+            prefetch(self.address() + start * size, LANES * size);
         }
     }
 

@@ -12,6 +12,9 @@ use crate::state::{Format, Slot, State};
 /// The state of neighbouring elements of a block, in some format. A packed format decodes its numbers into `room`,
 /// and encodes them from there after they have changed.
 pub(crate) trait StateRows<C>: Send + Sync + Sized {
+    /// Whether some of it is converted.
+    const PACKED: bool;
+
     /// Splits off the first `len` elements.
     fn take(&mut self, len: usize) -> Self;
 
@@ -85,6 +88,8 @@ impl<'a, C: Compute> Exact<'a, C> {
 }
 
 impl<C: Compute> StateRows<C> for Exact<'_, C> {
+    const PACKED: bool = false;
+
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
         fn first<'a, C>(slot: &mut Option<&'a mut [C]>, len: usize) -> Option<&'a mut [C]> {
@@ -326,6 +331,8 @@ impl<'a> Packed<'a> {
 }
 
 impl StateRows<f32> for Packed<'_> {
+    const PACKED: bool = true;
+
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
         let Self { master, m, v, average, q, keys, unit } = self;

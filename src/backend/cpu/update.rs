@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::access::{Parameter, note, with_storage_mut};
 use super::gradient::{Compute, Gradient};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
-use super::simd::{Kernel, Simd};
+use super::simd::{Kernel, Simd, prefetch};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
 use crate::compact::UNIT;
@@ -186,8 +186,14 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
         let mut stepped = Stepped::default();
+        let bytes = LANES * size_of::<P>();
         for at in (0..n).step_by(LANES) {
             let Part { w, mut state } = part.take(LANES.min(n - at));
+            if S::PACKED {
+                // While numbers are packed nothing is loaded, so that the processor does not fetch what comes next.
+                prefetch(w.as_ptr().addr() + bytes, bytes);
+                followed.gradient.prefetch(start + at + LANES);
+            }
             let RowMut { mut master, mut m, mut v, average: a, q } = state.load(w, room);
             let before = &mut P::Compute::buffer(before)[..w.len()];
             if sums_up {
