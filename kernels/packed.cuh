@@ -336,9 +336,9 @@ __device__ inline void update_units(const PackedPart<P> &part, const SrklGradien
 
 // Updates elements `start..start + len` of a block, one chunk.
 template <bool MEASURES, typename P>
-__device__ inline void update_packed(const SrklBlock &block, const Keys &keys, const SrklGradient &g,
-                                     u64 start, int len, bool reset_master, const BlockStep &block_step,
-                                     Lanes &lanes, double *strips) {
+__device__ __forceinline__ void update_packed(const SrklBlock &block, const Keys &keys, const SrklGradient &g,
+                                              u64 start, int len, bool reset_master,
+                                              const BlockStep &block_step, Lanes &lanes, double *strips) {
     const Coefficients<float> k(block_step);
     const PackedPart<P> part(block, keys, start);
     if (MEASURES) {
@@ -368,9 +368,9 @@ __device__ inline void update_packed(const SrklBlock &block, const Keys &keys, c
 }
 
 template <bool MEASURES>
-__device__ inline void update_packed(const SrklBlock &block, const Keys &keys, const SrklGradient &g,
-                                     u64 start, int len, bool reset_master, const BlockStep &block_step,
-                                     Lanes &lanes, double *strips) {
+__device__ __forceinline__ void update_packed(const SrklBlock &block, const Keys &keys, const SrklGradient &g,
+                                              u64 start, int len, bool reset_master,
+                                              const BlockStep &block_step, Lanes &lanes, double *strips) {
     switch (block.dtype) {
     case SRKL_F32:
         return update_packed<MEASURES, float>(block, keys, g, start, len, reset_master, block_step, lanes,

@@ -270,7 +270,7 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
 }
 
 template <bool ELEMENTS, bool MEASURES, bool PACKED>
-__device__ inline void step(const SrklTable &table, Lanes &lanes, Work &work) {
+__device__ __forceinline__ void step(const SrklTable &table, Lanes &lanes, Work &work) {
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
         work.pending = NO_CHUNK;
@@ -332,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
     step<false, false, true>(table, lanes, work);
 }
 
-// srkl_step_measuring likewise, and srkl_step_elements; of one CTA less again.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 3)
+// srkl_step_measuring likewise, and srkl_step_elements; of two CTAs less again.
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 4)
     srkl_step_packed_measuring(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;

@@ -173,8 +173,9 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
 // brakes, whose double precision takes registers: all blocks then go element by element. If it MEASURES, it
 // leaves the sums of `D^2` and `d m` in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
-__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
-                              bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {
+__device__ __forceinline__ void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
+                                       bool reset_master, const BlockStep &block_step, Lanes &lanes,
+                                       double *strips) {
     const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const u32 direction = block_step.group.direction;
@@ -192,8 +193,9 @@ __device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64
 }
 
 template <bool ELEMENTS, bool MEASURES>
-__device__ inline void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
-                              bool reset_master, const BlockStep &block_step, Lanes &lanes, double *strips) {
+__device__ __forceinline__ void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
+                                       bool reset_master, const BlockStep &block_step, Lanes &lanes,
+                                       double *strips) {
     switch (block.dtype) {
     case SRKL_F32:
         return update<ELEMENTS, MEASURES, float, float>(block, g, start, len, reset_master, block_step, lanes,
