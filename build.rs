@@ -14,24 +14,6 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 15] = [
-    "abi.h",
-    "numerics.cuh",
-    "access.cuh",
-    "sums.cuh",
-    "params.cuh",
-    "rule.cuh",
-    "state.cuh",
-    "statistics.cuh",
-    "decide.cuh",
-    "update.cuh",
-    "curvature.cuh",
-    "orthogonal.cuh",
-    "replace.cuh",
-    "dropout.cuh",
-    "srkl.cu",
-];
-
 /// The oldest CUDA that is known to compile the kernels as they are meant.
 const OLDEST_CUDA: u32 = 12;
 
@@ -42,9 +24,8 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for kernel in KERNELS {
-        println!("cargo::rerun-if-changed=kernels/{kernel}");
-    }
+    // All files in it.
+    println!("cargo::rerun-if-changed=kernels");
     for variable in ["CUDA_COMPUTE_CAP", "NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }

@@ -130,7 +130,7 @@ template <typename P> struct PackedPart {
                 v[e] = decode_v(c, exponent);
             }
             *codes(block.v, at) = code;
-            if (lane() == 0) exponents(block, block.v)[unit(at)] = exponent - LEAST_EXPONENT;
+            store_exponent(block.v, at, exponent - LEAST_EXPONENT);
         }
         u32 most = 0;
 #pragma unroll
@@ -143,7 +143,7 @@ template <typename P> struct PackedPart {
 #pragma unroll
         for (int e = 0; e < EIGHT; e++) code.at[e] = encode_m(m[e], exponent);
         *codes(block.m, at) = code;
-        if (lane() == 0) exponents(block, block.m)[unit(at)] = exponent + M_BIAS;
+        store_exponent(block.m, at, exponent + M_BIAS);
     }
 
     // Parameters, or their masters.
@@ -221,6 +221,12 @@ template <typename P> struct PackedPart {
     }
 
   private:
+    // The whole warp comes, and has read the one before.
+    __device__ void store_exponent(u64 address, int at, u32 exponent) const {
+        __syncwarp();
+        if (lane() == 0) exponents(block, address)[unit(at)] = exponent;
+    }
+
     __device__ static void round_to(float x, u32 offset, bf16 &out) {
         out = round_bf16(x, offset);
     }
