@@ -34,9 +34,9 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{MasterWeights, Measure, NonFinite, ParamsSrkl, Srkl, StateFormat};
+use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
 use criterion::{BenchmarkId, Criterion};
-use lists::List;
+use lists::{List, packed};
 use rayon::prelude::*;
 
 /// Seconds a step, by list and contender, one entry a sample.
@@ -139,12 +139,6 @@ const PLAIN_2: &str = "plain loop, 2 threads";
 fn measured(params: ParamsSrkl, every: u64) -> ParamsSrkl {
     let measure = Measure { every, first: 1, ..Measure::default() };
     ParamsSrkl { measure, ..params }
-}
-
-/// Moments in 2 bytes, and bf16 masters in 2 bytes.
-fn packed(params: ParamsSrkl) -> ParamsSrkl {
-    let (state, master_weights) = (StateFormat::Compact, MasterWeights::Split);
-    ParamsSrkl { state, master_weights, ..params }
 }
 
 fn main() -> anyhow::Result<()> {

@@ -22,11 +22,11 @@ use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{MasterWeights, Measure, NonFinite, ParamsSrkl, Srkl, StateFormat};
+use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
 use clap::Parser;
 use cudarc::driver::CudaStream;
 use cudarc::driver::sys::CUevent_flags;
-use lists::List;
+use lists::{List, packed};
 use serde_json::{Value, json};
 
 /// Times one optimizer step on the first CUDA device.
@@ -93,15 +93,15 @@ fn main() -> Result<()> {
     for list in lists {
         let (vars, grads) = list.tensors(&device)?;
         let mut seconds: Vec<(&str, f64, f64)> = vec![];
-        let packed = if list.dtype == DType::BF16 { 14. } else { 16. };
+        let packed_bytes = if list.dtype == DType::BF16 { 14. } else { 16. };
         for (contender, bytes, preset, policy, packs) in [
             ("SRKL", 12., "reference", "skip-step", false),
             ("SRKL, SkipBlock", 12., "reference", "skip-block", false),
             ("braked Adam", 28., "braked-adam", "skip-step", false),
             ("braked Adam, SkipBlock", 28., "braked-adam", "skip-block", false),
             ("braked Adam, Propagate", 28., "braked-adam", "propagate", false),
-            ("braked Adam, packed", packed, "braked-adam", "skip-step", true),
-            ("braked Adam, packed, Propagate", packed, "braked-adam", "propagate", true),
+            ("braked Adam, packed", packed_bytes, "braked-adam", "skip-step", true),
+            ("braked Adam, packed, Propagate", packed_bytes, "braked-adam", "propagate", true),
             ("SGD, Propagate", 12., "sgd", "propagate", false),
             ("AdamW", 28., "adamw", "skip-step", false),
             ("AdamW, Propagate", 28., "adamw", "propagate", false),
@@ -167,11 +167,7 @@ fn settings(preset: &str, policy: &str, packs: bool) -> ParamsSrkl {
         _ => NonFinite::Propagate,
     };
     let params = ParamsSrkl { nonfinite, ..preset };
-    if packs {
-        let (state, master_weights) = (StateFormat::Compact, MasterWeights::Split);
-        return ParamsSrkl { state, master_weights, ..params };
-    }
-    params
+    if packs { packed(params) } else { params }
 }
 
 /// With Muon for all matrices but embeddings, which have many rows.

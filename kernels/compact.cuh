@@ -4,11 +4,6 @@
 
 #include "numerics.cuh"
 
-// The key of the offsets of a parameter in a step.
-__device__ inline u64 offset_key(u64 seed, u64 step, u64 place) {
-    return random_key(seed, step, place);
-}
-
 // The base of the offsets of a unit.
 __device__ inline u32 offset_base(u64 key, u64 unit) {
     return (u32)(random_word(key, unit) >> 32);
@@ -100,9 +95,9 @@ __device__ inline void split(float master, bf16 &parameter, short &rest) {
     rest = master != master ? 0 : (short)min(all, 32767);
 }
 
-// The master, from the parameter and its remainder.
-__device__ inline float join(bf16 parameter, short rest) {
-    return __uint_as_float(((u32)parameter.bits << 16) + (u32)(int)rest);
+// The master, from the parameter, widened, and its remainder.
+__device__ inline float join(float parameter, short rest) {
+    return __uint_as_float(__float_as_uint(parameter) + (u32)(int)rest);
 }
 
 // f32 to bf16, without a bias in the mean; `offset` has 16 bits.

@@ -20,9 +20,9 @@ struct Keys {
     u64 moments, averages, parameters;
 
     __device__ void set(u64 step, u64 place) {
-        moments = offset_key(SRKL_MOMENTS, step, place);
-        averages = offset_key(SRKL_AVERAGES, step, place);
-        parameters = offset_key(SRKL_PARAMETERS, step, place);
+        moments = random_key(SRKL_MOMENTS, step, place);
+        averages = random_key(SRKL_AVERAGES, step, place);
+        parameters = random_key(SRKL_PARAMETERS, step, place);
     }
 };
 
@@ -55,7 +55,7 @@ __device__ inline void store_eight(T *p, int at, int len, const T (&x)[EIGHT]) {
     }
 }
 
-// The 8 codes of a thread.
+// The 8 codes of a thread, in one access.
 union Codes {
     uint2 words;
     unsigned char at[EIGHT];
@@ -161,8 +161,7 @@ template <typename P> struct PackedPart {
             bf16 rests[EIGHT];
             load_eight<WIDE>(rests, (const bf16 *)block.master + start, at, len);
 #pragma unroll
-            for (int e = 0; e < EIGHT; e++)
-                x[e] = __uint_as_float(__float_as_uint(x[e]) + (u32)(int)(short)rests[e].bits);
+            for (int e = 0; e < EIGHT; e++) x[e] = join(x[e], (short)rests[e].bits);
         }
     }
 

@@ -246,6 +246,7 @@ impl Format {
         }
     }
 }
+
 impl Slot {
     /// Zeros for each element of `var`.
     pub fn zeros(var: &Var, format: Format) -> Result<Self> {

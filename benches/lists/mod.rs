@@ -2,6 +2,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use candle_srkl::{MasterWeights, ParamsSrkl, StateFormat};
 
 /// A list of parameter tensors.
 pub struct List {
@@ -42,6 +43,12 @@ impl List {
         }
         Ok((vars, grads))
     }
+}
+
+/// Moments in 2 bytes, and bf16 masters in 2 bytes.
+pub fn packed(params: ParamsSrkl) -> ParamsSrkl {
+    let (state, master_weights) = (StateFormat::Compact, MasterWeights::Split);
+    ParamsSrkl { state, master_weights, ..params }
 }
 
 /// Hidden layers of a transformer.

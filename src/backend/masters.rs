@@ -1,7 +1,7 @@
 //! Master weights: copies of 32 bits of parameters of 16 bits. They are made from, compared with, and updated from
 //! these.
 
-use candle_core::{CpuStorage, Device, Result, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, Result, Tensor, bail};
 use half::bf16;
 
 use super::cpu::access::{self, Parameter, agree, cpu_storage, differs};
@@ -63,10 +63,23 @@ pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<S
 
 /// Updates the masters of a block whose parameter was written outside of the optimizer.
 pub(crate) fn sync(block: &mut Block) -> Result<()> {
+    with_master(block, sync_slot)
+}
+
+/// Notes the samples of a parameter in its split master, whose remainders have been loaded.
+pub(crate) fn after_loading(block: &mut Block) -> Result<()> {
+    with_master(block, |master, block| match master.format() {
+        Format::Split => note(master, block),
+        _ => Ok(()),
+    })
+}
+
+/// Runs `f` on the masters of a block, if there are any, beside the block.
+fn with_master(block: &mut Block, f: fn(&mut Slot, &Block) -> Result<()>) -> Result<()> {
     let Some(mut master) = block.state.master.take() else { return Ok(()) };
-    let synced = sync_slot(&mut master, block);
+    let done = f(&mut master, block);
     block.state.master = Some(master);
-    synced
+    done
 }
 
 fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
@@ -91,14 +104,6 @@ fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
     }
 }
 
-/// Notes the samples of a parameter in its split master, whose remainders have been loaded.
-pub(crate) fn after_loading(block: &mut Block) -> Result<()> {
-    let Some(mut master) = block.state.master.take() else { return Ok(()) };
-    let noted = note(&mut master, block);
-    block.state.master = Some(master);
-    noted
-}
-
 /// Notes the samples of the parameter in its split master, by which it is noticed that the parameter was overwritten.
 fn note(master: &mut Slot, block: &Block) -> Result<()> {
     let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
@@ -118,10 +123,13 @@ pub(crate) fn values(block: &Block) -> Result<Option<Vec<f32>>> {
 
 /// A bf16 parameter, on the host; nothing if it is of another dtype.
 pub(crate) fn bf16s(block: &Block) -> Result<Vec<bf16>> {
+    if block.dtype != DType::BF16 {
+        return Ok(vec![]);
+    }
     let parameter = block.var.to_device(&Device::Cpu)?;
     let (storage, _) = parameter.storage_and_layout();
     Ok(match cpu_storage(&storage)? {
         CpuStorage::BF16(w) => w[..block.n].to_vec(),
-        _ => vec![],
+        _ => bail!("expected a parameter of bf16"),
     })
 }

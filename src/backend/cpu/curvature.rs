@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, Keys, Packed, Row, StateRows, row_norms};
+use super::rows::{Exact, Packed, Row, StateRows, row_norms};
 use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
@@ -98,10 +98,7 @@ pub(crate) fn directions(
     let state = &mut block.state;
     Ok(match block.dtype {
         DType::F64 => sums(w, g, Exact::<f64>::new(state), step, simd, scratch),
-        _ if state.is_packed() => {
-            let state = Packed::new(state, block.n, Keys::default(), false);
-            sums(w, g, state, step, simd, scratch)
-        }
+        _ if state.is_packed() => sums(w, g, Packed::to_read(state, block.n), step, simd, scratch),
         _ => sums(w, g, Exact::<f32>::new(state), step, simd, scratch),
     })
 }

@@ -7,7 +7,7 @@ use super::super::GradSums;
 use super::super::newton_schulz::newton_schulz;
 use super::access::with_storage_mut;
 use super::gradient::{Compute, Gradient};
-use super::rows::{Exact, Keys, Packed, StateRows};
+use super::rows::{Exact, Packed, StateRows};
 use super::simd::{Kernel, Simd};
 use super::statistics::{self, InputRows, PIECE, Scratch, splits};
 use super::update::BlockStep;
@@ -86,7 +86,7 @@ pub(crate) fn write_momentum(
     match block.dtype {
         DType::F64 => write(Exact::<f64>::new(state), &room, g, step, simd, scratch),
         _ if state.is_packed() => {
-            let state = Packed::new(state, block.n, Keys::default(), false);
+            let state = Packed::to_read(state, block.n);
             write(state, &room, g, step, simd, scratch)
         }
         _ => write(Exact::<f32>::new(state), &room, g, step, simd, scratch),

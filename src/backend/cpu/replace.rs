@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, Result, Tensor, Var, bail};
 use rayon::prelude::*;
 
 use super::access::{Parameter, cpu_storage, with_storage_mut};
-use super::rows::{Exact, Keys, Packed, StateRows};
+use super::rows::{Exact, Packed, StateRows};
 use super::statistics::{PIECE, splits};
 use crate::block::{Backup, Block};
 use crate::numerics::{LANES, Real, random_bits};
@@ -92,7 +92,7 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     let Block { var, state, .. } = block;
     with_storage_mut(var, |storage| {
         if state.is_packed() {
-            let state = Packed::new(state, n, Keys::default(), false);
+            let state = Packed::to_read(state, n);
             match storage {
                 CpuStorage::F32(w) => put(w, state),
                 CpuStorage::BF16(w) => put(w, state),

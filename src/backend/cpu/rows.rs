@@ -6,7 +6,7 @@ use half::bf16;
 use super::access::{Parameter, agree, differs, samples};
 use super::gradient::{Compute, RowBuffer};
 use crate::compact::{self, Offsets, UNIT};
-use crate::numerics::bf16_to_f32;
+use crate::numerics::{bf16_to_f32, random_key};
 use crate::state::{Format, Slot, State};
 
 /// The state of neighbouring elements of a block, in some format. A packed format decodes its numbers into `room`,
@@ -173,7 +173,7 @@ impl Keys {
     pub fn new(steps: u64, place: u64) -> Self {
         let [moments, averages, parameters] =
             [compact::MOMENTS, compact::AVERAGES, compact::PARAMETERS]
-                .map(|seed| compact::offset_key(seed, steps, place));
+                .map(|seed| random_key(seed, steps, place));
         Self { moments, averages, parameters }
     }
 }
@@ -183,7 +183,7 @@ enum Master<'a> {
     /// The remainders, and the samples of the parameter.
     Split(&'a mut [i16], &'a mut [i16]),
     /// The parameter itself, in f32: it is rounded at random afterwards.
-    None,
+    Rounded,
 }
 
 enum Numbers<'a> {
@@ -310,6 +310,11 @@ impl<'a> Numbers<'a> {
 }
 
 impl<'a> Packed<'a> {
+    /// For [`StateRows::read`] alone.
+    pub fn to_read(state: &'a mut State, n: usize) -> Self {
+        Self::new(state, n, Keys::default(), false)
+    }
+
     /// `rounds`: whether the parameter has no master and is rounded at random.
     pub fn new(state: &'a mut State, n: usize, keys: Keys, rounds: bool) -> Self {
         fn numbers<'a>(name: &str, slot: &'a mut Option<Slot>, n: usize) -> Option<Numbers<'a>> {
@@ -322,7 +327,7 @@ impl<'a> Packed<'a> {
                 let (rests, samples) = Format::split_parts(numbers, n);
                 Some(Master::Split(rests, samples))
             }
-            _ => rounds.then_some(Master::None),
+            _ => rounds.then_some(Master::Rounded),
         };
         let [m, v] = [numbers("m", m, n), numbers("v", v, n)];
         let [average, q] = [numbers("average", average, n), numbers("q", q, n)];
@@ -339,7 +344,7 @@ impl StateRows<f32> for Packed<'_> {
         let master = master.as_mut().map(|master| match master {
             Master::F32(master) => Master::F32(first(master, len)),
             Master::Split(rests, _) => Master::Split(first(rests, len), &mut []),
-            Master::None => Master::None,
+            Master::Rounded => Master::Rounded,
         });
         let [m, v, average, q] =
             [m, v, average, q].map(|numbers| numbers.as_mut().map(|numbers| numbers.take(len)));
@@ -378,7 +383,7 @@ impl StateRows<f32> for Packed<'_> {
                 }
                 Some(row)
             }
-            Some(Master::None) => {
+            Some(Master::Rounded) => {
                 let row = &mut f32::buffer(master_room)[..len];
                 row.iter_mut().zip(w).for_each(|(x, w)| *x = w.widen());
                 Some(row)
