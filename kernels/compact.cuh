@@ -4,6 +4,11 @@
 
 #include "numerics.cuh"
 
+// The key of the offsets of a parameter in a step.
+__device__ inline u64 offset_key(u64 seed, u64 step, u64 place) {
+    return random_key(seed, step, place);
+}
+
 // The base of the offsets of a unit.
 __device__ inline u32 offset_base(u64 key, u64 unit) {
     return (u32)(random_word(key, unit) >> 32);

@@ -20,9 +20,9 @@ struct Keys {
     u64 moments, averages, parameters;
 
     __device__ void set(u64 step, u64 place) {
-        moments = random_key(SRKL_MOMENTS, step, place);
-        averages = random_key(SRKL_AVERAGES, step, place);
-        parameters = random_key(SRKL_PARAMETERS, step, place);
+        moments = offset_key(SRKL_MOMENTS, step, place);
+        averages = offset_key(SRKL_AVERAGES, step, place);
+        parameters = offset_key(SRKL_PARAMETERS, step, place);
     }
 };
 

@@ -5,16 +5,20 @@
 
 use half::bf16;
 
-use crate::numerics::{bf16_to_f32, f32_to_bf16, random_word};
+use crate::numerics::{bf16_to_f32, f32_to_bf16, random_key, random_word};
 
 /// Neighbouring elements that share their exponents.
 pub(crate) const UNIT: usize = 256;
 
-/// The seeds of [`random_key`](crate::numerics::random_key) for offsets, whose draw is the number of steps before and whose
-/// stream the parameter's place: of second moments, of parameters without masters, and of averages.
+/// The seeds of [`offset_key`]: of second moments, of parameters without masters, and of averages.
 pub(crate) const MOMENTS: u64 = u64::from_be_bytes(*b"moments\0");
 pub(crate) const PARAMETERS: u64 = u64::from_be_bytes(*b"rounding");
 pub(crate) const AVERAGES: u64 = u64::from_be_bytes(*b"averages");
+
+/// The key of the offsets of a parameter in a step.
+pub(crate) fn offset_key(seed: u64, step: u64, place: u64) -> u64 {
+    random_key(seed, step, place)
+}
 
 /// The base of the offsets of a unit.
 #[inline(always)]
@@ -250,7 +254,6 @@ mod tests {
     use serde::Deserialize;
 
     use super::*;
-    use crate::numerics::random_key;
 
     #[derive(Deserialize)]
     struct Golden {
@@ -552,7 +555,7 @@ mod tests {
                     size += f64::from(exact).powi(2);
                 }
             }
-            let key = random_key(MOMENTS, step as u64, 0);
+            let key = offset_key(MOMENTS, step as u64, 0);
             for (u, (m, v)) in kept_m.chunks_mut(UNIT).zip(kept_v.chunks_mut(UNIT)).enumerate() {
                 let offsets = if random {
                     Offsets::Random(offset_base(key, u as u64))

@@ -6,7 +6,7 @@ use half::bf16;
 use super::access::{Parameter, agree, differs, samples};
 use super::gradient::{Compute, RowBuffer};
 use crate::compact::{self, Offsets, UNIT};
-use crate::numerics::{bf16_to_f32, random_key};
+use crate::numerics::bf16_to_f32;
 use crate::state::{Format, Slot, State};
 
 /// The state of neighbouring elements of a block, in some format. A packed format decodes its numbers into `room`,
@@ -173,7 +173,7 @@ impl Keys {
     pub fn new(steps: u64, place: u64) -> Self {
         let [moments, averages, parameters] =
             [compact::MOMENTS, compact::AVERAGES, compact::PARAMETERS]
-                .map(|seed| random_key(seed, steps, place));
+                .map(|seed| compact::offset_key(seed, steps, place));
         Self { moments, averages, parameters }
     }
 }

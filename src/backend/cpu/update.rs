@@ -404,7 +404,6 @@ mod tests {
     use half::bf16;
 
     use crate::compact::{self, Offsets, UNIT};
-    use crate::numerics::random_key;
     use crate::state::{Beside, Format};
     use crate::{Average, AverageFormat, MasterWeights, ParamsSrkl, Rounding, Srkl, StateFormat};
 
@@ -415,7 +414,7 @@ mod tests {
     /// Rounds a block at random.
     fn rounded(xs: &[f32], seed: u64, step: u64, place: u64) -> Vec<bf16> {
         let mut rounded = vec![bf16::ZERO; xs.len()];
-        compact::round_row(&mut rounded, xs, random_key(seed, step, place), 0);
+        compact::round_row(&mut rounded, xs, compact::offset_key(seed, step, place), 0);
         rounded
     }
 
@@ -465,7 +464,7 @@ mod tests {
                     x[i] = d.mul_add(-size, decay * x[i]);
                     average[i] = (x[i] - average[i]).mul_add(weight, average[i]);
                 }
-                let key = random_key(compact::MOMENTS, step, 1);
+                let key = compact::offset_key(compact::MOMENTS, step, 1);
                 let mut codes = [0; UNIT];
                 for (u, (m, v)) in m.chunks_mut(UNIT).zip(v.chunks_mut(UNIT)).enumerate() {
                     let base = compact::offset_base(key, u as u64);
