@@ -70,6 +70,11 @@ static const u32 MOST = 0x7f7e0000;
 // The bits of `2^127`: rounded up, such a number may be beyond f32.
 static const u32 TOO_LARGE = 0x7f000000;
 
+// `m`, or 0 where the new `v`, not stored yet, is not finite: no units could hold it.
+__device__ inline float kept_m(float m, float v) {
+    return __float_as_uint(v) < INFINITE ? m : 0.f;
+}
+
 // `m` in units of about `sqrt(v)`, `v` as it is stored; 0 if it is not finite, from `2^127` on, or where `v`
 // is 0.
 __device__ inline float relative_m(float m, float v) {

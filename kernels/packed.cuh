@@ -127,6 +127,7 @@ template <typename P> struct PackedPart {
             for (int e = 0; e < EIGHT; e++) {
                 const u32 c = encode_v(v[e], exponent, offset(base, lane() * EIGHT + e) >> 12);
                 code.at[e] = c;
+                m[e] = kept_m(m[e], v[e]);
                 v[e] = decode_v(c, exponent);
             }
             *codes(block.v, at) = code;

@@ -23,18 +23,19 @@
 //! | tensor | `NAME.master.rest` | of a split master: i16, the parameter's shape |
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
-use candle_core::{CpuStorage, Device, Error, Result, Storage, Var, bail};
+use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Var, bail};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
 
 use crate::backend::masters;
 use crate::block::Block;
+use crate::compact::kept_m;
 use crate::engine::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
@@ -379,13 +380,12 @@ fn same_state(
     let entry = |kind, name| metadata.get(&format!("{kind}.{name}"));
     let tensor =
         |kind: &str, name| tensors.tensor(&format!("{name}.{kind}")).ok().map(|t| t.data());
-    let parts = |kind: &str| {
-        let formats = Format::ALL.into_iter();
-        formats.flat_map(|f| f.tensors(kind, &[])).map(|part| part.suffix).collect::<BTreeSet<_>>()
-    };
     let same = |kind: &str| {
-        let part = |suffix, name| tensor(&format!("{kind}{suffix}"), name);
-        parts(kind).into_iter().all(|suffix| part(suffix, a) == part(suffix, b))
+        let formats = [DType::F64, DType::BF16].map(|dtype| Format::of(kind, dtype)).concat();
+        let parts = formats.into_iter().flat_map(|format| format.tensors(kind, &[]));
+        parts
+            .map(|part| format!("{kind}{}", part.suffix))
+            .all(|part| tensor(&part, a) == tensor(&part, b))
     };
     ["skipped", "powers", "estimate", "curvature", "trained"]
         .iter()
@@ -459,21 +459,31 @@ fn load_state(
     tensors: &SafeTensors,
 ) -> Result<Vec<Saved>> {
     let parameter = masters::bf16s(block)?;
+    let beside = Beside { v: None, parameter: &parameter };
     let mut all = vec![];
     for (kind, slot) in block.state.named() {
         let saved = saved_state(block, name, (kind, slot.format()), tensors)?;
         match (kind, saved.format) {
-            ("master", Format::F32) => check_master(block, &saved.parts.concat())?,
-            ("master", _) => check_parameter(block, name, metadata)?,
+            ("master", Format::F32) => check_master(block, &saved.to_f32(kind, beside)?)?,
+            ("master", _) => {
+                check_parameter(block, name, metadata)?;
+                check_master(block, &saved.to_f32(kind, beside)?)?;
+            }
             _ => {}
         }
         all.push((kind, slot.format(), saved));
     }
     // Moments are converted together: a compact `m` is in units of `sqrt(v)`.
     let is_moment = |kind: &str| matches!(kind, "m" | "v");
+    let mut saved_moments =
+        all.iter().filter(|(kind, ..)| is_moment(kind)).map(|(.., saved)| saved.format);
+    if let Some(first) = saved_moments.next()
+        && let Some(other) = saved_moments.find(|format| *format != first)
+    {
+        bail!("moments of `{name}`: expected both in one format, got {first:?} and {other:?}")
+    }
     let moments = all.iter().any(|(kind, to, saved)| is_moment(kind) && *to != saved.format);
     let second = all.iter().find(|(kind, ..)| moments && *kind == "v");
-    let beside = Beside { v: None, parameter: &parameter };
     let (mut old_v, mut new_v) = (None, None);
     if let Some((kind, to, saved)) = second {
         let values = saved.to_f32(kind, beside)?;
@@ -484,7 +494,10 @@ fn load_state(
         if to == saved.format && !(is_moment(kind) && moments) {
             return Ok(saved);
         }
-        let values = saved.to_f32(kind, Beside { v: old_v.as_deref(), ..beside })?;
+        let mut values = saved.to_f32(kind, Beside { v: old_v.as_deref(), ..beside })?;
+        if let ("m", Format::Compact, Some(v)) = (kind, to, &old_v) {
+            values.iter_mut().zip(v).for_each(|(m, v)| *m = kept_m(*m, *v));
+        }
         Saved::of_f32(to, kind, &values, Beside { v: new_v.as_deref(), ..beside })
     };
     all.into_iter().map(convert).collect()
@@ -503,12 +516,17 @@ fn saved_state(
     };
     let dims = block.var.dims();
     let has = |format: &Format| format.tensors(kind, dims).iter().all(fits);
-    let Some(found) = Format::ALL.into_iter().find(has) else {
+    let Some(found) = Format::of(kind, block.dtype).iter().copied().find(has) else {
         let parts = format.tensors(kind, dims);
         let Some(expected) = parts.iter().find(|part| !fits(part)) else {
             bail!("{kind} of `{name}`: the checkpoint has none")
         };
-        let tensor = get(expected)?;
+        let Ok(tensor) = get(expected) else {
+            bail!(
+                "{kind} of `{name}`: expected a tensor `{name}.{kind}{}`, the checkpoint has none",
+                expected.suffix
+            )
+        };
         bail!(
             "{kind} of `{name}`: expected {:?} {:?}, got {:?} {:?}",
             expected.dtype,
@@ -537,11 +555,9 @@ fn check_parameter(block: &Block, name: &str, metadata: &HashMap<String, String>
 }
 
 /// Masters must be those of the parameter.
-fn check_master(block: &Block, bytes: &[u8]) -> Result<()> {
-    let (words, _) = bytes.as_chunks();
-    let master: Vec<f32> = words.iter().map(|b| f32::from_le_bytes(*b)).collect();
+fn check_master(block: &Block, master: &[f32]) -> Result<()> {
     let parameter = block.var.to_device(&Device::Cpu)?;
-    if let Some(i) = masters::first_disagreement(&parameter, &master)? {
+    if let Some(i) = masters::first_disagreement(&parameter, master)? {
         bail!(
             "master of `{}`: element {i} ({}) does not round to the parameter's; load the model's \
              parameters of the same checkpoint first",

@@ -80,8 +80,8 @@
 //! ```
 //!
 //! with `v` as it is stored, or 1 where there is none. `q` is rounded to nearest, ties to even; `s` is the least with which
-//! no `q` is above 127, from -126 to 126. What is not finite is not kept: such a `v` becomes the largest code of its unit, such an
-//! `m` (and one from `2^127` on) 0, and neither counts for the unit's exponents. `m 2^-h` is bounded by `127 * 2^121`.
+//! no `q` is above 127, from -126 to 126. What is not finite is not kept: such a `v` becomes the largest code of its unit, and the `m` beside it 0; such an
+//! `m` (and one from `2^127` on) becomes 0, and none of them counts for the unit's exponents. `m 2^-h` is bounded by `127 * 2^121`.
 //!
 //! **Split masters.** A bf16 parameter `p` is its master rounded to nearest even, and `d` is what is missing: the bits of the
 //! master are `(p << 16) + d`, with `d` of 16 bits. Half-way between two bf16 numbers `d` would be 32768 where the one nearer

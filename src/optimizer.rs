@@ -254,9 +254,9 @@ impl Srkl {
     /// - no group of that name, or settings out of range;
     /// - a step that waits for its measurement;
     /// - groups that measure curvature in different ways;
-    /// - settings that need other state than the group was built with: other `master_weights`, another kind of
-    ///   direction, another `bf16` of [`Direction::Muon`](crate::Direction::Muon), an average added or removed, or a change to or from
-    ///   [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
+    /// - settings that need other state than the group was built with: other `master_weights`, `rounding`, `state`
+    ///   or `average_format`, another kind of direction, another `bf16` of [`Direction::Muon`](crate::Direction::Muon), an
+    ///   average added or removed, or a change to or from [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
         self.refuse_pending()?;
@@ -295,6 +295,10 @@ impl Srkl {
     /// `step` does so too, but compares only up to 32 evenly spaced elements: if one of them differs, it resets all
     /// masters of the parameter. So it notices a loaded checkpoint, but may miss a change of single elements: call
     /// this after making one.
+    ///
+    /// With [`MasterWeights::Split`](crate::MasterWeights::Split) a change of other elements than these leaves no trace:
+    /// the changed parameter keeps the remainder of the old one, at most half a unit in its own last place, unless it would
+    /// round to a neighbour with it.
     ///
     /// # Errors
     ///

@@ -118,7 +118,8 @@ pub enum Direction {
     /// `d = m / (1 - beta1^t) / P` with `P = sqrt(v / (1 - beta2^t)) + eps` (Kingma and Ba, 2015).
     /// State: m and v, 8 bytes a parameter.
     ///
-    /// In f32 `g^2` overflows from |g| = 1.8e19 on: `v` is then infinite, and the element never moves again.
+    /// In f32 `v` overflows where `(1 - beta2) g^2` does, with the presets from |g| = 5.8e20 on: the element then never
+    /// moves again. ([`StateFormat::Compact`] keeps no infinities: there it goes on, without its first moment.)
     Adam {
         /// 0 or above and below 1; 0.9 in the presets.
         beta1: f64,

@@ -128,6 +128,10 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
     if built.state != new.state {
         other("state", &built.state, &new.state)?;
     }
+    // Which kernel steps are launched by, in captures too.
+    if built.rounding != new.rounding {
+        other("rounding", &built.rounding, &new.rounding)?;
+    }
     if built.average_format != new.average_format {
         other("average_format", &built.average_format, &new.average_format)?;
     }
@@ -198,7 +202,16 @@ pub(crate) struct Saved {
 }
 
 impl Format {
-    pub const ALL: [Self; 5] = [Self::F32, Self::F64, Self::Compact, Self::Split, Self::BF16];
+    /// Those that the state `name` of a parameter may have.
+    pub fn of(name: &str, dtype: DType) -> &'static [Self] {
+        match (name, dtype) {
+            (_, DType::F64) => &[Self::F64],
+            ("master", DType::BF16) => &[Self::F32, Self::Split],
+            ("m" | "v", _) => &[Self::F32, Self::Compact],
+            ("average", _) => &[Self::F32, Self::BF16],
+            _ => &[Self::F32],
+        }
+    }
 
     /// How many numbers of [`Format::dtype`] it takes to keep `n`.
     fn len(self, n: usize) -> usize {
@@ -331,10 +344,20 @@ impl Slot {
         fn numbers<T, const N: usize>(bytes: &[u8], from_bytes: fn([u8; N]) -> T) -> Vec<T> {
             bytes.as_chunks::<N>().0.iter().map(|b| from_bytes(*b)).collect()
         }
+        let bytes =
+            |part: &SavedTensor| part.shape.iter().product::<usize>() * part.dtype.bitsize() / 8;
+        let expected = self.format.tensors("", &[self.n]);
+        if saved.format != self.format
+            || !saved.parts.iter().map(Vec::len).eq(expected.iter().map(bytes))
+        {
+            bail!(
+                "expected state of {:?} for {} elements, got {:?}",
+                self.format,
+                self.n,
+                saved.format
+            )
+        }
         let values = match (self.format, &saved.parts[..]) {
-            (format, _) if format != saved.format => {
-                bail!("expected state of {format:?}, got {:?}", saved.format)
-            }
             (Format::F32, [bytes]) => CpuStorage::F32(numbers(bytes, f32::from_le_bytes)),
             (Format::F64, [bytes]) => CpuStorage::F64(numbers(bytes, f64::from_le_bytes)),
             (Format::BF16, [bytes]) => CpuStorage::BF16(numbers(bytes, bf16::from_le_bytes)),
@@ -404,7 +427,10 @@ pub(crate) struct Beside<'a> {
 impl Saved {
     /// An error for what [`Slot::save`] does not write.
     pub fn check(&self, name: &str) -> Result<()> {
-        if let (Format::Compact, [_, exponents]) = (self.format, &self.parts[..]) {
+        if let (Format::Compact, [codes, exponents]) = (self.format, &self.parts[..]) {
+            if name == "m" && codes.contains(&(i8::MIN as u8)) {
+                bail!("expected codes from -127 to 127, got -128")
+            }
             let most =
                 if name == "v" { compact::MOST_V_EXPONENT } else { compact::MOST_M_EXPONENT };
             if let Some(exponent) = exponents.iter().find(|exponent| **exponent > most) {

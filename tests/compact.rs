@@ -3,12 +3,16 @@
 
 mod common;
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
     Average, AverageFormat, MasterWeights, NonFinite, ParamsSrkl, Rounding, Srkl, StateFormat,
 };
 use half::bf16;
+use safetensors::Dtype;
+use safetensors::tensor::{SafeTensors, TensorView};
 
 use common::*;
 
@@ -207,6 +211,63 @@ fn overwritten_parameters_of_split_masters_are_noticed() -> Result<()> {
     Ok(())
 }
 
+/// Whatever a single element is changed to, which no sample is of: what is saved rounds to the parameter, so that it loads into
+/// f32 masters too; and the others keep their masters.
+#[test]
+fn single_changes_of_split_masters_can_be_saved() -> Result<()> {
+    let (n, at) = (70_000, 1);
+    let split = ParamsSrkl { master_weights: MasterWeights::Split, ..ParamsSrkl::sgd(1e-6) };
+    let f32s = ParamsSrkl { master_weights: MasterWeights::F32, ..split.clone() };
+    let file = tempfile::NamedTempFile::new()?;
+    let var = var(&vec![1.; n], DType::BF16)?;
+    // All remainders below 1, to the last: of 1 - 2^-9, half-way to the bf16 number below, and less.
+    let g: Vec<f64> = (0..n).map(|i| ((i % 32_769) as f64 / 32_768.) * 1e6 / 512.).collect();
+    let mut opt = trained(&var, &split, 0)?;
+    opt.step(&grads([(&var, tensor(&g, DType::F32)?)]))?;
+    let before = opt.master("0")?.expect("masters");
+    let halves = before.iter().filter(|x| x.to_bits() & 0xffff == 0x8000).count();
+    assert!(halves > 1, "{halves}");
+    let samples: Vec<usize> = (0..32).map(|k| k * (n - 1) / 31).collect();
+    let changed = |i: &usize| i % 7 == at && !samples.contains(i);
+    let mut w = values(&var)?;
+    // The bits of an odd bf16 number.
+    (0..n).filter(changed).for_each(|i| w[i] = 1.0078125);
+    var.set(&tensor(&w, DType::BF16)?)?;
+    opt.save(file.path())?;
+    let after = opt.master("0")?.expect("masters");
+    for (i, (after, before)) in after.iter().zip(&before).enumerate() {
+        if changed(&i) {
+            assert_eq!(bf16::from_f32(*after).to_f64(), w[i], "{i}");
+        } else {
+            assert_eq!(after, before, "{i}");
+        }
+    }
+    let mut other = trained(&var, &f32s, 0)?;
+    other.load(file.path())?;
+    assert_eq!(other.master("0")?.expect("masters"), after);
+    Ok(())
+}
+
+/// A tensor of a file: its name, dtype, shape and bytes.
+type Part = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// Copies a safetensors file with other tensors.
+fn edit_tensors(from: &Path, to: &Path, edit: &dyn Fn(&mut Vec<Part>)) -> Result<()> {
+    let bytes = std::fs::read(from)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)?;
+    let tensors = SafeTensors::deserialize(&bytes)?;
+    let mut parts = vec![];
+    for (name, view) in tensors.tensors() {
+        parts.push((name, view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+    }
+    edit(&mut parts);
+    let views = parts
+        .iter()
+        .map(|(name, dtype, shape, data)| Ok((name, TensorView::new(*dtype, shape.clone(), data)?)))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(safetensors::serialize_to_file(views, header.metadata().clone(), to)?)
+}
+
 /// A model that goes with another checkpoint, broken files, settings of another format: errors that name what is wrong,
 /// and nothing has changed.
 #[test]
@@ -234,24 +295,52 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     }
     var.set(&bf16s(&w)?)?;
 
-    let bytes = std::fs::read(&path)?;
-    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let file: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-    for (tensor, least) in [("w.v.exponents", 221), ("w.m.exponents", 253)] {
-        let start = file[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
-        let mut broken = bytes.clone();
-        broken[8 + header + start] = least;
-        std::fs::write(&path, broken)?;
-        let error = opt.load(&path).unwrap_err().to_string();
-        let what = tensor.split('.').nth(1).unwrap();
-        assert!(error.contains(&format!("{what} of `w`")) && error.contains(&least.to_string()));
+    // What `save` never writes: numbers out of range, and kinds of state in formats of others.
+    let broken = folder.path().join("broken");
+    let mut refused = |edit: &dyn Fn(&mut Vec<Part>), words: &[&str]| -> Result<()> {
+        edit_tensors(&path, &broken, edit)?;
+        let error = opt.load(&broken).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert!(saved(&mut opt)? == before);
+        Ok(())
+    };
+    let part = |parts: &mut Vec<Part>, name: &str| parts.iter().position(|p| p.0 == name).unwrap();
+    for (name, byte, words) in [
+        ("w.v.exponents", 221, ["v of `w`", "221"]),
+        ("w.m.exponents", 248, ["m of `w`", "248"]),
+        ("w.m.codes", 0x80, ["m of `w`", "-128"]),
+    ] {
+        let edit = |parts: &mut Vec<Part>| {
+            let at = part(parts, name);
+            parts[at].3[0] = byte;
+        };
+        refused(&edit, &words)?;
     }
-    assert!(saved(&mut opt)? == before);
+    let odd = w.iter().position(|w| w & 1 == 1).expect("an odd one");
+    let half_down = |parts: &mut Vec<Part>| {
+        let at = part(parts, "w.master.rest");
+        parts[at].3[2 * odd..2 * odd + 2].copy_from_slice(&i16::MIN.to_le_bytes());
+    };
+    refused(&half_down, &["master of `w`", &format!("element {odd}"), "round"])?;
+    for (name, new, dtype, size, words) in [
+        ("w.m.codes", "w.m.rest", Dtype::I16, 2, "m of `w`"),
+        ("w.m.codes", "w.m", Dtype::BF16, 2, "m of `w`"),
+        ("w.master.rest", "w.master", Dtype::BF16, 2, "master of `w`"),
+        ("w.master.rest", "w.master.codes", Dtype::I8, 1, "master of `w`"),
+        ("w.v.codes", "w.v", Dtype::F32, 4, "moments of `w`"),
+    ] {
+        let other_format = |parts: &mut Vec<Part>| {
+            let at = part(parts, name);
+            parts[at] = (new.to_string(), dtype, vec![5000], vec![0; 5000 * size]);
+        };
+        refused(&other_format, &[words])?;
+    }
 
     for (field, other) in [
         ("state", ParamsSrkl { state: StateFormat::F32, ..params.clone() }),
         ("average_format", ParamsSrkl { average_format: AverageFormat::BF16, ..params.clone() }),
         ("master_weights", ParamsSrkl { master_weights: MasterWeights::Auto, ..params.clone() }),
+        ("rounding", ParamsSrkl { rounding: Rounding::Stochastic, ..params.clone() }),
     ] {
         let error = opt.set_params("default", other).unwrap_err().to_string();
         assert!(error.contains(&format!("`{field}`")) && error.contains("default"), "{error}");
@@ -310,6 +399,36 @@ fn averages_of_bf16_are_right_in_the_mean() -> Result<()> {
         // By the formula in f64, and to nearest: 1.25 or 1.2578.
         assert!((mean - target).abs() < 4e-4, "{average:?}: {mean}");
         assert!(averages.iter().any(|a| *a > target) && averages.iter().any(|a| *a < target));
+    }
+    Ok(())
+}
+
+/// A finite gradient whose square is beyond f32: f32 state never moves such an element again. Compact state does, and never by
+/// more than an Adam step may be.
+#[test]
+fn overflowing_second_moments_move_nothing_far() -> Result<()> {
+    for (size, dtype) in [(1e21, DType::F32), (3e38, DType::F32), (3e38, DType::BF16)] {
+        for place in [0, 255, 2500, 4999] {
+            for nonfinite in [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate] {
+                let params = ParamsSrkl { nonfinite, ..compact(ParamsSrkl::adamw(1e-3)) };
+                let var = var(&noise(5000, 1., 0), dtype)?;
+                let mut opt = trained(&var, &params, 2)?;
+                let mut g = noise(5000, 0.1, 99);
+                g[place] = size;
+                opt.step(&grads([(&var, tensor(&g, dtype)?)]))?;
+                let mut w = values(&var)?;
+                for step in 3..30 {
+                    train(&mut opt, &var, step..step + 1)?;
+                    let new = values(&var)?;
+                    for (w, new) in w.iter().zip(&new) {
+                        let rounded = if dtype == DType::BF16 { new.abs() / 128. } else { 0. };
+                        let allowed = 0.008 + rounded;
+                        assert!((w - new).abs() < allowed, "{size} {place} {step}: {w} {new}");
+                    }
+                    w = new;
+                }
+            }
+        }
     }
     Ok(())
 }

@@ -237,7 +237,8 @@ fn the_same_bits_of_small_packed_presets() -> Result<()> {
     Ok(())
 }
 
-/// Packed state of gradients of all magnitudes, among which some elements of a unit are below all its binades.
+/// Packed state of gradients of all magnitudes, among which some elements of a unit are below all its binades, and the squares of
+/// some beyond f32.
 #[test]
 fn the_same_bits_of_packed_state_of_any_magnitude() -> Result<()> {
     let cuda = Device::new_cuda(0)?;
@@ -250,7 +251,7 @@ fn the_same_bits_of_packed_state_of_any_magnitude() -> Result<()> {
         };
         sizes.into_iter().zip(signs).enumerate().map(of).collect()
     };
-    for scale in [1., 1e-15, 1e-20, 1e15] {
+    for scale in [1., 1e-15, 1e-20, 1e15, 1e20] {
         let train = |device: &Device| -> Result<_> {
             let start = tensor(&noise(n, 1., 0), DType::BF16)?.to_device(device)?;
             let var = Var::from_tensor(&start)?;

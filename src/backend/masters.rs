@@ -6,6 +6,7 @@ use half::bf16;
 
 use super::cpu::access::{self, Parameter, agree, cpu_storage, differs};
 use crate::block::Block;
+use crate::compact::join;
 use crate::params::MasterWeights;
 use crate::state::{Beside, Format, Slot, master_format};
 
@@ -87,8 +88,15 @@ fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
         let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
         let (rests, noted) = Format::split_parts(&mut numbers, block.n);
         let w = bf16s(block)?;
-        if differs(&w, noted) {
-            rests.fill(0);
+        let overwritten = differs(&w, noted);
+        let mut any = overwritten;
+        for (w, rest) in w.iter().zip(rests) {
+            // A remainder of another parameter is a number of this one's precision, which must round to it.
+            if *rest != 0 && (overwritten || !agree(*w, join(w.to_bits(), *rest))) {
+                (*rest, any) = (0, true);
+            }
+        }
+        if any {
             access::note(&w, noted);
             master.write(CpuStorage::I16(numbers))?;
         }

@@ -49,9 +49,14 @@ def encode_v(v, field, offset):
 
 
 def unit(v, m, base):
+    overflows = [math.isinf(x) for x in v]
+    # A first moment has no units beside a second one that is infinite, which is the largest code.
+    v, of_v = [0.0 if o else x for x, o in zip(v, overflows)], v
+    m, of_m = [0.0 if o else x for x, o in zip(m, overflows)], m
     # So that the largest may be rounded up: 1.875 times a power of two is followed by the next power.
     field = max([34] + [exponent(x * 16 / 15) + 127 for x in v if x >= 2.0**-126])
     codes = [encode_v(x, field, ((base + i * GOLDEN) % 2**32) >> 12) for i, x in enumerate(v)]
+    codes = [255 if o else code for code, o in zip(codes, overflows)]
     kept = [decode_v(code, field) for code in codes]
     halves = [(exponent(x) + 1) // 2 if x > 0 else 0 for x in kept]
     relative = [math.ldexp(x, -h) if k > 0 else 0.0 for x, h, k in zip(m, halves, kept)]
@@ -63,8 +68,8 @@ def unit(v, m, base):
     q = [round(math.ldexp(x, -s)) for x in relative]
     return {
         "base": base,
-        "v": [bits(x) for x in v],
-        "m": [bits(x) for x in m],
+        "v": [bits(x) for x in of_v],
+        "m": [bits(x) for x in of_m],
         "v_exponent": field,
         "v_codes": codes,
         "kept_v": [bits(x) for x in kept],
@@ -90,6 +95,9 @@ def units():
     # The least of all, below the normal numbers too.
     v = [f32(math.ldexp(1 + rng.random(), -e)) for e in range(90, 149)]
     yield unit(v, [0.0] * len(v), rng.randrange(2**32))
+    # Some that have overflowed.
+    v = [math.inf if i % 5 == 0 else f32(rng.random()) for i in range(40)]
+    yield unit(v, [rng.choice([1e19, -3.0, 0.5]) for _ in v], rng.randrange(2**32))
     # Nothing.
     yield unit([0.0] * 5, [1.0] * 5, 7)
 

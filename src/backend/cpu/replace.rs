@@ -76,7 +76,7 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
             let mut room = Default::default();
             for (row, w) in w.chunks_mut(LANES).enumerate() {
                 let start = piece * PIECE + row * LANES;
-                let average = state.read(start, w.len(), &mut room).average.unwrap_or_default();
+                let average = state.read_average(start, w.len(), &mut room).unwrap_or_default();
                 w.iter_mut().zip(average).for_each(|(w, average)| *w = P::narrow(*average));
             }
         };

@@ -21,6 +21,14 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     /// Elements `start..start + len`, to be read.
     fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, C>;
 
+    /// The same of the average.
+    fn read_average<'r>(
+        &'r self,
+        start: usize,
+        len: usize,
+        room: &'r mut RowBuffer,
+    ) -> Option<&'r [C]>;
+
     /// All elements, at most a row of lanes, to be changed; [`StateRows::store`] must follow. `w` are the parameters.
     fn load<'r, P: Parameter<Compute = C>>(
         &'r mut self,
@@ -46,15 +54,14 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
 /// Buffers for a row of each kind of state.
 pub(crate) type Room = [RowBuffer; 5];
 
-/// A row of each kind of state that exists.
+/// A row of each kind of state that exists, of those that a direction is computed from.
 pub(crate) struct Row<'r, C> {
     pub m: Option<&'r [C]>,
     pub v: Option<&'r [C]>,
-    pub average: Option<&'r [C]>,
     pub q: Option<&'r [C]>,
 }
 
-/// The same, to be changed.
+/// The same, with all that a step changes.
 pub(crate) struct RowMut<'r, C> {
     pub master: Option<&'r mut [C]>,
     pub m: Option<&'r mut [C]>,
@@ -102,13 +109,19 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
 
     #[inline(always)]
     fn read<'r>(&'r self, start: usize, len: usize, _: &'r mut Room) -> Row<'r, C> {
-        #[inline(always)]
-        fn row<'r, C>(slot: &'r Option<&mut [C]>, start: usize, len: usize) -> Option<&'r [C]> {
-            slot.as_deref().map(|slot| &slot[start..start + len])
-        }
-        let row = |slot| row(slot, start, len);
-        let Self { m, v, average, q, .. } = self;
-        Row { m: row(m), v: row(v), average: row(average), q: row(q) }
+        let Self { m, v, q, .. } = self;
+        let [m, v, q] = [m, v, q].map(|slot| part(slot, start, len));
+        Row { m, v, q }
+    }
+
+    #[inline(always)]
+    fn read_average<'r>(
+        &'r self,
+        start: usize,
+        len: usize,
+        _: &'r mut RowBuffer,
+    ) -> Option<&'r [C]> {
+        part(&self.average, start, len)
     }
 
     #[inline(always)]
@@ -135,6 +148,11 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
             reset(master, w);
         }
     }
+}
+
+#[inline(always)]
+fn part<'r, C>(slot: &'r Option<&mut [C]>, start: usize, len: usize) -> Option<&'r [C]> {
+    slot.as_deref().map(|slot| &slot[start..start + len])
 }
 
 fn reset<P: Parameter>(master: &mut [P::Compute], w: &[P]) {
@@ -355,13 +373,22 @@ impl StateRows<f32> for Packed<'_> {
 
     #[inline(always)]
     fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, f32> {
-        let Self { m, v, average, q, .. } = self;
-        let [_, m_room, v_room, average_room, q_room] = room;
+        let Self { m, v, q, .. } = self;
+        let [_, m_room, v_room, _, q_room] = room;
         let v = v.as_ref().map(|v| v.read(start, len, None, v_room));
         let m = m.as_ref().map(|m| m.read(start, len, v, m_room));
-        let average = average.as_ref().map(|a| a.read(start, len, None, average_room));
         let q = q.as_ref().map(|q| q.read(start, len, None, q_room));
-        Row { m, v, average, q }
+        Row { m, v, q }
+    }
+
+    #[inline(always)]
+    fn read_average<'r>(
+        &'r self,
+        start: usize,
+        len: usize,
+        room: &'r mut RowBuffer,
+    ) -> Option<&'r [f32]> {
+        self.average.as_ref().map(|average| average.read(start, len, None, room))
     }
 
     #[inline(always)]
@@ -407,6 +434,8 @@ impl StateRows<f32> for Packed<'_> {
         let kept_v = match v {
             Some(Numbers::CompactV(compact)) => {
                 let row = &mut f32::buffer(v_room)[..compact.codes.len()];
+                let m = f32::buffer(m_room).iter_mut().zip(&*row);
+                m.for_each(|(m, v)| *m = compact::kept_m(*m, *v));
                 let units = compact.units_mut().zip(row.chunks_mut(UNIT));
                 for (u, ((codes, exponent), v)) in (*unit..).zip(units) {
                     let base = compact::offset_base(keys.moments, u);

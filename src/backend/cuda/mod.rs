@@ -53,8 +53,8 @@ pub(crate) struct CudaBackend {
     restores: Option<u32>,
     /// If there are matrices to orthogonalise.
     orthogonalizer: Option<Orthogonalizer>,
-    /// Whether any block's state is packed.
-    packs: bool,
+    /// Whether any block's state is packed, or its parameter is rounded at random.
+    packed: bool,
 }
 
 /// The address of a table of gradients on the device, as [`CudaBackend::resolve_gradients`] has found them.
@@ -96,7 +96,7 @@ impl CudaBackend {
             device: device.clone(),
             kernels,
             places,
-            packs: blocks.iter().any(|block| block.packs != 0),
+            packed: all.blocks.iter().any(|b| b.is_on(device) && b.is_packed(all.of(b))),
             blocks,
             gradients: vec![NO_GRADIENT; count],
             settings,
@@ -139,8 +139,7 @@ impl CudaBackend {
         let own =
             |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
         let elements = self.settings.groups.iter().any(own);
-        let packs = self.packs || self.settings.groups.iter().any(|group| group.stochastic != 0);
-        let kind = match (packs, sums_up, elements) {
+        let kind = match (self.packed, sums_up, elements) {
             (true, false, false) => StepKernel::Packed,
             (true, ..) => StepKernel::PackedMeasuring,
             (false, true, _) => StepKernel::Measuring,
