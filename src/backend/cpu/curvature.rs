@@ -13,7 +13,7 @@ use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
 use crate::block::Block;
-use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sum, tree};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sums, tree};
 use crate::params::Direction;
 use crate::rule::Coefficients;
 use crate::state::State;
@@ -225,15 +225,18 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
             let squares = &mut f64::buffer(squares)[..len];
             let (one, two) =
                 (first.row::<C>(start + at, len, one), again.row::<C>(start + at, len, two));
-            for ((square, first), again) in squares.iter_mut().zip(one).zip(two) {
+            let pairs = one.iter().zip(two);
+            for ((square, lane), (first, again)) in squares.iter_mut().zip(&mut *change).zip(pairs)
+            {
                 let difference = factor * (again.to_f64() - first.to_f64());
                 *square = difference * difference;
+                *lane += *square;
             }
-            change.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
             let strip = at / STRIP;
-            let sums = squares.chunks(STRIP).zip(&strips[strip..]);
-            for (lane, (squares, step)) in bound[strip..].iter_mut().zip(sums) {
-                *lane = strip_sum(squares).sqrt() * step.sqrt();
+            let bound = &mut bound[strip..][..len.div_ceil(STRIP)];
+            strip_sums(bound, squares);
+            for (lane, step) in bound.iter_mut().zip(&strips[strip..]) {
+                *lane = lane.sqrt() * step.sqrt();
             }
         }
         Pair { a: tree(change), b: tree(bound) }

@@ -108,14 +108,14 @@ impl<'a> Gradient<'a> {
 
     /// Asks for the row from element `start` on to be brought into the caches, if it is contiguous.
     #[inline(always)]
-    pub fn prefetch(&self, start: usize) {
+    pub fn prefetch(&self, start: usize, len: usize) {
         let size = match self.values {
             Values::F32(_) => 4,
             Values::F64(_) => 8,
             Values::BF16(_) | Values::F16(_) => 2,
         };
         if self.contiguous {
-            prefetch(self.address() + start * size, LANES * size);
+            prefetch(self.address() + start * size, len * size);
         }
     }
 

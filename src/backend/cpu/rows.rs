@@ -5,6 +5,7 @@ use half::bf16;
 
 use super::access::{Parameter, agree, differs, samples};
 use super::gradient::{Compute, RowBuffer};
+use super::simd::prefetch;
 use crate::compact::{self, Offsets, UNIT};
 use crate::numerics::bf16_to_f32;
 use crate::state::{Format, Slot, State};
@@ -35,6 +36,9 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
         w: &[P],
         room: &'r mut Room,
     ) -> RowMut<'r, C>;
+
+    /// Asks for `len` elements from `start` on to be brought into the caches.
+    fn prefetch(&self, _start: usize, _len: usize) {}
 
     /// Stores what was changed after [`StateRows::load`].
     fn store(&mut self, room: &mut Room);
@@ -421,6 +425,22 @@ impl StateRows<f32> for Packed<'_> {
         let average = average.as_mut().map(|average| average.load(len, None, average_room));
         let q = q.as_mut().map(|q| q.load(len, None, q_room));
         RowMut { master, m, v, average, q }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, start: usize, len: usize) {
+        if let Some(Master::Split(rests, _)) = &self.master {
+            prefetch(rests.as_ptr().wrapping_add(start).addr(), 2 * len);
+        }
+        for numbers in [&self.m, &self.v, &self.average].into_iter().flatten() {
+            match numbers {
+                Numbers::BF16(x) => prefetch(x.as_ptr().wrapping_add(start).addr(), 2 * len),
+                Numbers::CompactM(x) | Numbers::CompactV(x) => {
+                    prefetch(x.codes.as_ptr().wrapping_add(start).addr(), len)
+                }
+                Numbers::F32(_) => {}
+            }
+        }
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
 use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
-use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, fold, strip_sum, tree};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, fold, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
 use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, lerp};
 
@@ -88,6 +88,9 @@ pub(crate) fn update(
     Ok(moved)
 }
 
+/// So many elements after the next row memory is asked for, of packed state.
+const AHEAD: usize = 2 * UNIT;
+
 /// What a step follows.
 #[derive(Clone, Copy)]
 struct Followed<'a> {
@@ -110,47 +113,43 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     let coefficients = step.coefficients();
     state.reset_masters(w);
     let samples = state.take_samples();
-    let part = Part { w: &mut *w, state };
+    let mut strips = vec![0.; if step.keeps_strips { n.div_ceil(STRIP) } else { 0 }];
+    let part = Part { w: &mut *w, state, strips: &mut strips };
     let update = |scratch: &mut Scratch, start, part| {
-        let BlockStep { sums_up, keeps_strips, .. } = step;
-        simd.run(Update { start, part, g, coefficients, rounding, sums_up, keeps_strips, scratch })
+        let sums_up = step.sums_up;
+        simd.run(Update { start, part, g, coefficients, rounding, sums_up, scratch })
     };
-    let parts: Vec<Stepped> = if !splits(n) {
-        vec![update(scratch, 0, part)]
+    let chunks = if !splits(n) {
+        update(scratch, 0, part)
     } else {
         let pieces = part.pieces(PIECE).into_par_iter().enumerate();
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
-        pieces.map_init(Scratch::new, update).collect()
+        pieces.map_init(Scratch::new, update).collect::<Vec<_>>().concat()
     };
     note(w, samples);
-    let chunks: Vec<[f64; 3]> = parts.iter().flat_map(|part| part.chunks.iter().copied()).collect();
-    let strips = parts.into_iter().flat_map(|part| part.strips).collect();
     let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
     let Coefficients { scale, momentum_scale, .. } = coefficients;
     let along = along * (scale * momentum_scale);
     (StepSums { step, direction: direction * (scale * scale), along }, strips)
 }
 
-/// The sums over the update of a part, if they are asked for.
-#[derive(Default)]
-struct Stepped {
-    /// Those of [`StepSums`] for each chunk, of the direction before its `scale`.
-    chunks: Vec<[f64; 3]>,
-    /// The sum of `D^2` for each strip.
-    strips: Vec<f64>,
-}
-
 /// Neighbouring elements of a block: the parameter and its state.
 struct Part<'a, P, S> {
     w: &'a mut [P],
     state: S,
+    /// The sums of `D^2` over strips, to be written; empty if they are not kept.
+    strips: &'a mut [f64],
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
     /// Splits off the first `len` elements.
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
-        Self { w: self.w.split_off_mut(..len).unwrap_or_default(), state: self.state.take(len) }
+        Self {
+            w: self.w.split_off_mut(..len).unwrap_or_default(),
+            state: self.state.take(len),
+            strips: self.strips.split_off_mut(..len.div_ceil(STRIP)).unwrap_or_default(),
+        }
     }
 
     fn pieces(mut self, len: usize) -> Vec<Self> {
@@ -168,40 +167,43 @@ struct Update<'a, P: Parameter, S> {
     rounding: Option<u64>,
     /// Whether to compute the sums over the step.
     sums_up: bool,
-    keeps_strips: bool,
     scratch: &'a mut Scratch,
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
-    type Output = Stepped;
+    /// If the step is summed up, the sums of each chunk: those of [`StepSums`], of the direction before its `scale`.
+    type Output = Vec<[f64; 3]>;
 
     #[inline(always)]
-    fn run(self) -> Stepped {
+    fn run(self) -> Vec<[f64; 3]> {
         let Self { start, mut part, g: followed, coefficients, .. } = self;
-        let Self { rounding, sums_up, keeps_strips, scratch, .. } = self;
+        let Self { rounding, sums_up, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
-        let Rows { inputs, d, terms: [squares, d_again] } = rows;
+        let Rows { inputs, d, terms: [squares, _] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
-        let mut stepped = Stepped::default();
-        let bytes = LANES * size_of::<P>();
-        for at in (0..n).step_by(LANES) {
-            let Part { w, mut state } = part.take(LANES.min(n - at));
+        let mut chunks = vec![];
+        // While numbers are packed nothing is loaded, so the processor would not fetch what comes next: it is asked to, by
+        // short rows, since it can fetch only so many lines at a time. Sums go by whole rows.
+        let row_len = if S::PACKED && !sums_up { UNIT } else { LANES };
+        for at in (0..n).step_by(row_len) {
+            let Part { w, mut state, strips } = part.take(row_len.min(n - at));
             if S::PACKED {
-                // While numbers are packed nothing is loaded, so that the processor does not fetch what comes next.
-                prefetch(w.as_ptr().addr() + bytes, bytes);
-                followed.gradient.prefetch(start + at + LANES);
+                prefetch(part.w.as_ptr().wrapping_add(AHEAD).addr(), row_len * size_of::<P>());
+                followed.gradient.prefetch(start + at + row_len + AHEAD, row_len);
+                part.state.prefetch(AHEAD, row_len);
             }
-            let RowMut { mut master, mut m, mut v, average: a, q } = state.load(w, room);
+            let RowMut { mut master, m, v, average: a, q } = state.load(w, room);
             let before = &mut P::Compute::buffer(before)[..w.len()];
             if sums_up {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
             }
             let g = followed.gradient.row(start + at, w.len(), row);
-            let d: &[P::Compute] = match (moments.direction, m.as_deref_mut(), v.as_deref_mut()) {
-                (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() => {
+            // The direction; and the new momentum, for the sums.
+            let (d, m): (&[P::Compute], &[P::Compute]) = match (moments.direction, m, v) {
+                (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() && !sums_up => {
                     // One loop: arithmetic hides the latency of memory.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
                         *m = moments.first_moment(*m, g);
@@ -222,7 +224,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                             }
                         }
                     }
-                    &[]
+                    (&[], &[])
                 }
                 (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
@@ -230,7 +232,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *m = moments.first_moment(*m, *g);
                         *d = moments.nesterov(*m, *g);
                     }
-                    d
+                    (d, &[])
                 }
                 (
                     Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. },
@@ -239,20 +241,20 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 ) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
                     match followed.orthogonal {
-                        Some(orthogonal) => orthogonal.row(start + at, w.len(), d),
-                        None => m,
+                        Some(orthogonal) => (orthogonal.row(start + at, w.len(), d), m),
+                        None => (m, m),
                     }
                 }
                 (Direction::Adam { .. }, Some(m), Some(v)) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
-                    for (((d, m), v), g) in d.iter_mut().zip(m).zip(v).zip(g) {
+                    for (((d, m), v), g) in d.iter_mut().zip(&mut *m).zip(v).zip(g) {
                         *m = moments.first_moment(*m, *g);
                         *v = moments.second_moment(*v, *g);
                         *d = m.div(moments.denom(*v));
                     }
-                    d
+                    (d, m)
                 }
-                _ => g,
+                _ => (g, &[]),
             };
             match element {
                 None if d.is_empty() => {}
@@ -291,59 +293,53 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     [&mut *step, direction, along].into_iter().for_each(|lanes| lanes.fill(0.));
                 }
                 let squares = &mut f64::buffer(squares)[..w.len()];
-                step_squares(squares, before, w);
-                step.iter_mut().zip(&*squares).for_each(|(lane, square)| *lane += square);
-                if keeps_strips {
-                    stepped.strips.extend(squares.chunks(STRIP).map(strip_sum));
+                step_squares(squares, step, before, w);
+                if !strips.is_empty() {
+                    strip_sums(strips, squares);
                 }
                 let is_adam = matches!(moments.direction, Direction::Adam { .. });
-                if !is_adam {
-                    add_squares(direction, d);
-                }
-                match (m.as_deref(), v.as_deref(), followed.orthogonal) {
-                    (Some(m), Some(v), _) if is_adam => {
-                        add_adam_direction(direction, along, m, v, &moments);
-                    }
-                    (Some(m), _, Some(orthogonal)) => {
-                        let d = orthogonal.row(start + at, m.len(), d_again);
+                match followed.orthogonal {
+                    Some(_) => {
+                        add_squares(direction, d);
                         add_along_orthogonal(along, d, m, g, &moments);
                     }
-                    _ => {}
+                    None if is_adam => add_direction(direction, along, d, m),
+                    None => add_squares(direction, d),
                 }
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
                     let (step, direction) = (tree(step), tree(direction));
                     // Else the terms of `d m` are those of `d^2`.
                     let apart = is_adam || followed.orthogonal.is_some();
                     let along = if apart { tree(along) } else { direction };
-                    stepped.chunks.push([step, direction, along]);
+                    chunks.push([step, direction, along]);
                 }
             }
             state.store(room);
         }
-        stepped
+        chunks
     }
 }
 
-/// The terms of `D^2` of a row: `D` is the step as stored, rounded to the parameter's dtype.
+/// The terms of `D^2` of a row, and adds them: `D` is the step as stored, rounded to the parameter's dtype.
 #[inline(always)]
-fn step_squares<P: Parameter>(squares: &mut [f64], before: &[P::Compute], w: &[P]) {
-    for ((square, before), w) in squares.iter_mut().zip(before).zip(w) {
+fn step_squares<P: Parameter>(
+    squares: &mut [f64],
+    lanes: &mut [f64],
+    before: &[P::Compute],
+    w: &[P],
+) {
+    for (((square, lane), before), w) in squares.iter_mut().zip(lanes).zip(before).zip(w) {
         let step = w.widen().to_f64() - before.to_f64();
         *square = step * step;
+        *lane += *square;
     }
 }
 
-/// Adds the terms of `d^2` and `d m` of a row, of Adam's direction `d = m / P`.
+/// Adds the terms of `d^2` and `d m` of a row.
 #[inline(always)]
-fn add_adam_direction<C: Real>(
-    direction: &mut [f64],
-    along: &mut [f64],
-    m: &[C],
-    v: &[C],
-    moments: &Moments<C>,
-) {
-    for (((direction, along), m), v) in direction.iter_mut().zip(along).zip(m).zip(v) {
-        let d = m.div(moments.denom(*v)).to_f64();
+fn add_direction<C: Real>(direction: &mut [f64], along: &mut [f64], d: &[C], m: &[C]) {
+    for (((direction, along), d), m) in direction.iter_mut().zip(along).zip(d).zip(m) {
+        let d = d.to_f64();
         *direction += d * d;
         *along += d * m.to_f64();
     }
