@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
-use candle_core::{Result, TensorId, Var, bail};
+use candle_core::{Error, Result, TensorId, Var, bail};
 use candle_nn::VarMap;
 
 use crate::backend::cpu::access;
@@ -11,13 +11,16 @@ use crate::backend::masters;
 #[cfg(feature = "cuda")]
 use crate::backend::{Backend, cuda};
 use crate::block::{Block, Parameters};
+use crate::collective::Collective;
 use crate::engine::Engine;
 #[cfg(feature = "cuda")]
 use crate::engine::device::Device;
 use crate::engine::host::Host;
 use crate::matrices::{Matrices, hidden_matrices};
-use crate::optimizer::{DEFAULT_GROUP, Srkl};
+use crate::micro_batches::Accumulated;
+use crate::optimizer::{DEFAULT_GROUP, Srkl, settings};
 use crate::params::{Group, ParamsSrkl};
+use crate::ranks::{BUCKET_BYTES, Ranks, Statement, claim};
 use crate::schedule::{MeasureSchedule, MeasureState};
 
 impl Srkl {
@@ -54,7 +57,13 @@ impl Srkl {
     /// ```
     pub fn builder<'a>() -> SrklBuilder<'a> {
         let matrices = Box::new(hidden_matrices);
-        SrklBuilder { default: ParamsSrkl::default(), groups: vec![], matrices }
+        SrklBuilder {
+            default: ParamsSrkl::default(),
+            groups: vec![],
+            matrices,
+            collective: None,
+            bucket_bytes: BUCKET_BYTES,
+        }
     }
 }
 
@@ -70,6 +79,8 @@ pub struct SrklBuilder<'a> {
     default: ParamsSrkl,
     groups: Vec<(Group, Predicate<'a>)>,
     matrices: MatricesOf<'a>,
+    collective: Option<Box<dyn Collective>>,
+    bucket_bytes: usize,
 }
 
 impl<'a> SrklBuilder<'a> {
@@ -121,6 +132,31 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
+    /// Steps together with other ranks: copies of the training in other threads, or processes, each with micro-batches of its
+    /// own. A step is by the mean of the gradients of all of them, and leaves the same parameters and state on all.
+    ///
+    /// All ranks make the same calls in the same order: [`build`](Self::build), where the parameters become those of rank 0,
+    /// `step`, `observe`, `perturb` and what is made of these, `save` and `load`. What differs between them (names, shapes,
+    /// settings, learning rates, numbers of steps and micro-batches), and an error on any of them, is an error on all, which
+    /// names the rank; nothing has changed then. A rank that leaves or panics makes the calls of the others fail.
+    ///
+    /// For the same micro-batches the bits are the same for any number of ranks, as long as each has a power of two of them
+    /// ([`accumulate`](Srkl::accumulate)): one process with 8, two ranks with 4, eight with 1. Rank `r` has the `r`-th run of
+    /// neighbouring ones.
+    ///
+    /// [`Threads`](crate::Threads) has an example.
+    pub fn collective(mut self, collective: impl Collective + 'static) -> Self {
+        self.collective = Some(Box::new(collective));
+        self
+    }
+
+    /// The most bytes of gradients that ranks send each other at a time, 32 MiB unless set: a step allocates about three times
+    /// as much.
+    pub fn bucket_bytes(mut self, bytes: usize) -> Self {
+        self.bucket_bytes = bytes.max(1);
+        self
+    }
+
     /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
     /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`](crate::BlockTelemetry::tied) has the others.
     ///
@@ -161,6 +197,42 @@ impl<'a> SrklBuilder<'a> {
 
     /// An optimizer of variables, each with its name and its other names.
     fn build_all(
+        mut self,
+        named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
+    ) -> Result<Srkl> {
+        let ranks = self.collective.take().map(|c| Ranks::new(c, self.bucket_bytes)).transpose()?;
+        let Some(mut ranks) = ranks.flatten() else { return self.build_one(named) };
+        // The parameters first: masters are made from them.
+        let named: Vec<_> = named.into_iter().filter(|(.., var)| var.dtype().is_float()).collect();
+        let parameter = |(name, tied, var): &(String, Vec<String>, Var)| {
+            let shape = format!("{:?} {:?}", var.dtype(), var.dims());
+            claim(
+                format!("parameter `{}`", [std::slice::from_ref(name), tied].concat().join("`, `")),
+                shape,
+            )
+        };
+        let claims = named.iter().map(parameter).collect();
+        ranks.agree(Ok(Statement { claims, ..Statement::default() }))?;
+        let vars: Vec<Var> = named.iter().map(|(.., var)| var.clone()).collect();
+        let built = self.build_one(named);
+        let claims = |opt: &Srkl| {
+            let group = |block: &Block| {
+                claim(format!("the group of `{}`", block.name), &opt.all.groups[block.group].name)
+            };
+            let settings = opt.all.groups.iter().map(settings);
+            settings.chain(opt.all.blocks.iter().map(group)).collect()
+        };
+        let statement = built.as_ref().map(|opt| Statement { claims: claims(opt), own: vec![] });
+        ranks.agree(statement.map_err(|e| Error::msg(e.to_string())))?;
+        let mut opt = built?;
+        ranks.broadcast(&vars)?;
+        opt.sync_master()?;
+        opt.ranks = Some(Box::new(ranks));
+        Ok(opt)
+    }
+
+    /// The same for one rank.
+    fn build_one(
         self,
         named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
     ) -> Result<Srkl> {
@@ -238,6 +310,9 @@ impl<'a> SrklBuilder<'a> {
             seed: 0,
             records: false,
             engine,
+            ranks: None,
+            micro_batches: 1,
+            accumulated: Accumulated::default(),
         })
     }
 }

@@ -41,6 +41,7 @@ use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
+use crate::ranks::{Statement, claim};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
 use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
@@ -87,8 +88,17 @@ impl Srkl {
     /// Whatever the file system refuses, a path that leads to anything but a regular file, a step that waits
     /// for its measurement, or a learning rate that `step` would refuse; an older file of that name is then
     /// untouched.
+    ///
+    /// # Several ranks
+    ///
+    /// All ranks call it, and rank 0 writes the file. It knows no number of ranks: any number of them, or a single process, goes
+    /// on from it with the same bits.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        let saved = if self.rank() == 0 { self.save_alone(path.as_ref()) } else { Ok(()) };
+        self.agree_on(saved.map(|()| Statement::default()))
+    }
+
+    fn save_alone(&mut self, path: &Path) -> Result<()> {
         let target = Target::of(path).map_err(|e| e.with_path(path))?;
         // What `load` would refuse.
         self.scalars()?;
@@ -160,17 +170,17 @@ impl Srkl {
     /// the match by value is ambiguous. Nothing has changed then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let loaded = fs::read(path)
-            .map_err(Error::from)
-            .and_then(|bytes| {
-                let params = |block: &Block| self.all.of(block);
-                Loaded::new(&bytes, &self.all.blocks, self.by_position, params)
-            })
-            .map_err(|e| e.with_path(path))?;
-        for group in &self.all.groups {
-            check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
-                .map_err(|e| e.context(format!("group `{}`", group.name)).with_path(path))?;
-        }
+        let loaded = self.read(path).map_err(|e| e.with_path(path));
+        self.agree_on(
+            loaded
+                .as_ref()
+                .map(|(_, file)| Statement {
+                    claims: vec![claim("the file that is loaded", file)],
+                    ..Statement::default()
+                })
+                .map_err(|e| Error::msg(e.to_string())),
+        )?;
+        let (loaded, _) = loaded?;
         // Nothing below can fail, but for a device that has failed already, or is being captured.
         for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
             for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
@@ -198,6 +208,30 @@ impl Srkl {
         self.upload_settings()?;
         self.engine.set_progress(&mut self.all, progress)?;
         self.recall_estimates()
+    }
+}
+
+impl Srkl {
+    /// A checkpoint, and the hash of its file.
+    fn read(&self, path: &Path) -> Result<(Loaded, String)> {
+        let bytes = fs::read(path)?;
+        let params = |block: &Block| self.all.of(block);
+        let loaded = Loaded::new(&bytes, &self.all.blocks, self.by_position, params)?;
+        for group in &self.all.groups {
+            check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
+                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+        }
+        let mut hasher = XxHash3_128::new();
+        hasher.write(&bytes);
+        Ok((loaded, format!("{:032x}", hasher.finish_128())))
+    }
+
+    /// Compares what ranks state, or tells them of an error; without other ranks only the error counts.
+    fn agree_on(&mut self, local: Result<Statement>) -> Result<()> {
+        match &mut self.ranks {
+            Some(ranks) => ranks.agree(local).map(|_| ()),
+            None => local.map(|_| ()),
+        }
     }
 }
 

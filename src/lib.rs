@@ -63,11 +63,13 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
+mod accumulate;
 mod averages;
 mod backend;
 mod block;
 mod builder;
 mod checkpoint;
+mod collective;
 mod compact;
 mod dropout;
 mod engine;
@@ -75,10 +77,12 @@ mod estimate;
 mod file;
 mod matrices;
 mod measuring;
+mod micro_batches;
 pub mod numerics;
 mod optimizer;
 mod params;
 pub mod random;
+mod ranks;
 mod rule;
 mod schedule;
 mod state;
@@ -86,6 +90,7 @@ mod telemetry;
 
 pub use averages::Averaged;
 pub use builder::SrklBuilder;
+pub use collective::{Collective, Threads};
 pub use dropout::Dropout;
 pub use estimate::Measurements;
 pub use matrices::hidden_matrices;

@@ -6,16 +6,17 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Error, Result, Tensor, bail};
-use candle_nn::Optimizer;
 
 use crate::backend::Step;
 use crate::block::Block;
 use crate::engine::{Perturbation, Remaining};
 use crate::estimate::{Left, Measurements};
+use crate::micro_batches::{Accumulated, leaf};
 use crate::numerics::random_bits;
-use crate::optimizer::Srkl;
+use crate::optimizer::{Reduced, Srkl};
 use crate::params::{Measure, ParamsSrkl, Repeatable};
 use crate::random;
+use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 
 /// The stream of the step seeds, which no other random numbers use.
@@ -83,7 +84,7 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Those of `loss`, of its gradient and of [`step`](Optimizer::step); losses that differ at the same
+    /// Those of `loss`, of its gradient and of [`step`](candle_nn::Optimizer::step); losses that differ at the same
     /// parameters; a loss that reaches none of the parameters. If the first call fails nothing has changed. If the
     /// second one fails, or panics, there is no measurement: with `Step` the step has been taken; with
     /// `Hutchinson` it has not, and the parameters are as they were, bit for bit.
@@ -91,38 +92,103 @@ impl Srkl {
         &mut self,
         mut loss: impl FnMut() -> std::result::Result<Tensor, E>,
     ) -> std::result::Result<Tensor, E> {
-        self.refuse_pending()?;
-        let seed = self.step_seed();
-        let mut loss = || random::with_seed(seed, &mut loss);
+        let losses = self.backward_step_over(1, |_| loss())?;
+        Ok(losses.into_iter().next().expect("one loss of one micro-batch"))
+    }
+
+    /// [`backward_step_with`](Self::backward_step_with) for several micro-batches: one step by the mean of their gradients,
+    /// summed as [`accumulate`](Self::accumulate) does, so that one graph at a time is in memory. `loss` is called with the
+    /// numbers from 0 to `count`, in order, twice where the step measures. Returns the losses, detached from their graphs.
+    ///
+    /// Each micro-batch has random numbers of its own, by its number among those of all ranks
+    /// ([`micro_batch_seed`](Self::micro_batch_seed)).
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let batches = [1f64, -2., 3., 4.];
+    /// let w = Var::new(2f32, &Device::Cpu)?;
+    /// let mut opt = Srkl::builder()
+    ///     .default_group(ParamsSrkl::braked_adam())
+    ///     .build([("w".to_string(), w.clone())])?;
+    /// for _ in 0..100 {
+    ///     opt.backward_step_over(batches.len(), |i| (w.as_tensor() * batches[i])?.sqr())?;
+    /// }
+    /// assert!(w.to_scalar::<f32>()?.abs() < 1e-2);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`backward_step_with`](Self::backward_step_with), and a `count` of 0.
+    pub fn backward_step_over<E: From<Error>>(
+        &mut self,
+        count: usize,
+        mut loss: impl FnMut(usize) -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<Vec<Tensor>, E> {
+        let seeds: Vec<u64> = (0..count).map(|i| self.micro_batch_seed(count, i)).collect();
+        let mut loss = |i: usize| random::with_seed(seeds[i], || loss(i));
         let measures = self.measuring();
-        let expected = match measures && self.checks_closures() {
-            // Its graph is dropped here.
-            true => Some(exact_values(&loss()?)?),
-            false => None,
-        };
-        let (first, grads) = {
-            let first = loss()?;
-            if let Some(expected) = expected {
-                refuse_different(&expected, &exact_values(&first)?)?;
-                self.measure_state.checked = true;
-            }
-            let grads = first.backward()?;
-            self.refuse_unreached(&grads)?;
-            (first.detach(), if measures { self.detached(&grads) } else { grads })
-        };
+        let first = self.gradients_of(count, measures, &mut loss);
+        let (losses, grads) = self.tell(first)?;
+        let micro_batches = count as u64;
         if measures && self.probes() {
-            let perturbed = self.perturb(&grads)?;
-            let again = loss()?.backward()?;
-            perturbed.observe(&again)?;
+            let perturbed = self.perturb_by(Reduced::Own(&grads), micro_batches)?;
+            let again = perturbed.opt.sum_gradients(count, |i| backward(&mut loss, i));
+            match again {
+                Ok((_, again)) => perturbed.observe_by(&again, micro_batches)?,
+                Err(e) => {
+                    drop(perturbed);
+                    return self.tell(Err(e));
+                }
+            }
         }
-        self.step(&grads)?;
+        self.step_by(&grads, micro_batches)?;
         if self.measure_state.awaiting_observe {
             drop(grads);
             let awaited = Awaited(self);
-            let again = loss()?.backward()?;
-            awaited.0.observe(&again)?;
+            let again = awaited.0.sum_gradients(count, |i| backward(&mut loss, i));
+            let (_, again) = awaited.0.tell(again)?;
+            awaited.0.observe_by(&again, micro_batches)?;
         }
-        Ok(first)
+        Ok(losses)
+    }
+
+    /// The losses and the sum of their gradients, before a step; nothing is left of their graphs if it `measures`.
+    fn gradients_of<E: From<Error>>(
+        &mut self,
+        count: usize,
+        measures: bool,
+        loss: &mut impl FnMut(usize) -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<(Vec<Tensor>, GradStore), E> {
+        self.refuse_pending()?;
+        if count == 0 {
+            Err(Error::msg("`backward_step_over`: expected at least one micro-batch, got 0"))?
+        }
+        let checks = measures && self.checks_closures();
+        // Its graph is dropped here.
+        let expected = if checks { Some(exact_values(&loss(0)?)?) } else { None };
+        let summed = self.sum_gradients(count, |i| {
+            let first = loss(i)?;
+            if let (0, Some(expected)) = (i, &expected) {
+                refuse_different(expected, &exact_values(&first)?)?;
+            }
+            let grads = first.backward()?;
+            self.refuse_unreached(&grads)?;
+            Ok::<_, E>((first.detach(), if measures { self.detached(&grads) } else { grads }))
+        })?;
+        self.measure_state.checked |= checks;
+        Ok(summed)
+    }
+
+    /// Tells the other ranks if this one has failed, so that they do not wait for it.
+    fn tell<T, E>(&mut self, done: std::result::Result<T, E>) -> std::result::Result<T, E> {
+        if done.is_err() {
+            let _ = self
+                .refuse::<()>(Error::msg("a loss, its gradient, or a check of them has failed"));
+        }
+        done
     }
 
     /// The gradients of the parameters, without their graphs: a graph keeps alive what candle computed them from.
@@ -161,9 +227,20 @@ impl Srkl {
     /// [`random::with_seed`], if there is one. A checkpoint restores it.
     #[must_use]
     pub fn step_seed(&self) -> u64 {
+        self.micro_batch_seed(1, 0)
+    }
+
+    /// The seed of micro-batch `i` of the `count` that this rank has in the next step: see [`Srkl::step_seed`], which is that
+    /// of the first one. Each micro-batch of a step has another, on whatever rank it is.
+    #[must_use]
+    pub fn micro_batch_seed(&self, count: usize, i: usize) -> u64 {
         let waits = self.measure_state.awaiting_observe as u64;
         let outer = random::current_seed().unwrap_or(0);
-        random_bits(self.seed, self.measure_state.step_calls - waits, STEP_SEEDS, outer)
+        let seed = random_bits(self.seed, self.measure_state.step_calls - waits, STEP_SEEDS, outer);
+        match (self.rank() * count + i) as u64 {
+            0 => seed,
+            number => random_bits(seed, number, STEP_SEEDS, 0),
+        }
     }
 
     /// Sets the base of the step seeds. Default 0; saved in checkpoints.
@@ -320,14 +397,14 @@ impl Srkl {
     /// No step waits for it, or a gradient that `step` would refuse. It can then be called again. (A parameter
     /// without a second gradient is no error: it is left out of this measurement, and counted.)
     pub fn observe(&mut self, grads_again: &GradStore) -> Result<()> {
-        if !self.measure_state.awaiting_observe {
-            bail!(
-                "`observe`: no step waits for a measurement; call it once after a `step` before which \
-                 `measuring()` was true, with `Curvature::Step`"
-            )
-        }
-        let scalars = self.scalars()?;
-        let remaining = self.engine.observe(&mut self.all, grads_again, scalars)?;
+        self.observe_by(grads_again, 1)
+    }
+
+    /// The same with the sum of the gradients of `count` micro-batches.
+    pub(crate) fn observe_by(&mut self, grads_again: &GradStore, count: u64) -> Result<()> {
+        let local = self.refuse_unobservable(count);
+        let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
+        let remaining = self.engine.observe(&mut self.all, &again, scalars)?;
         self.measure_state.awaiting_observe = false;
         self.note_estimates(remaining);
         Ok(())
@@ -341,17 +418,7 @@ impl Srkl {
     /// Settings without [`Curvature::Hutchinson`](crate::Curvature::Hutchinson), a measurement that has been taken
     /// already, or a gradient that `step` would refuse.
     pub fn perturb<'a>(&'a mut self, grads: &'a GradStore) -> Result<Perturbed<'a>> {
-        let Some(MeasureSchedule { probe: Some((delta, seed)), .. }) = self.measure_schedule else {
-            bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
-        };
-        if self.measure_state.measured {
-            bail!("`perturb`: the measurement for the next step has been taken; call `step`")
-        }
-        let draw = self.measure_state.probe_count;
-        let step = self.probe_step(grads)?;
-        self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw })?;
-        self.measure_state.probe_count += 1;
-        Ok(Perturbed { opt: self, grads, done: false })
+        self.perturb_by(Reduced::Own(grads), 1)
     }
 
     /// Checks that `loss` gives the same loss and the same gradients twice, bit for bit, at the same parameters;
@@ -400,9 +467,46 @@ impl Srkl {
         Ok(each.max_by_key(most).unwrap_or_default())
     }
 
-    /// The next step, as a measurement by random vectors needs it.
-    fn probe_step<'g>(&self, grads: &'g GradStore) -> Result<Step<'g>> {
-        Ok(Step { grads, scalars: self.scalars()?, measures: false, records: false, steps: 0 })
+    /// [`Srkl::perturb`] for the sum of the gradients of `count` micro-batches.
+    pub(crate) fn perturb_by<'a>(
+        &'a mut self,
+        grads: Reduced<'a>,
+        count: u64,
+    ) -> Result<Perturbed<'a>> {
+        let local = self.refuse_perturbation();
+        let (grads, scalars) = self.reduced("perturb", grads, count, local)?;
+        let draw = self.measure_state.probe_count;
+        let step = probe_step(&grads, scalars);
+        let (delta, seed) = self.measure_schedule.and_then(|plan| plan.probe).unwrap_or_default();
+        self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw })?;
+        self.measure_state.probe_count += 1;
+        Ok(Perturbed { opt: self, grads, count, again: Accumulated::default(), done: false })
+    }
+
+    /// An error if no step waits for a measurement over so many micro-batches.
+    fn refuse_unobservable(&self, count: u64) -> Result<()> {
+        if !self.measure_state.awaiting_observe {
+            bail!(
+                "`observe`: no step waits for a measurement; call it once after a `step` before which \
+                 `measuring()` was true, with `Curvature::Step`"
+            )
+        }
+        let expected = self.micro_batches / self.world_size() as u64;
+        if count != expected {
+            bail!("`observe`: expected the {expected} micro-batches of the step, got {count}")
+        }
+        Ok(())
+    }
+
+    /// An error if the parameters can't be perturbed now.
+    fn refuse_perturbation(&self) -> Result<()> {
+        if !self.probes() {
+            bail!("`perturb`: expected settings with `Curvature::Hutchinson`")
+        }
+        if self.measure_state.measured {
+            bail!("`perturb`: the measurement for the next step has been taken; call `step`")
+        }
+        Ok(())
     }
 
     /// Whether a closure must be checked before the next measurement.
@@ -441,6 +545,15 @@ impl Srkl {
         }
         Ok(())
     }
+}
+
+fn backward<E: From<Error>>(
+    loss: &mut impl FnMut(usize) -> std::result::Result<Tensor, E>,
+    i: usize,
+) -> std::result::Result<(Tensor, GradStore), E> {
+    let loss = loss(i)?;
+    let grads = loss.backward()?;
+    Ok((loss.detach(), grads))
 }
 
 /// A step whose measurement is under way. If that fails, or the closure panics, no later step waits for it.
@@ -512,12 +625,20 @@ impl Srkl {
     }
 }
 
+/// The next step, as a measurement by random vectors needs it.
+fn probe_step(grads: &GradStore, scalars: StepScalars) -> Step<'_> {
+    Step { grads, scalars, measures: false, records: false, steps: 0 }
+}
+
 /// Parameters are perturbed while this lives: see [`Srkl::perturb`]. Dropping it restores them, bit for bit.
 #[derive(Debug)]
 #[must_use = "dropping it restores the parameters"]
 pub struct Perturbed<'a> {
     opt: &'a mut Srkl,
-    grads: &'a GradStore,
+    grads: Reduced<'a>,
+    /// How many micro-batches of this rank they are the sum over.
+    count: u64,
+    again: Accumulated,
     done: bool,
 }
 
@@ -528,11 +649,44 @@ impl Perturbed<'_> {
     /// # Errors
     ///
     /// A gradient that `step` would refuse. The parameters are restored, and the estimate is as it was.
-    pub fn observe(mut self, grads_again: &GradStore) -> Result<()> {
-        self.restore()?;
-        let step = self.opt.probe_step(self.grads)?;
+    pub fn observe(self, grads_again: &GradStore) -> Result<()> {
+        self.observe_by(grads_again, 1)
+    }
+
+    /// Adds the gradients of a micro-batch at the perturbed parameters, as [`Srkl::accumulate`] does.
+    ///
+    /// # Errors
+    ///
+    /// A gradient that `step` would refuse. Nothing has changed then.
+    pub fn accumulate(&mut self, grads_again: &GradStore) -> Result<()> {
+        self.again.push(leaf(&self.opt.all.blocks, grads_again)?)
+    }
+
+    /// [`observe`](Self::observe) with the mean of what has been [accumulated](Self::accumulate): the same micro-batches as of
+    /// [`Srkl::perturb_accumulated`].
+    ///
+    /// # Errors
+    ///
+    /// Another number of micro-batches. The parameters are restored, and the estimate is as it was.
+    pub fn observe_accumulated(self) -> Result<()> {
+        let again = self.again.total(&self.opt.all.blocks)?;
+        let count = self.again.count;
+        self.observe_by(&again, count)
+    }
+
+    fn observe_by(mut self, grads_again: &GradStore, count: u64) -> Result<()> {
+        let expected = self.count;
+        let local = self.restore().and_then(|()| {
+            if count != expected {
+                bail!("`observe`: expected the {expected} micro-batches of `perturb`, got {count}")
+            }
+            Ok(())
+        });
+        let again = Reduced::Own(grads_again);
+        let (again, scalars) = self.opt.reduced("observe", again, count, local)?;
+        let step = probe_step(&self.grads, scalars);
         let Srkl { engine, all, .. } = &mut *self.opt;
-        let remaining = engine.observe_probe(all, step, grads_again)?;
+        let remaining = engine.observe_probe(all, step, &again)?;
         self.opt.note_estimates(remaining);
         self.opt.measure_state.measured = true;
         Ok(())

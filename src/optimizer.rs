@@ -1,15 +1,18 @@
 //! [`Srkl`]: parameter groups, and the order of a step.
 
 use std::fmt;
+use std::ops::Deref;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var, bail};
+use candle_core::{Error, Result, Tensor, Var, bail};
 use candle_nn::Optimizer;
 
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
+use crate::micro_batches::Accumulated;
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
+use crate::ranks::{Claim, Ranks, Statement, claim, given};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::refuse_other_state;
@@ -59,6 +62,11 @@ pub struct Srkl {
     pub(crate) records: bool,
     /// Decides steps and counts them, on the host or on a CUDA device.
     pub(crate) engine: Box<dyn Engine>,
+    /// The other ranks, if there are any.
+    pub(crate) ranks: Option<Box<Ranks>>,
+    /// How many micro-batches the gradients of the last step were summed over, of all ranks.
+    pub(crate) micro_batches: u64,
+    pub(crate) accumulated: Accumulated,
 }
 
 impl Optimizer for Srkl {
@@ -101,15 +109,7 @@ impl Optimizer for Srkl {
     /// and is counted as a step. The optimizer must outlive the graph. Between two captures it must take a step
     /// outside of a capture.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
-        let scalars = self.scalars()?;
-        self.refuse_unmeasured()?;
-        let measures = self.measuring() && !self.probes();
-        let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
-        if self.engine.step(&mut self.all, step)? == Outcome::Counted {
-            self.count_step(measures);
-            self.note_gradients(grads, measures);
-        }
-        Ok(())
+        self.step_by(grads, 1)
     }
 
     /// One step by the gradient of `loss`.
@@ -171,6 +171,20 @@ impl Optimizer for Srkl {
 }
 
 impl Srkl {
+    /// One step by the sum of the gradients of `count` micro-batches.
+    pub(crate) fn step_by(&mut self, grads: &GradStore, count: u64) -> Result<()> {
+        let local = self.refuse_unmeasured();
+        let (grads, scalars) = self.reduced("step", Reduced::Own(grads), count, local)?;
+        let grads = &grads;
+        let measures = self.measuring() && !self.probes();
+        let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
+        if self.engine.step(&mut self.all, step)? == Outcome::Counted {
+            self.count_step(measures);
+            self.note_gradients(grads, measures);
+        }
+        Ok(())
+    }
+
     /// The factor that the loss was multiplied by (1 unless set): gradients are divided by it
     /// before everything else.
     #[must_use]
@@ -333,13 +347,109 @@ impl Srkl {
         self.all.groups.iter().map(|group| group.params.lr).find(|lr| *lr > 0.)
     }
 
-    pub(crate) fn scalars(&self) -> Result<StepScalars> {
-        for group in &self.all.groups {
-            let lr = self.schedule * group.params.lr;
-            check("learning rate", lr, Above::OrZero)
-                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+    /// The number of this rank; 0 if there is only one.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.ranks.as_ref().map_or(0, |ranks| ranks.rank)
+    }
+
+    /// How many ranks step together: see [`SrklBuilder::collective`](crate::SrklBuilder::collective).
+    #[must_use]
+    pub fn world_size(&self) -> usize {
+        self.ranks.as_ref().map_or(1, |ranks| ranks.world_size)
+    }
+
+    /// An error of this rank, which the others are told of.
+    pub(crate) fn refuse<T>(&mut self, e: Error) -> Result<T> {
+        match &mut self.ranks {
+            Some(ranks) => ranks.agree(Err(e)).and_then(|_| bail!("no rank has failed")),
+            None => Err(e),
         }
-        Ok(StepScalars { schedule: self.schedule, grad_scale: self.grad_scale })
+    }
+
+    /// The gradients of all ranks, each the sum over `count` micro-batches, and the numbers of a step by their mean. `local` is
+    /// what this rank has found so far.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong on any rank, or differs between them: the same error on all.
+    pub(crate) fn reduced<'g>(
+        &mut self,
+        call: &str,
+        grads: Reduced<'g>,
+        count: u64,
+        local: Result<()>,
+    ) -> Result<(Reduced<'g>, StepScalars)> {
+        let measuring = self.measuring();
+        let Self { all, ranks, measure_state, schedule, grad_scale, .. } = self;
+        let Some(ranks) = ranks else {
+            local?;
+            self.micro_batches = count;
+            return Ok((grads, self.scalars()?));
+        };
+        let checked = local.and_then(|()| valid_rates(all, *schedule)).and_then(|()| {
+            let given = |block: &&Block| grads.get_id(block.id).is_some();
+            for block in all.blocks.iter().filter(given) {
+                grads.get_id(block.id).map_or(Ok(()), |gradient| block.check_gradient(gradient))?;
+            }
+            Ok(())
+        });
+        let statement = checked.map(|()| {
+            let numbers = [
+                claim("what is called", call),
+                claim("the number of micro-batches", count),
+                claim("the number of steps before", measure_state.step_calls),
+                claim("whether this step measures", measuring),
+                claim("the learning rate's multiplier", *schedule),
+                claim("the gradient scale", *grad_scale),
+            ];
+            let claims = numbers.into_iter().chain(all.groups.iter().map(settings)).collect();
+            Statement { claims, own: given(&all.blocks, &grads) }
+        });
+        let stated = ranks.agree(statement)?;
+        let sum = ranks.sum(&all.blocks, &grads, &stated)?;
+        self.micro_batches = count * ranks.world_size as u64;
+        Ok((Reduced::Sum(sum), self.scalars()?))
+    }
+
+    pub(crate) fn scalars(&self) -> Result<StepScalars> {
+        valid_rates(&self.all, self.schedule)?;
+        // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
+        let grad_scale = self.grad_scale * self.micro_batches as f64;
+        Ok(StepScalars { schedule: self.schedule, grad_scale })
+    }
+}
+
+fn valid_rates(all: &Parameters, schedule: f64) -> Result<()> {
+    for group in &all.groups {
+        check("learning rate", schedule * group.params.lr, Above::OrZero)
+            .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+    }
+    Ok(())
+}
+
+/// What all ranks must set alike.
+pub(crate) fn settings(group: &Group) -> Claim {
+    claim(format!("the settings of group `{}`", group.name), format!("{:?}", group.params))
+}
+
+/// The gradients of a step.
+#[derive(Debug)]
+pub(crate) enum Reduced<'g> {
+    /// Those that were given.
+    Own(&'g GradStore),
+    /// A sum over micro-batches.
+    Sum(GradStore),
+}
+
+impl Deref for Reduced<'_> {
+    type Target = GradStore;
+
+    fn deref(&self) -> &GradStore {
+        match self {
+            Self::Own(grads) => grads,
+            Self::Sum(grads) => grads,
+        }
     }
 }
 

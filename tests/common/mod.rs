@@ -3,6 +3,7 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod suite;
 pub mod training;
 
 use std::collections::BTreeMap;

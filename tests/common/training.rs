@@ -1,10 +1,14 @@
 //! A training that meets whatever a step can meet, on any devices, and all that it leaves behind.
 
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Curvature, ParamsSrkl, Srkl};
+use candle_srkl::{Collective, Curvature, ParamsSrkl, Srkl, Threads};
 
-use super::{FLOATS, bits, grads, saved, tensor};
+use super::{FLOATS, bits, contents, grads, tensor};
 
 /// Steps of a training.
 pub const STEPS: u64 = 6;
@@ -76,11 +80,11 @@ fn laid_out(values: &[f64], dtype: DType, layout: u64, device: &Device) -> Resul
 fn gradients(
     n: usize,
     dtype: DType,
-    (step, i): (u64, usize),
+    (step, i, micro_batch): (u64, usize, u64),
     salt: u64,
     device: &Device,
 ) -> Result<[Option<Tensor>; 2]> {
-    let salt = salt + 1000 * step + 10 * i as u64;
+    let salt = salt + 1000 * step + 10 * i as u64 + 1_000_003 * micro_batch;
     let choice = random(salt, 1 << 40);
     let dtype = if choice % 10 < 3 { FLOATS[(choice / 16 % 4) as usize] } else { dtype };
     if (choice / 64).is_multiple_of(8) {
@@ -91,7 +95,9 @@ fn gradients(
     let mut second: Vec<f64> = first.iter().zip(change).map(|(g, change)| g + change).collect();
     // Not finite at the first, a middle or the last element; 0 altogether.
     let places = [0, n / 2, n - 1];
+    // Of several micro-batches only in one.
     match (step, i) {
+        _ if ![0, 5].contains(&micro_batch) => {}
         (1, NOT_FINITE) => first[places[(choice % 3) as usize]] = f64::NAN,
         (2, NOT_FINITE) => first[places[(choice % 3) as usize]] = f64::INFINITY,
         (3, NOT_FINITE_AGAIN) => second[places[(choice % 3) as usize]] = f64::NEG_INFINITY,
@@ -102,6 +108,60 @@ fn gradients(
     let again = (step + i as u64) % 5 != 2;
     let second = again.then(|| laid_out(&second, dtype, choice / 8192, device)).transpose()?;
     Ok([Some(first), second])
+}
+
+/// The part that a rank has of a training.
+#[derive(Debug)]
+pub struct Share {
+    /// Of all ranks. If it is 1, gradients are not accumulated.
+    pub micro_batches: u64,
+    /// This rank, if there are several.
+    pub rank: Option<Rank>,
+    pub bucket_bytes: usize,
+    /// Where checkpoints go, if there are several ranks: rank 0 writes them.
+    pub folder: Option<PathBuf>,
+}
+
+/// A rank that may be put into several optimizers, one after the other.
+pub type Rank = Arc<Mutex<Threads>>;
+
+impl Share {
+    pub const ALL: Self =
+        Self { micro_batches: 1, rank: None, bucket_bytes: 1 << 20, folder: None };
+
+    /// Its micro-batches.
+    fn own(&self) -> Range<u64> {
+        let (rank, size) = self.rank.as_ref().map_or((0, 1), |rank| {
+            let rank = rank.lock().unwrap();
+            (rank.rank() as u64, rank.world_size() as u64)
+        });
+        let each = self.micro_batches / size;
+        rank * each..(rank + 1) * each
+    }
+}
+
+/// What an optimizer is given.
+struct Shared(Rank);
+
+impl Collective for Shared {
+    fn rank(&self) -> usize {
+        self.0.lock().unwrap().rank()
+    }
+    fn world_size(&self) -> usize {
+        self.0.lock().unwrap().world_size()
+    }
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        self.0.lock().unwrap().all_to_all(from, parts, to)
+    }
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        self.0.lock().unwrap().all_gather(whole, parts)
+    }
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.0.lock().unwrap().exchange(own)
+    }
+    fn abort(&mut self) {
+        self.0.lock().unwrap().abort();
+    }
 }
 
 /// Trains vectors of these sizes: [`train_shapes`].
@@ -115,6 +175,16 @@ pub fn train(
     train_shapes(params, &shapes, seed, devices)
 }
 
+/// The same, without a share: all by itself.
+pub fn train_shapes(
+    params: &ParamsSrkl,
+    shapes: &[Vec<usize>],
+    seed: u64,
+    devices: &[&Device],
+) -> Result<Vec<Left>> {
+    train_share(params, shapes, seed, devices, &Share::ALL)
+}
+
 /// The dtype of parameter `i` in the training of this seed.
 pub fn dtype_of(i: usize, seed: u64) -> DType {
     FLOATS[(i + seed as usize) % 4]
@@ -123,11 +193,12 @@ pub fn dtype_of(i: usize, seed: u64) -> DType {
 /// Trains parameters of these shapes and of all dtypes, spread over `devices`, for [`STEPS`] steps: with three groups, of
 /// which one is frozen; gradients missing, not finite, misaligned, strided, of other dtypes; a schedule that changes and
 /// is 0 for a step; a gradient scale; a parameter that somebody overwrites; and a checkpoint from which it goes on.
-pub fn train_shapes(
+pub fn train_share(
     params: &ParamsSrkl,
     shapes: &[Vec<usize>],
     seed: u64,
     devices: &[&Device],
+    share: &Share,
 ) -> Result<Vec<Left>> {
     let on = |i: usize| devices[(i / 2) % devices.len()];
     let mut vars = vec![];
@@ -137,8 +208,12 @@ pub fn train_shapes(
         vars.push(Var::from_tensor(&value.to_device(on(i))?)?);
     }
     let build = || {
-        Srkl::builder()
-            .default_group(params.clone())
+        let builder = Srkl::builder().default_group(params.clone());
+        let builder = match &share.rank {
+            Some(rank) => builder.collective(Shared(rank.clone())).bucket_bytes(share.bucket_bytes),
+            None => builder,
+        };
+        builder
             .group("other", ParamsSrkl { weight_decay: 0.3, ..params.clone() }, |name, _| {
                 name.len() > 1
             })
@@ -151,14 +226,21 @@ pub fn train_shapes(
     let perturbs = matches!(params.curvature, Curvature::Hutchinson(_));
     let mut left = vec![];
     for step in 0..STEPS {
-        let (mut first, mut again) = (grads([]), grads([]));
-        for (i, var) in vars.iter().enumerate() {
-            let [g, g2] = gradients(var.elem_count(), var.dtype(), (step, i), seed, on(i))?;
-            for (store, g) in [(&mut first, g), (&mut again, g2)] {
-                // A reshaped view is a copy, unless it is contiguous.
-                let g = g.map(|g| g.reshape(var.shape())).transpose()?;
-                g.map(|g| store.insert(var, g));
+        // For each micro-batch.
+        let (mut first, mut again) = (vec![], vec![]);
+        for micro_batch in share.own() {
+            let [mut of_first, mut of_again] = [grads([]), grads([])];
+            for (i, var) in vars.iter().enumerate() {
+                let place = (step, i, micro_batch);
+                let [g, g2] = gradients(var.elem_count(), var.dtype(), place, seed, on(i))?;
+                for (store, g) in [(&mut of_first, g), (&mut of_again, g2)] {
+                    // A reshaped view is a copy, unless it is contiguous.
+                    let g = g.map(|g| g.reshape(var.shape())).transpose()?;
+                    g.map(|g| store.insert(var, g));
+                }
             }
+            first.push(of_first);
+            again.push(of_again);
         }
         opt.record_norms(step % 2 == seed % 2);
         match step {
@@ -167,10 +249,11 @@ pub fn train_shapes(
                 opt.set_learning_rate(params.lr / 7.);
             }
             2 => {
-                let folder = tempfile::tempdir()?;
-                opt.save(folder.path().join("state"))?;
+                let own = tempfile::tempdir()?;
+                let path = share.folder.as_deref().unwrap_or(own.path()).join("resumed");
+                opt.save(&path)?;
                 opt = build()?;
-                opt.load(folder.path().join("state"))?;
+                opt.load(&path)?;
             }
             3 => {
                 let var = &vars[OVERWRITTEN];
@@ -191,15 +274,35 @@ pub fn train_shapes(
             }
             Ok(())
         };
+        let accumulates = share.micro_batches > 1;
+        if accumulates {
+            first.iter().try_for_each(|grads| opt.accumulate(grads))?;
+        }
         let measures = opt.measuring();
         if measures && perturbs {
-            let perturbed = opt.perturb(&first)?;
-            parameters("perturbed")?;
-            perturbed.observe(&again)?;
+            if accumulates {
+                let mut perturbed = opt.perturb_accumulated()?;
+                parameters("perturbed")?;
+                again.iter().try_for_each(|grads| perturbed.accumulate(grads))?;
+                perturbed.observe_accumulated()?;
+            } else {
+                let perturbed = opt.perturb(&first[0])?;
+                parameters("perturbed")?;
+                perturbed.observe(&again[0])?;
+            }
         }
-        opt.step(&first)?;
+        if accumulates {
+            opt.step_accumulated()?
+        } else {
+            opt.step(&first[0])?
+        }
         if measures && !perturbs {
-            opt.observe(&again)?;
+            if accumulates {
+                again.iter().try_for_each(|grads| opt.accumulate(grads))?;
+                opt.observe_accumulated()?;
+            } else {
+                opt.observe(&again[0])?;
+            }
         }
         if step == 3 {
             // What is told of the last step does not depend on it.
@@ -214,7 +317,7 @@ pub fn train_shapes(
             parameters("swapped back")?;
         }
         telemetry(&opt, step, &mut left)?;
-        state(&mut opt, step, &mut left)?;
+        state(&mut opt, step, share, &mut left)?;
     }
     Ok(left)
 }
@@ -245,8 +348,11 @@ fn telemetry(opt: &Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
     Ok(())
 }
 
-fn state(opt: &mut Srkl, step: u64, left: &mut Vec<Left>) -> Result<()> {
-    let (metadata, tensors) = saved(opt)?;
+fn state(opt: &mut Srkl, step: u64, share: &Share, left: &mut Vec<Left>) -> Result<()> {
+    let own = tempfile::tempdir()?;
+    let path = share.folder.as_deref().unwrap_or(own.path()).join("state");
+    opt.save(&path)?;
+    let (metadata, tensors) = contents(&path)?;
     for (key, value) in metadata {
         let bits = value.bytes().map(u64::from).collect();
         left.push(Left { kind: Kind::Metadata, place: format!("step {step}, {key}"), bits });

@@ -1,0 +1,125 @@
+//! Steps by the gradients of several micro-batches.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Error, Result, Tensor};
+
+use crate::measuring::Perturbed;
+use crate::micro_batches::{Accumulated, leaf};
+use crate::optimizer::{Reduced, Srkl};
+
+impl Srkl {
+    /// Adds the gradients of a micro-batch to those of the next [`step_accumulated`](Self::step_accumulated), which steps by
+    /// their **mean**.
+    ///
+    /// They are added up in f32 (f64 for f64 gradients and parameters), whatever their dtype, by a tree over the micro-batches
+    /// whose shape depends on their number alone. With several ranks ([`SrklBuilder::collective`](crate::SrklBuilder::collective))
+    /// the tree goes on over these, so that the same micro-batches give the same bits for any power of two of ranks. A
+    /// parameter without a gradient in some micro-batch is left out there; it counts as 0 in the mean.
+    ///
+    /// Memory: beside the gradients that are given one sum of all parameters in f32 for each 1 in the number of micro-batches
+    /// so far, in binary: one for 1, 2, 4 or 8 of them, and three for 7.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(2f32, &Device::Cpu)?;
+    /// let mut opt = Srkl::builder()
+    ///     .default_group(ParamsSrkl::sgd(0.5))
+    ///     .build([("w".to_string(), w.clone())])?;
+    /// for x in [1., 3.] {
+    ///     let loss = (w.as_tensor() * x)?;
+    ///     opt.accumulate(&loss.backward()?)?;
+    /// }
+    /// opt.step_accumulated()?;
+    /// assert_eq!(w.to_scalar::<f32>()?, 1.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// A plain sum of losses or gradients of your own, given to [`step`](candle_nn::Optimizer::step), is right too; its bits
+    /// depend on how the micro-batches are distributed over ranks.
+    ///
+    /// # Errors
+    ///
+    /// A gradient that `step` would refuse. Nothing has changed then.
+    pub fn accumulate(&mut self, grads: &GradStore) -> Result<()> {
+        self.accumulated.push(leaf(&self.all.blocks, grads)?)
+    }
+
+    /// How many micro-batches have been [accumulated](Self::accumulate) since the last step of them.
+    #[must_use]
+    pub fn accumulated(&self) -> u64 {
+        self.accumulated.count
+    }
+
+    /// Forgets what has been [accumulated](Self::accumulate).
+    pub fn clear_accumulated(&mut self) {
+        self.accumulated = Accumulated::default();
+    }
+
+    /// One step by the mean of what has been [accumulated](Self::accumulate), which is forgotten then. If it measures
+    /// ([`Srkl::measuring`]), accumulate the same micro-batches again at the new parameters and call
+    /// [`observe_accumulated`](Self::observe_accumulated); or use
+    /// [`backward_step_over`](Self::backward_step_over), which does all of this.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`step`](candle_nn::Optimizer::step), and nothing accumulated. What has been accumulated stays.
+    pub fn step_accumulated(&mut self) -> Result<()> {
+        let (grads, count) = self.total_of("step_accumulated")?;
+        self.step_by(&grads, count)?;
+        self.clear_accumulated();
+        Ok(())
+    }
+
+    /// [`Srkl::observe`] with the mean of what has been [accumulated](Self::accumulate): the same micro-batches as in the step.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Srkl::observe`], and another number of micro-batches than in the step. What has been accumulated stays.
+    pub fn observe_accumulated(&mut self) -> Result<()> {
+        let (grads, count) = self.total_of("observe_accumulated")?;
+        self.observe_by(&grads, count)?;
+        self.clear_accumulated();
+        Ok(())
+    }
+
+    /// [`Srkl::perturb`] by the mean of what has been [accumulated](Self::accumulate), which stays for the step. Accumulate the
+    /// same micro-batches again in what it returns, and call [`observe_accumulated`](Perturbed::observe_accumulated) of that.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Srkl::perturb`], and nothing accumulated.
+    pub fn perturb_accumulated(&mut self) -> Result<Perturbed<'_>> {
+        let (grads, count) = self.total_of("perturb_accumulated")?;
+        self.perturb_by(Reduced::Sum(grads), count)
+    }
+
+    fn total_of(&mut self, call: &str) -> Result<(GradStore, u64)> {
+        let Accumulated { count, .. } = self.accumulated;
+        if count == 0 {
+            return self.refuse(Error::msg(format!("`{call}`: nothing has been accumulated")));
+        }
+        Ok((self.accumulated.total(&self.all.blocks)?, count))
+    }
+
+    /// The sum of the gradients of `count` losses, and the losses.
+    pub(crate) fn sum_gradients<E: From<candle_core::Error>>(
+        &self,
+        count: usize,
+        mut backward: impl FnMut(usize) -> std::result::Result<(Tensor, GradStore), E>,
+    ) -> std::result::Result<(Vec<Tensor>, GradStore), E> {
+        if count == 1 {
+            let (loss, grads) = backward(0)?;
+            return Ok((vec![loss], grads));
+        }
+        let mut losses = vec![];
+        let mut sum = Accumulated::default();
+        for i in 0..count {
+            let (loss, grads) = backward(i)?;
+            losses.push(loss);
+            sum.push(leaf(&self.all.blocks, &grads)?)?;
+        }
+        Ok((losses, sum.total(&self.all.blocks)?))
+    }
+}

@@ -1,0 +1,49 @@
+//! Ranks: copies of a training that step together, and how bytes go between them.
+
+use candle_core::Result;
+
+mod threads;
+
+pub use threads::Threads;
+
+/// Moves bytes between the ranks of a training; the optimizer does all adding itself, so that its bits depend on no
+/// transport.
+///
+/// Each rank has a value of this type, with its own number. All methods but [`rank`](Self::rank),
+/// [`world_size`](Self::world_size) and [`abort`](Self::abort) are collective: every rank calls the same ones in the same
+/// order, with the same `parts`, and none returns before it has what it asked for. [`Threads`] are the ranks of one process.
+/// For other transports implement it.
+///
+/// # Errors
+///
+/// A method fails if another rank has left, has failed, or calls something else, where a transport can tell. The training
+/// can't go on then.
+pub trait Collective: Send {
+    /// The number of this rank, below [`world_size`](Self::world_size).
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn world_size(&self) -> usize;
+
+    /// Sends each rank a part of `from`, and receives one from each.
+    ///
+    /// `parts` has the length in bytes of what each rank receives of each other one, and `from` has these parts one after
+    /// the other. `to` is `world_size` times as long as this rank's part: what the ranks have sent, in their order.
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()>;
+
+    /// Completes `whole`, of which each rank has a part: they lie one after the other, and `parts` has their lengths in
+    /// bytes.
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()>;
+
+    /// What every rank has given, in their order. Lengths may differ. For few bytes: numbers to agree on, and errors.
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
+
+    /// Makes the calls of all ranks fail, now and from now on, where the transport can.
+    fn abort(&mut self);
+}
+
+/// The bytes of each rank's part, where lengths are added up.
+pub(crate) fn part(parts: &[usize], rank: usize) -> std::ops::Range<usize> {
+    let start = parts[..rank].iter().sum();
+    start..start + parts[rank]
+}

@@ -1,0 +1,514 @@
+//! Several ranks: the bits of one process, and what happens if ranks disagree, fail or leave.
+
+mod common;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
+use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear};
+use candle_srkl::{
+    Collective, Direction, Dropout, MasterWeights, Measure, ParamsSrkl, Srkl, StateFormat, Threads,
+};
+use common::suite::{sizes, suite};
+use common::training::{Left, Share, assert_same, train_share};
+
+use common::*;
+
+/// Runs every rank in a thread of its own.
+fn ranks<T: Send>(world_size: usize, run: impl Fn(Threads) -> Result<T> + Sync) -> Vec<Result<T>> {
+    thread::scope(|scope| {
+        let start = |rank| {
+            let run = &run;
+            scope.spawn(move || run(rank))
+        };
+        let started: Vec<_> = Threads::new(world_size).into_iter().map(start).collect();
+        let ended = started
+            .into_iter()
+            .map(|rank| rank.join().unwrap_or_else(|_| Err(Error::msg("a rank has panicked"))));
+        ended.collect()
+    })
+}
+
+/// What a training of the suite leaves on each rank.
+fn train(
+    params: &ParamsSrkl,
+    sizes: &[usize],
+    seed: u64,
+    (world_size, micro_batches): (usize, u64),
+    bucket_bytes: usize,
+) -> Result<Vec<Vec<Left>>> {
+    let folder = tempfile::tempdir()?;
+    let shapes: Vec<Vec<usize>> = sizes.iter().map(|n| vec![*n]).collect();
+    let run = |rank| {
+        let share = Share {
+            micro_batches,
+            rank: Some(Arc::new(Mutex::new(rank))),
+            bucket_bytes,
+            folder: Some(folder.path().to_path_buf()),
+        };
+        train_share(params, &shapes, seed, &[&Device::Cpu], &share)
+    };
+    ranks(world_size, run).into_iter().collect()
+}
+
+/// All of the suite that guards the bits: 8 micro-batches in one process, and over ranks; 12 too.
+#[test]
+fn the_bits_of_one_process() -> Result<()> {
+    for (case, (name, params)) in suite().iter().enumerate() {
+        let seed = 1 + case as u64;
+        let worlds: &[usize] = if case % 8 == 0 { &[2, 4, 8] } else { &[[2, 4, 8][case % 3]] };
+        let twelve: &[usize] = if case % 10 == 0 { &[3, 6, 12] } else { &[] };
+        for (micro_batches, worlds) in [(8, worlds), (12, twelve)] {
+            if worlds.is_empty() {
+                continue;
+            }
+            let one = &train(params, sizes(params), seed, (1, micro_batches), 1)?[0];
+            for world_size in worlds {
+                // From a few elements to all at once.
+                let bucket_bytes = [1 << 24, 1000, 40_000][(case + world_size) % 3];
+                let share = (*world_size, micro_batches);
+                for each in train(params, sizes(params), seed, share, bucket_bytes)? {
+                    assert_same(&each, one, &format!("{name}, {share:?}, {bucket_bytes}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Numbers of micro-batches that are no power of two a rank: the ranks agree with each other, and with one process but for
+/// the order of additions.
+#[test]
+fn other_numbers_of_micro_batches() -> Result<()> {
+    let params = ParamsSrkl::adamw(1e-2);
+    for (world_size, each) in [(2, 3), (3, 1), (4, 3), (5, 1), (3, 5)] {
+        let n = 9001;
+        let start = noise(n, 1., 0);
+        let gradient = |step: u64, i: usize| noise(n, 1., 100 * step + i as u64);
+        let run = |rank: Threads| {
+            let first = rank.rank() * each;
+            let var = var(&start, DType::F32)?;
+            let mut opt = Srkl::builder()
+                .default_group(params.clone())
+                .collective(rank)
+                .build([("w".to_string(), var.clone())])?;
+            for step in 0..4 {
+                for i in first..first + each {
+                    opt.accumulate(&grads([(&var, tensor(&gradient(step, i), DType::F32)?)]))?;
+                }
+                opt.step_accumulated()?;
+            }
+            values(&var)
+        };
+        let after: Vec<Vec<f64>> = ranks(world_size, run).into_iter().collect::<Result<_>>()?;
+        assert!(after.iter().all(|other| *other == after[0]), "{world_size} {each}");
+        // By the mean, in f64.
+        let var = var(&start, DType::F64)?;
+        let mut opt = Srkl::new(vec![var.clone()], params.clone())?;
+        for step in 0..4 {
+            let mut mean = vec![0.; n];
+            for i in 0..world_size * each {
+                let share = (world_size * each) as f64;
+                mean.iter_mut().zip(gradient(step, i)).for_each(|(mean, g)| *mean += g / share);
+            }
+            opt.step(&grads([(&var, tensor(&mean, DType::F64)?)]))?;
+        }
+        for (a, b) in after[0].iter().zip(values(&var)?) {
+            assert!((a - b).abs() < 1e-4, "{world_size} {each}: {a} {b}");
+        }
+    }
+    Ok(())
+}
+
+/// A network of a user, with dropout, trained by closures: the losses and parameters of one process.
+fn network(
+    rank: Option<Threads>,
+    micro_batches: usize,
+    params: &ParamsSrkl,
+) -> Result<Vec<Vec<u64>>> {
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let (first, second) = (linear(8, 64, vb.pp("first"))?, linear(64, 1, vb.pp("second"))?);
+    let dropout = Dropout::new(0.3);
+    let mut named: Vec<(String, Var)> =
+        varmap.data().lock().unwrap().iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    for (salt, (_, var)) in named.iter().enumerate() {
+        // Other ranks begin elsewhere: rank 0's values count.
+        let rank = rank.as_ref().map_or(0, Collective::rank) as u64;
+        let value = noise(var.elem_count(), 0.3, salt as u64 + 1000 * rank);
+        var.set(&tensor(&value, DType::F32)?.reshape(var.shape())?)?;
+    }
+    let builder = Srkl::builder().default_group(params.clone());
+    let mut opt = match rank {
+        Some(rank) => builder.collective(rank).build_varmap(&varmap)?,
+        None => builder.build_varmap(&varmap)?,
+    };
+    let each = micro_batches / opt.world_size();
+    let before = opt.rank() * each;
+    let mut left = vec![];
+    for step in 0..6 {
+        opt.backward_step_over(each, |i| {
+            let number = (before + i) as u64;
+            let x = tensor(&noise(4 * 8, 1., 10_000 + 100 * step + number), DType::F32)?;
+            let y = dropout.forward(&first.forward(&x.reshape((4, 8))?)?.relu()?, true)?;
+            second.forward(&y)?.sqr()?.mean_all()
+        })?;
+        for (_, var) in &named {
+            left.push(bits(var)?);
+        }
+    }
+    Ok(left)
+}
+
+#[test]
+fn a_network_with_dropout() -> Result<()> {
+    let often = Measure { every: 2, ..Measure::default() };
+    let compact = ParamsSrkl { state: StateFormat::Compact, ..ParamsSrkl::braked_adam() };
+    for params in [
+        ParamsSrkl { measure: often, ..ParamsSrkl::braked_adam() },
+        ParamsSrkl { measure: often, ..ParamsSrkl::hessian() },
+        ParamsSrkl { measure: often, ..ParamsSrkl::kinetic() },
+        compact,
+        ParamsSrkl::braked_muon(),
+    ] {
+        let one = network(None, 8, &params)?;
+        for world_size in [1, 2, 4, 8] {
+            for each in ranks(world_size, |rank| network(Some(rank), 8, &params)) {
+                assert!(each? == one, "{world_size} ranks, {params:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+// -- What ranks must agree on --
+
+/// An optimizer of two parameters.
+fn pair(rank: Threads, params: &ParamsSrkl) -> Result<(Srkl, [Var; 2])> {
+    let vars = [var(&noise(5000, 1., 0), DType::F32)?, var(&noise(70, 1., 1), DType::F32)?];
+    let named = ["a", "b"].map(String::from).into_iter().zip(vars.clone());
+    let opt = Srkl::builder().default_group(params.clone()).collective(rank).build(named)?;
+    Ok((opt, vars))
+}
+
+fn pair_grads(vars: &[Var; 2], salt: u64) -> Result<candle_core::backprop::GradStore> {
+    let gradient = |var: &Var| tensor(&noise(var.elem_count(), 1., salt), DType::F32);
+    Ok(grads([(&vars[0], gradient(&vars[0])?), (&vars[1], gradient(&vars[1])?)]))
+}
+
+/// Three ranks take a step together, then one in which rank 1 does something else; all must have this error, nothing may have
+/// moved, and a third step goes on.
+fn fails_on_rank_1(
+    params: &ParamsSrkl,
+    wrong: impl Fn(&mut Srkl, &[Var; 2]) -> Result<()> + Sync,
+    mend: impl Fn(&mut Srkl) + Sync,
+    words: &[&str],
+) -> Result<()> {
+    let run = |rank: Threads| {
+        let (mut opt, vars) = pair(rank, params)?;
+        let rank = opt.rank();
+        opt.step(&pair_grads(&vars, rank as u64)?)?;
+        let before = all_values(&vars)?;
+        let failed = match rank {
+            1 => wrong(&mut opt, &vars),
+            _ => opt.step(&pair_grads(&vars, 10 + rank as u64)?),
+        };
+        let error = failed.expect_err("rank 1 does something else").to_string();
+        assert!(all_values(&vars)? == before, "moved by a step that failed: {error}");
+        if rank == 1 {
+            mend(&mut opt);
+        }
+        opt.step(&pair_grads(&vars, 20 + rank as u64)?)?;
+        assert!(all_values(&vars)? != before);
+        Ok((error, all_values(&vars)?))
+    };
+    let after: Vec<(String, Vec<f64>)> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+    for (error, values) in &after {
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert!(*values == after[0].1, "the ranks differ after {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_wrong_on_one_rank_is_an_error_on_all() -> Result<()> {
+    let params = &ParamsSrkl::adamw(1e-2);
+    let nothing = |_: &mut Srkl| {};
+    let shape = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.step(&grads([(&vars[1], tensor(&[1.; 71], DType::F32)?)]))
+    };
+    fails_on_rank_1(params, shape, nothing, &["rank 1", "`b`", "shape"])?;
+    let dtype = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.step(&grads([(&vars[1], Tensor::ones(70, DType::U32, &Device::Cpu)?)]))
+    };
+    fails_on_rank_1(params, dtype, nothing, &["rank 1", "`b`", "U32"])?;
+    let rate = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.set_learning_rate(f64::NAN);
+        opt.step(&pair_grads(vars, 1)?)
+    };
+    let mend = |opt: &mut Srkl| opt.set_learning_rate(1e-2);
+    fails_on_rank_1(params, rate, mend, &["rank 1", "learning rate", "NaN"])?;
+    let other_rate = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.set_learning_rate(3e-2);
+        opt.step(&pair_grads(vars, 1)?)
+    };
+    fails_on_rank_1(params, other_rate, mend, &["learning rate", "rank 0", "rank 1", "3"])?;
+    let scale = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.set_grad_scale(2.)?;
+        opt.step(&pair_grads(vars, 1)?)
+    };
+    let mend = |opt: &mut Srkl| opt.set_grad_scale(1.).unwrap();
+    fails_on_rank_1(params, scale, mend, &["gradient scale", "2", "rank 1"])?;
+    let settings = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.set_params("default", ParamsSrkl { weight_decay: 0.5, ..ParamsSrkl::adamw(1e-2) })?;
+        opt.step(&pair_grads(vars, 1)?)
+    };
+    let mend = |opt: &mut Srkl| opt.set_params("default", ParamsSrkl::adamw(1e-2)).unwrap();
+    fails_on_rank_1(params, settings, mend, &["settings", "default", "0.5", "rank 1"])?;
+    let more = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.accumulate(&pair_grads(vars, 1)?)?;
+        opt.accumulate(&pair_grads(vars, 2)?)?;
+        opt.step_accumulated()
+    };
+    let mend = |opt: &mut Srkl| opt.clear_accumulated();
+    fails_on_rank_1(params, more, mend, &["micro-batches", "1 on rank 0", "2 on rank 1"])?;
+    fails_on_rank_1(params, |opt, _| opt.step_accumulated(), nothing, &["rank 1", "accumulated"])?;
+    let fails = |opt: &mut Srkl, _: &[Var; 2]| {
+        opt.backward_step_with(|| candle_core::bail!("no batch")).map(|_| ())
+    };
+    // The rank itself has its own error.
+    fails_on_rank_1(params, fails, nothing, &[]).map(|_| ())?;
+    let folder = tempfile::tempdir()?;
+    let load = |opt: &mut Srkl, _: &[Var; 2]| opt.load(folder.path().join("none"));
+    fails_on_rank_1(params, load, nothing, &["none"])
+}
+
+/// A NaN, and a gradient that is missing, on one rank: what the policy says, on all.
+#[test]
+fn a_nan_or_no_gradient_on_one_rank() -> Result<()> {
+    let run = |rank: Threads| {
+        let (mut opt, vars) = pair(rank, &ParamsSrkl::adamw(1e-2))?;
+        let before = all_values(&vars)?;
+        let mut g = noise(5000, 1., 0);
+        if opt.rank() == 1 {
+            g[77] = f64::NAN;
+        }
+        opt.step(&grads([(&vars[0], tensor(&g, DType::F32)?)]))?;
+        assert_eq!((opt.steps()?, opt.skipped_steps()?), (0, 1));
+        assert!(all_values(&vars)? == before);
+        assert_eq!(opt.untrained(), ["b"]);
+
+        let own: &[usize] = if opt.rank() == 1 { &[1] } else { &[0] };
+        let given = own
+            .iter()
+            .map(|i| Ok((&vars[*i], tensor(&vec![1.; vars[*i].elem_count()], DType::F32)?)));
+        opt.step(&grads(given.collect::<Result<Vec<_>>>()?))?;
+        assert!(opt.untrained().is_empty());
+        all_values(&vars)
+    };
+    let after: Vec<Vec<f64>> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+    assert!(after.iter().all(|other| *other == after[0]));
+    // Adam's first step is of one size, whatever that of the gradient.
+    let start = [noise(5000, 1., 0), noise(70, 1., 1)].concat();
+    for (after, start) in after[0].iter().zip(start) {
+        let decayed = start * (1. - 1e-2 * ParamsSrkl::adamw(1e-2).weight_decay);
+        assert!((decayed - after - 1e-2).abs() < 1e-5, "{start} {after}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_differs_when_ranks_are_built() -> Result<()> {
+    type Change = (&'static str, usize, DType, f64, &'static [&'static str]);
+    let changes: [Change; 4] = [
+        ("other", 10, DType::F32, 1e-2, &["`w`", "`other`", "rank 0", "rank 2"]),
+        ("w", 11, DType::F32, 1e-2, &["`w`", "[10]", "[11]", "rank 2"]),
+        ("w", 10, DType::BF16, 1e-2, &["`w`", "F32", "BF16", "rank 2"]),
+        ("w", 10, DType::F32, 5e-2, &["settings", "`default`", "0.05", "rank 2"]),
+    ];
+    for (name, n, dtype, lr, words) in changes {
+        let run = |rank: Threads| {
+            let (name, n, dtype, lr) = match rank.rank() {
+                2 => (name, n, dtype, lr),
+                _ => ("w", 10, DType::F32, 1e-2),
+            };
+            let var = var(&vec![1.; n], dtype)?;
+            Srkl::builder()
+                .default_group(ParamsSrkl::adamw(lr))
+                .collective(rank)
+                .build([(name.to_string(), var)])
+                .map(|_| ())
+        };
+        for built in ranks(3, run) {
+            let error = built.expect_err("rank 2 differs").to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+    }
+    // What `build` itself refuses on one of them.
+    let run = |rank: Threads| {
+        let lr = if rank.rank() == 1 { -1. } else { 1e-2 };
+        let params = ParamsSrkl { lr, ..ParamsSrkl::adamw(1e-2) };
+        Srkl::builder().default_group(params).collective(rank).build([]).map(|_| ())
+    };
+    for built in ranks(2, run) {
+        let error = built.expect_err("rank 1 can't be built").to_string();
+        assert!(error.contains("rank 1") || error.contains("lr"), "{error}");
+    }
+    Ok(())
+}
+
+/// Whoever leaves, panics, or calls something else: nobody waits for ever.
+#[test]
+fn ranks_that_leave() {
+    let run = |how: usize| {
+        move |rank: Threads| -> Result<()> {
+            let (mut opt, vars) = pair(rank, &ParamsSrkl::adamw(1e-2))?;
+            for step in 0..3 {
+                if opt.rank() == 1 && step == 2 {
+                    match how {
+                        0 => return Ok(()),
+                        1 => panic!("on purpose"),
+                        _ => return opt.save("/nowhere/at/all"),
+                    }
+                }
+                opt.step(&pair_grads(&vars, step)?)?;
+            }
+            Ok(())
+        }
+    };
+    for (how, words) in [(0, "has left"), (1, "has panicked"), (2, "")] {
+        let ended = ranks(3, run(how));
+        for rank in [0, 2] {
+            let error = ended[rank].as_ref().expect_err("rank 1 is gone").to_string();
+            assert!(error.contains("rank 1") && error.contains(words), "{error}");
+        }
+    }
+}
+
+// -- The transport --
+
+/// Counts the bytes that a rank sends to others.
+struct Counted(Threads, Arc<AtomicU64>);
+
+impl Collective for Counted {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.0.world_size()
+    }
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        let sent = from.len() - parts[self.rank()];
+        self.1.fetch_add(sent as u64, Ordering::Relaxed);
+        self.0.all_to_all(from, parts, to)
+    }
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        let sent = parts[self.rank()] * (self.world_size() - 1);
+        self.1.fetch_add(sent as u64, Ordering::Relaxed);
+        self.0.all_gather(whole, parts)
+    }
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.0.exchange(own)
+    }
+    fn abort(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A step of replicated ranks: the gradients in their own dtype, and their sums in f32.
+#[test]
+fn bytes_on_the_wire() -> Result<()> {
+    let n = 100_000;
+    for (dtype, accumulates, expected) in
+        [(DType::F32, false, 8.), (DType::BF16, false, 6.), (DType::BF16, true, 8.)]
+    {
+        for world_size in [2, 3, 4] {
+            let run = |rank: Threads| {
+                let sent = Arc::new(AtomicU64::new(0));
+                let var = var(&vec![1.; n], dtype)?;
+                let mut opt = Srkl::builder()
+                    .default_group(ParamsSrkl::adamw(1e-2))
+                    .collective(Counted(rank, sent.clone()))
+                    .bucket_bytes(30_001)
+                    .build([("w".to_string(), var.clone())])?;
+                sent.store(0, Ordering::Relaxed);
+                let g = grads([(&var, tensor(&vec![1.; n], dtype)?)]);
+                if accumulates {
+                    opt.accumulate(&g)?;
+                    opt.step_accumulated()?;
+                } else {
+                    opt.step(&g)?;
+                }
+                Ok(sent.load(Ordering::Relaxed) as f64 / n as f64)
+            };
+            for sent in ranks(world_size, run) {
+                let sent = sent?;
+                let expected = expected * (world_size as f64 - 1.) / world_size as f64;
+                assert!(
+                    (sent - expected).abs() < 0.01,
+                    "{dtype:?} {world_size}: {sent} {expected}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Saved by any number of ranks, and gone on with by any other.
+#[test]
+fn checkpoints_know_no_number_of_ranks() -> Result<()> {
+    let params = ParamsSrkl {
+        master_weights: MasterWeights::Split,
+        direction: Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
+        ..ParamsSrkl::adamw(1e-2)
+    };
+    let n = 20_000;
+    let folder = tempfile::tempdir()?;
+    let [state, model] = ["state", "model"].map(|name| folder.path().join(name));
+    // Steps `steps`, by 4 micro-batches.
+    let train = |world_size: usize, steps: std::ops::Range<u64>| -> Result<Vec<Vec<u64>>> {
+        let run = |rank: Threads| {
+            let each = 4 / rank.world_size();
+            let own = rank.rank() * each..(rank.rank() + 1) * each;
+            let mut varmap = VarMap::new();
+            let init = candle_nn::Init::Const(0.5);
+            varmap.get(n, "w", init, DType::BF16, &Device::Cpu)?;
+            if steps.start > 0 {
+                varmap.load(&model)?;
+            }
+            let var = varmap.all_vars()[0].clone();
+            let mut opt = Srkl::builder()
+                .default_group(params.clone())
+                .collective(rank)
+                .build_varmap(&varmap)?;
+            if steps.start > 0 {
+                opt.load(&state)?;
+                assert_eq!(opt.steps()?, steps.start);
+            }
+            for step in steps.clone() {
+                for i in own.clone() {
+                    let g = tensor(&noise(n, 1., 10 * step + i as u64), DType::BF16)?;
+                    opt.accumulate(&grads([(&var, g)]))?;
+                }
+                opt.step_accumulated()?;
+            }
+            opt.save(&state)?;
+            if opt.rank() == 0 {
+                varmap.save(&model)?;
+            }
+            bits(&var)
+        };
+        ranks(world_size, run).into_iter().collect()
+    };
+    let whole = train(1, 0..6)?;
+    for (before, after) in [(2, 4), (4, 1), (1, 2)] {
+        train(before, 0..3)?;
+        for each in train(after, 3..6)? {
+            assert!(each == whole[0], "{before} {after}");
+        }
+    }
+    Ok(())
+}
