@@ -47,6 +47,7 @@
 //! | feature | what |
 //! |---|---|
 //! | `cuda` | steps on CUDA devices; needs nvcc to build and a driver to run |
+//! | `mpi` | ranks that are processes started by `mpirun`: `Mpi`; needs an MPI library and libclang to build |
 //! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] |
 //!
 //! The interface has types of `candle-core` and `candle-nn` 0.11: with another version of these comes another of this crate.
@@ -90,6 +91,8 @@ mod telemetry;
 
 pub use averages::Averaged;
 pub use builder::SrklBuilder;
+#[cfg(feature = "mpi")]
+pub use collective::Mpi;
 pub use collective::{Collective, Threads};
 pub use dropout::Dropout;
 pub use estimate::Measurements;

@@ -129,7 +129,20 @@ impl Ranks {
     }
 
     /// The sums of all ranks' gradients, in [`sum_dtype`]. `stated` has what each rank has, by [`given`].
+    ///
+    /// # Errors
+    ///
+    /// A transport or a device that fails. The training can't go on then, and all ranks are told if that is possible.
     pub fn sum(
+        &mut self,
+        blocks: &[Block],
+        grads: &GradStore,
+        stated: &[Vec<u8>],
+    ) -> Result<GradStore> {
+        self.try_sum(blocks, grads, stated).inspect_err(|_| self.collective().abort())
+    }
+
+    fn try_sum(
         &mut self,
         blocks: &[Block],
         grads: &GradStore,

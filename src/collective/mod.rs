@@ -2,8 +2,12 @@
 
 use candle_core::Result;
 
+#[cfg(feature = "mpi")]
+mod mpi;
 mod threads;
 
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
 pub use threads::Threads;
 
 /// Moves bytes between the ranks of a training; the optimizer does all adding itself, so that its bits depend on no
@@ -11,8 +15,8 @@ pub use threads::Threads;
 ///
 /// Each rank has a value of this type, with its own number. All methods but [`rank`](Self::rank),
 /// [`world_size`](Self::world_size) and [`abort`](Self::abort) are collective: every rank calls the same ones in the same
-/// order, with the same `parts`, and none returns before it has what it asked for. [`Threads`] are the ranks of one process.
-/// For other transports implement it.
+/// order, with the same `parts`, and none returns before it has what it asked for. [`Threads`] are the ranks of one process,
+/// and with feature `mpi` `Mpi` those that `mpirun` has started. For other transports implement it.
 ///
 /// # Errors
 ///
