@@ -1,10 +1,10 @@
 //! Steps by the gradients of several micro-batches.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Error, Result, Tensor};
+use candle_core::{Error, Result, Tensor, bail};
 
 use crate::measuring::Perturbed;
-use crate::micro_batches::{Accumulated, leaf};
+use crate::micro_batches::{Accumulated, leaf, tree};
 use crate::optimizer::{Reduced, Srkl};
 
 impl Srkl {
@@ -93,6 +93,30 @@ impl Srkl {
     pub fn perturb_accumulated(&mut self) -> Result<Perturbed<'_>> {
         let (grads, count) = self.total_of("perturb_accumulated")?;
         self.perturb_by(Reduced::Sum(grads), count)
+    }
+
+    /// The mean of numbers of all ranks, for instance of the losses that [`backward_step_over`](Self::backward_step_over) has
+    /// returned: of this rank's micro-batches `own`, of one shape and float dtype. The same on all, and whatever the number of
+    /// ranks if each has a power of two of them.
+    ///
+    /// With several ranks all of them must call it, and it waits for a device that the numbers are on.
+    ///
+    /// # Errors
+    ///
+    /// No numbers, or others than on other ranks in number, shape or dtype.
+    pub fn mean_over_ranks(&mut self, own: &[Tensor]) -> Result<Tensor> {
+        let count = (own.len() * self.world_size()) as f64;
+        let sum = tree(own.iter().map(|x| Some(x.detach())).collect()).and_then(|sum| match sum {
+            Some(sum) => Ok(sum),
+            None => bail!("`mean_over_ranks`: expected at least one tensor, got none"),
+        });
+        match (sum, &mut self.ranks) {
+            (Ok(sum), None) => sum / count,
+            (Ok(sum), Some(ranks)) => {
+                ranks.sum_of(&sum, own.len())?.to_device(sum.device())? / count
+            }
+            (Err(e), _) => self.refuse(e),
+        }
     }
 
     fn total_of(&mut self, call: &str) -> Result<(GradStore, u64)> {

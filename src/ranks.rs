@@ -107,6 +107,21 @@ impl Ranks {
         Ok(stated.into_iter().map(|(_, own)| own.to_vec()).collect())
     }
 
+    /// The sum of a tensor over all ranks, on the CPU, which is itself a sum of `count`.
+    pub fn sum_of(&mut self, own: &Tensor, count: usize) -> Result<Tensor> {
+        let shape = format!("{:?} {:?}", own.dtype(), own.dims());
+        let claims = vec![
+            claim("what is called", "mean_over_ranks"),
+            claim("the number of micro-batches", count),
+            claim("the tensor whose mean is taken", shape),
+        ];
+        let stated = to_bytes(own, own.dtype()).map(|own| Statement { claims, own });
+        let each = self.agree(stated)?;
+        let tensor = |bytes: &Vec<u8>| of_bytes(bytes, own.dtype())?.reshape(own.shape()).map(Some);
+        let sum = tree(each.iter().map(tensor).collect::<Result<_>>()?)?;
+        sum.map_or_else(|| bail!("there is no rank"), Ok)
+    }
+
     /// Replaces parameters by those of rank 0.
     pub fn broadcast(&mut self, vars: &[Var]) -> Result<()> {
         for var in vars {

@@ -17,6 +17,10 @@ const TRAINING: &str = "training.json";
 pub fn save(out: &Path, training: &mut Training) -> Result<()> {
     // It has its name only when it is complete.
     let unfinished = out.join("unfinished");
+    if training.optimizer.rank() > 0 {
+        // Rank 0 writes, and each has state to give.
+        return Ok(training.optimizer.save(unfinished.join(OPTIMIZER))?);
+    }
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).with_context(|| unfinished.display().to_string())?;
     }

@@ -7,6 +7,15 @@
 //! ```
 //!
 //! Where other programs keep the cores busy, `RAYON_NUM_THREADS=1` is faster.
+//!
+//! Several ranks train as one, with the same losses to the last bit: threads of one process, or with feature `mpi`
+//! processes that `mpirun` starts.
+//!
+//! ```sh
+//! cargo run --release --example char_lm -- --accumulate 4 --ranks 2
+//! cargo build --release --example char_lm --features mpi
+//! mpirun -n 4 target/release/examples/char_lm --accumulate 4 --mpi
+//! ```
 
 mod checkpoint;
 mod curve;
@@ -18,10 +27,12 @@ mod train;
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
+use candle_srkl::{Collective, Threads};
 use clap::{Parser, ValueEnum, value_parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
@@ -45,6 +56,13 @@ struct Options {
     /// Where to compute; cuda is the first CUDA device
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceKind,
+    /// Train by so many threads, each with its share of the --accumulate batches of a step: the losses are the same
+    #[arg(long, value_name = "RANKS", default_value = "1", value_parser = value_parser!(u64).range(1..))]
+    ranks: u64,
+    /// The same for the processes that mpirun has started
+    #[cfg(feature = "mpi")]
+    #[arg(long, conflicts_with = "ranks")]
+    mpi: bool,
     /// Print the losses every so many steps
     #[arg(long, value_name = "STEPS", default_value = "500", value_parser = value_parser!(u64).range(1..))]
     report_every: u64,
@@ -85,6 +103,33 @@ fn main() -> Result<()> {
         println!("wrote {}", draw::draw(folder)?.display());
         return Ok(());
     }
+    #[cfg(feature = "mpi")]
+    if options.mpi {
+        return run(&options, Some(Box::new(candle_srkl::Mpi::new()?)));
+    }
+    if options.ranks == 1 {
+        return run(&options, None);
+    }
+    let options = &options;
+    thread::scope(|scope| {
+        let start = |rank| scope.spawn(move || run(options, Some(Box::new(rank))));
+        let ranks: Vec<_> = Threads::new(options.ranks as usize).into_iter().map(start).collect();
+        // Where one has failed, the others say so too.
+        ranks.into_iter().try_for_each(|rank| match rank.join() {
+            Ok(done) => done,
+            Err(_) => bail!("a rank has panicked"),
+        })
+    })
+}
+
+/// Trains, as one of several ranks or alone.
+fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
+    let ranks = rank.as_ref().map_or(1, |rank| rank.world_size());
+    let Settings { accumulate, .. } = options.settings;
+    ensure!(
+        accumulate.is_multiple_of(ranks),
+        "--accumulate {accumulate}: expected a multiple of the {ranks} ranks"
+    );
     let device = match options.device {
         DeviceKind::Cpu => Device::Cpu,
         DeviceKind::Cuda => Device::new_cuda(0).context("--device cuda")?,
@@ -92,18 +137,24 @@ fn main() -> Result<()> {
     let text = Text::load()?;
     let prompt = text.encode(&options.prompt).context("--prompt")?;
     ensure!(!prompt.is_empty(), "--prompt: expected a character at least");
-    let mut training = Training::new(&options.settings, &text, &device)?;
+    let mut training = Training::new(&options.settings, &text, &device, rank)?;
+    let leads = training.optimizer.rank() == 0;
     if let Some(out) = &options.out {
         fs::create_dir_all(out).with_context(|| out.display().to_string())?;
         if let Some(checkpoint) = checkpoint::last(out)? {
             let name = checkpoint.display();
             ensure!(options.resume, "there is {name} already: add --resume to go on from it");
             checkpoint::restore(&checkpoint, &mut training)?;
-            println!("going on from {name}");
+            if leads {
+                println!("going on from {name}");
+            }
         }
     }
 
-    train(&mut training, &options)?;
+    train(&mut training, options)?;
+    if !leads {
+        return Ok(());
+    }
     if let Some(out) = &options.out {
         // The averaged weights, if there are any; those of the checkpoint never are.
         let path = out.join("model.safetensors");
@@ -127,13 +178,17 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
     let steps = options.settings.steps;
     let style = "[{bar:40}] {pos}/{len} steps, {elapsed}, {eta} left, {msg}";
     let style = ProgressStyle::with_template(style)?.progress_chars("=> ");
-    let bar = ProgressBar::new(steps).with_style(style).with_position(training.step);
+    let leads = training.optimizer.rank() == 0;
+    let bar = if leads { ProgressBar::new(steps) } else { ProgressBar::hidden() };
+    let bar = bar.with_style(style).with_position(training.step);
     let path = options.out.as_ref().map(|out| out.join("curve.csv"));
     let read = |path: &PathBuf| curve::read(path, training.step);
     let mut points = path.as_ref().map_or(Ok(vec![]), read)?;
     let mut seconds = points.last().map_or(0., |point| point.seconds);
     let mut losses = vec![];
-    println!("{:>7}  {:>13}  {:>13}  {:>9}", "step", "training loss", "held-out loss", "phi");
+    if leads {
+        println!("{:>7}  {:>13}  {:>13}  {:>9}", "step", "training loss", "held-out loss", "phi");
+    }
     while training.step < steps {
         let start = Instant::now();
         let loss = training.step()?;
@@ -144,7 +199,8 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
             bar.set_message(format!("loss {:.3}", loss.to_scalar::<f32>()?));
         }
         losses.push(loss);
-        if step.is_multiple_of(options.report_every) || step == steps {
+        // The parameters are the same on all.
+        if leads && (step.is_multiple_of(options.report_every) || step == steps) {
             let loss = Tensor::stack(&losses, 0)?.mean_all()?.to_scalar::<f32>()?;
             losses.clear();
             let held_out = training.held_out()?;
@@ -164,6 +220,8 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    println!("{steps} steps took {} gradients and {seconds:.1} s", training.gradients()?);
+    if leads {
+        println!("{steps} steps took {} gradients and {seconds:.1} s", training.gradients()?);
+    }
     Ok(())
 }

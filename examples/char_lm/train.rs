@@ -3,11 +3,11 @@
 use std::f64::consts::PI;
 
 use anyhow::{Result, ensure};
-use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Average, AverageFormat, MasterWeights, Measure, ParamsSrkl, Rounding, Srkl, StateFormat,
+    Average, AverageFormat, Collective, MasterWeights, Measure, ParamsSrkl, Rounding, Srkl,
+    StateFormat,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
@@ -62,9 +62,9 @@ pub struct Settings {
     /// Pieces of text in a batch
     #[arg(long, default_value = "16", value_parser = size)]
     batch: usize,
-    /// Batches to a step: their gradients are added up, one batch in memory at a time
+    /// Batches to a step: their gradients are added up, one batch in memory at a time, and those of all ranks
     #[arg(long, default_value = "1", value_parser = size)]
-    accumulate: usize,
+    pub accumulate: usize,
     /// Steps in all
     #[arg(long, default_value = "4000")]
     pub steps: u64,
@@ -192,12 +192,18 @@ impl Settings {
 }
 
 impl<'a> Training<'a> {
-    pub fn new(settings: &Settings, text: &'a Text, device: &Device) -> Result<Self> {
+    /// `rank`: of several that train together.
+    pub fn new(
+        settings: &Settings,
+        text: &'a Text,
+        device: &Device,
+        rank: Option<Box<dyn Collective>>,
+    ) -> Result<Self> {
         let &Settings { context, width, heads, layers, seed, dtype, .. } = settings;
         let vocabulary = text.alphabet.len();
         let config = Config { vocabulary, context, width, heads, layers };
         let model = Transformer::new(&config, seed, dtype, device)?;
-        let optimizer = optimizer(settings, &model)?;
+        let optimizer = optimizer(settings, &model, rank)?;
         let settings = settings.clone();
         Ok(Self { model, optimizer, settings, step: 0, text, device: device.clone() })
     }
@@ -205,30 +211,19 @@ impl<'a> Training<'a> {
     /// Takes a step, and returns the loss before it, which stays on the device.
     pub fn step(&mut self) -> Result<Tensor> {
         let batches = self.batches()?;
-        let lr = self.settings.lr_of(self.step);
-        let (loss, grads) = gradients(&self.model, &batches)?;
-        // Where a step has one batch, `backward_step_with` does all of this.
-        let srkl = &mut self.optimizer;
-        srkl.set_learning_rate(lr);
-        // Curvature takes a second gradient of the same batches at other parameters: of Hutchinson's kind
-        // before the step, at perturbed ones; else after it.
-        let measures = srkl.measuring();
-        let perturbs = self.settings.optimizer == Rule::Hessian;
-        if measures && perturbs {
-            let perturbed = srkl.perturb(&grads)?;
-            let (_, again) = gradients(&self.model, &batches)?;
-            perturbed.observe(&again)?;
-        }
-        srkl.step(&grads)?;
-        if measures && !perturbs {
-            let (_, again) = gradients(&self.model, &batches)?;
-            srkl.observe(&again)?;
-        }
+        self.optimizer.set_learning_rate(self.settings.lr_of(self.step));
+        // Each rank has a run of neighbours.
+        let each = batches.len() / self.optimizer.world_size();
+        let own = &batches[self.optimizer.rank() * each..][..each];
+        let losses = self.optimizer.backward_step_over(each, |i| {
+            let (inputs, targets) = &own[i];
+            self.model.loss(inputs, targets)
+        })?;
         self.step += 1;
-        Ok(loss)
+        Ok(self.optimizer.mean_over_ranks(&losses)?)
     }
 
-    /// Those of the next step. They depend on the seed and the step alone: a resumed training goes on
+    /// Those of the next step, of all ranks. They depend on the seed and the step alone: a resumed training goes on
     /// with the same.
     fn batches(&self) -> Result<Vec<Batch>> {
         let Settings { batch: size, context, accumulate, seed, .. } = self.settings;
@@ -279,36 +274,18 @@ impl<'a> Training<'a> {
     }
 }
 
-/// The mean loss of the batches, and its gradients.
-fn gradients(model: &Transformer, batches: &[Batch]) -> Result<(Tensor, GradStore)> {
-    let vars = model.varmap.all_vars();
-    let mut sum = GradStore::default();
-    let mut losses = vec![];
-    for (inputs, targets) in batches {
-        let loss = (model.loss(inputs, targets)? / batches.len() as f64)?;
-        let mut grads = loss.backward()?;
-        for var in &vars {
-            let Some(mut grad) = grads.remove(var) else { continue };
-            if batches.len() > 1 {
-                // bf16 would lose what is small beside the sum.
-                grad = grad.to_dtype(DType::F32)?;
-            }
-            if let Some(before) = sum.remove(var) {
-                grad = (before + grad)?;
-            }
-            // Detached, or it could keep all that it was computed from.
-            sum.insert(var, grad.detach());
-        }
-        losses.push(loss.detach());
-    }
-    Ok((Tensor::stack(&losses, 0)?.sum_all()?, sum))
-}
-
 /// Norms and biases don't decay.
-fn optimizer(settings: &Settings, model: &Transformer) -> Result<Srkl> {
+fn optimizer(
+    settings: &Settings,
+    model: &Transformer,
+    rank: Option<Box<dyn Collective>>,
+) -> Result<Srkl> {
     let params = settings.params();
     let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };
-    let builder = Srkl::builder().default_group(params);
+    let mut builder = Srkl::builder().default_group(params);
+    if let Some(rank) = rank {
+        builder = builder.collective(rank);
+    }
     Ok(builder.group("no_decay", no_decay, |_, var| var.rank() < 2).build_varmap(&model.varmap)?)
 }
 

@@ -46,7 +46,28 @@ pub trait Collective: Send {
     fn abort(&mut self);
 }
 
-/// The bytes of each rank's part, where lengths are added up.
+impl<C: Collective + ?Sized> Collective for Box<C> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+    fn world_size(&self) -> usize {
+        (**self).world_size()
+    }
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        (**self).all_to_all(from, parts, to)
+    }
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        (**self).all_gather(whole, parts)
+    }
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        (**self).exchange(own)
+    }
+    fn abort(&mut self) {
+        (**self).abort();
+    }
+}
+
+/// The bytes of a rank's part.
 pub(crate) fn part(parts: &[usize], rank: usize) -> std::ops::Range<usize> {
     let start = parts[..rank].iter().sum();
     start..start + parts[rank]
