@@ -109,3 +109,8 @@ pub use telemetry::BlockTelemetry;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// And that of the page about ranks.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/ranks.md")]
+struct Ranks;
