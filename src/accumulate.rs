@@ -36,14 +36,17 @@ impl Srkl {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///
-    /// A plain sum of losses or gradients of your own, given to [`step`](candle_nn::Optimizer::step), is right too; its bits
+    /// A plain mean of losses or gradients of your own, given to [`step`](candle_nn::Optimizer::step), is right too; its bits
     /// depend on how the micro-batches are distributed over ranks.
+    ///
+    /// The gradients are copied, so that their memory may be used again. A checkpoint has nothing of them, and
+    /// [`load`](Self::load) leaves them. A step in a capture of a CUDA stream is by one micro-batch.
     ///
     /// # Errors
     ///
-    /// A gradient that `step` would refuse. Nothing has changed then.
+    /// A gradient of another shape or device, or of a dtype that `step` would refuse. Nothing has changed then.
     pub fn accumulate(&mut self, grads: &GradStore) -> Result<()> {
-        self.accumulated.push(leaf(&self.all.blocks, grads)?)
+        self.accumulated.push(leaf(&self.all.blocks, grads, true)?)
     }
 
     /// How many micro-batches have been [accumulated](Self::accumulate) since the last step of them.
@@ -142,7 +145,7 @@ impl Srkl {
         for i in 0..count {
             let (loss, grads) = backward(i)?;
             losses.push(loss);
-            sum.push(leaf(&self.all.blocks, &grads)?)?;
+            sum.push(leaf(&self.all.blocks, &grads, false)?)?;
         }
         Ok((losses, sum.total(&self.all.blocks)?))
     }

@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
 
 use candle_core::{Error, Result, TensorId, Var, bail};
 use candle_nn::VarMap;
@@ -135,10 +137,15 @@ impl<'a> SrklBuilder<'a> {
     /// Steps together with other ranks: copies of the training in other threads, or processes, each with micro-batches of its
     /// own. A step is by the mean of the gradients of all of them, and leaves the same parameters and state on all.
     ///
-    /// All ranks make the same calls in the same order: [`build`](Self::build), where the parameters become those of rank 0,
-    /// `step`, `observe`, `perturb` and what is made of these, `save` and `load`. What differs between them (names, shapes,
-    /// settings, learning rates, numbers of steps and micro-batches), and an error on any of them, is an error on all, which
-    /// names the rank; nothing has changed then. A rank that leaves or panics makes the calls of the others fail.
+    /// All ranks make the same calls in the same order: [`build`](Self::build), where the parameters become those of rank 0;
+    /// `step`, `backward_step`, `backward_step_with`, `backward_step_over`, `step_accumulated`; `observe`,
+    /// `observe_accumulated`, `perturb`, `perturb_accumulated`; `mean_over_ranks`, `save` and `load`. What differs between them
+    /// (names, shapes, settings, learning rates, numbers of steps and micro-batches), and an error on any of them, is an error on
+    /// all, which names the rank; nothing has changed then. A rank that leaves or panics makes the calls of the others fail.
+    ///
+    /// Other methods are each rank's own. Those that change settings or state must be called by all (setters,
+    /// `request_measurement`, `skip_measurement`, `sync_master`); those that only look (`telemetry`, `swap_averaged`, `master`)
+    /// need not. Steps of several ranks can't be part of a capture of a CUDA stream.
     ///
     /// For the same micro-batches the bits are the same for any number of ranks, as long as each has a power of two of them
     /// ([`accumulate`](Srkl::accumulate)): one process with 8, two ranks with 4, eight with 1. Rank `r` has the `r`-th run of
@@ -150,8 +157,8 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
-    /// The most bytes of gradients that ranks send each other at a time, 32 MiB unless set: a step allocates about three times
-    /// as much.
+    /// The most bytes of gradients that ranks send each other at a time, 32 MiB unless set. A step allocates about three times as
+    /// much, and besides the sums of all gradients, 4 bytes a parameter.
     pub fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.bucket_bytes = bytes.max(1);
         self
@@ -211,13 +218,20 @@ impl<'a> SrklBuilder<'a> {
                 shape,
             )
         };
-        let claims = named.iter().map(parameter).collect();
-        ranks.agree(Ok(Statement { claims, ..Statement::default() }))?;
+        let bucket_bytes = claim("`bucket_bytes`", ranks.bucket_bytes);
+        let claims = named.iter().map(parameter).chain([bucket_bytes]).collect();
         let vars: Vec<Var> = named.iter().map(|(.., var)| var.clone()).collect();
+        let stated = ranks.agree(Ok(Statement { claims, own: identities(&vars) }))?;
+        refuse_shared(&stated)?;
         let built = self.build_one(named);
         let claims = |opt: &Srkl| {
             let group = |block: &Block| {
-                claim(format!("the group of `{}`", block.name), &opt.all.groups[block.group].name)
+                let matrices = format!("{:?}", block.matrices);
+                let group = &opt.all.groups[block.group].name;
+                claim(
+                    format!("the group of `{}`", block.name),
+                    format!("{group}, matrices {matrices}"),
+                )
             };
             let settings = opt.all.groups.iter().map(settings);
             settings.chain(opt.all.blocks.iter().map(group)).collect()
@@ -311,10 +325,35 @@ impl<'a> SrklBuilder<'a> {
             records: false,
             engine,
             ranks: None,
-            micro_batches: 1,
+            step_count: 1,
             accumulated: Accumulated::default(),
         })
     }
+}
+
+/// What tells the variables of one process apart: a number of the process, and each variable's identity.
+fn identities(vars: &[Var]) -> Vec<u8> {
+    static PROCESS: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(0));
+    let lines = vars.iter().map(|var| format!("{:?}\n", var.id()));
+    format!("{}\n{}", *PROCESS, lines.collect::<String>()).into_bytes()
+}
+
+/// An error for ranks that have the same variables, which each would step.
+fn refuse_shared(stated: &[Vec<u8>]) -> Result<()> {
+    let mut seen: HashMap<(&[u8], &[u8]), usize> = HashMap::new();
+    for (rank, stated) in stated.iter().enumerate() {
+        let mut lines = stated.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        let process = lines.next().unwrap_or_default();
+        for id in lines {
+            if let Some(other) = seen.insert((process, id), rank) {
+                bail!(
+                    "ranks {other} and {rank} have the same variables: each needs a model of its own (a clone of a \
+                     `VarMap` shares its variables)"
+                )
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The matrices that a variable of one or several names is taken for, if each of them says so.

@@ -41,7 +41,7 @@ use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
-use crate::ranks::{Statement, claim};
+use crate::ranks::{Claim, Statement, claim};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
 use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
@@ -91,19 +91,26 @@ impl Srkl {
     ///
     /// # Several ranks
     ///
-    /// All ranks call it, and rank 0 writes the file. It knows no number of ranks: any number of them, or a single process, goes
-    /// on from it with the same bits.
+    /// All ranks call it, and rank 0 writes the file, at its path. It knows no number of ranks: any number of them, or a single
+    /// process, goes on from it with the same bits. Parameters that are not the same on all ranks, since something else has written
+    /// to them, are an error.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let saved = if self.rank() == 0 { self.save_alone(path.as_ref()) } else { Ok(()) };
-        self.agree_on(saved.map(|()| Statement::default()))
+        let path = path.as_ref();
+        let ready = self.ready_to_save();
+        self.agree_on("save", ready, |_| vec![])?;
+        let saved = if self.rank() == 0 { self.write(path) } else { Ok(()) };
+        self.agree_on("save, of a file that is written", saved, |_| vec![])
     }
 
-    fn save_alone(&mut self, path: &Path) -> Result<()> {
-        let target = Target::of(path).map_err(|e| e.with_path(path))?;
-        // What `load` would refuse.
+    /// Refuses what `load` would refuse.
+    fn ready_to_save(&mut self) -> Result<()> {
         self.scalars()?;
         self.refuse_pending()?;
-        self.sync_master()?;
+        self.sync_master()
+    }
+
+    fn write(&mut self, path: &Path) -> Result<()> {
+        let target = Target::of(path).map_err(|e| e.with_path(path))?;
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
             ("version".to_string(), VERSION.to_string()),
@@ -171,16 +178,8 @@ impl Srkl {
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let loaded = self.read(path).map_err(|e| e.with_path(path));
-        self.agree_on(
-            loaded
-                .as_ref()
-                .map(|(_, file)| Statement {
-                    claims: vec![claim("the file that is loaded", file)],
-                    ..Statement::default()
-                })
-                .map_err(|e| Error::msg(e.to_string())),
-        )?;
-        let (loaded, _) = loaded?;
+        let file = |(_, file): &(Loaded, String)| vec![claim("the file that is loaded", file)];
+        let (loaded, _) = self.agree_on("load", loaded, file)?;
         // Nothing below can fail, but for a device that has failed already, or is being captured.
         for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
             for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
@@ -226,12 +225,33 @@ impl Srkl {
         Ok((loaded, format!("{:032x}", hasher.finish_128())))
     }
 
-    /// Compares what ranks state, or tells them of an error; without other ranks only the error counts.
-    fn agree_on(&mut self, local: Result<Statement>) -> Result<()> {
-        match &mut self.ranks {
-            Some(ranks) => ranks.agree(local).map(|_| ()),
-            None => local.map(|_| ()),
-        }
+    /// `local`, if no rank has an error, all make this call, with the same `claims` and parameters.
+    fn agree_on<T>(
+        &mut self,
+        call: &str,
+        local: Result<T>,
+        claims: impl Fn(&T) -> Vec<Claim>,
+    ) -> Result<T> {
+        let Some(ranks) = &mut self.ranks else { return local };
+        let blocks = &self.all.blocks;
+        let statement = match &local {
+            Ok(local) => {
+                blocks.iter().map(|block| fingerprint(&block.var)).collect::<Result<_>>().map(
+                    |fingerprints: Vec<String>| {
+                        let hash = XxHash3_128::oneshot(fingerprints.concat().as_bytes());
+                        let own = [
+                            claim("what is called", call),
+                            claim("the hash of all parameters", format!("{hash:032x}")),
+                        ];
+                        let claims = own.into_iter().chain(claims(local)).collect();
+                        Statement { claims, ..Statement::default() }
+                    },
+                )
+            }
+            Err(e) => Err(Error::msg(e.to_string())),
+        };
+        ranks.agree(statement)?;
+        local
     }
 }
 

@@ -98,7 +98,8 @@ impl Srkl {
 
     /// [`backward_step_with`](Self::backward_step_with) for several micro-batches: one step by the mean of their gradients,
     /// summed as [`accumulate`](Self::accumulate) does, so that one graph at a time is in memory. `loss` is called with the
-    /// numbers from 0 to `count`, in order, twice where the step measures. Returns the losses, detached from their graphs.
+    /// numbers below `count`, in order; once more where the step measures; and before the first measurement with 0 alone, to
+    /// compare. Returns the losses, detached from their graphs.
     ///
     /// Each micro-batch has random numbers of its own, by its number among those of all ranks
     /// ([`micro_batch_seed`](Self::micro_batch_seed)).
@@ -185,8 +186,9 @@ impl Srkl {
     /// Tells the other ranks if this one has failed, so that they do not wait for it.
     fn tell<T, E>(&mut self, done: std::result::Result<T, E>) -> std::result::Result<T, E> {
         if done.is_err() {
-            let _ = self
-                .refuse::<()>(Error::msg("a loss, its gradient, or a check of them has failed"));
+            let why =
+                "its loss or the gradient of it has failed, or two calls differ; it has the error";
+            let _ = self.refuse::<()>(Error::msg(why));
         }
         done
     }
@@ -223,15 +225,16 @@ impl Srkl {
     /// your own compute both losses of a step that measures inside `with_seed(seed, ..)`, with the seed as it was
     /// before `step`.
     ///
-    /// It depends only on [`Srkl::set_seed`], the number of the step, and the seed of an enclosing
-    /// [`random::with_seed`], if there is one. A checkpoint restores it.
+    /// It depends only on [`Srkl::set_seed`], the number of the step, the seed of an enclosing
+    /// [`random::with_seed`], if there is one, and the [`rank`](Self::rank). A checkpoint restores it.
     #[must_use]
     pub fn step_seed(&self) -> u64 {
         self.micro_batch_seed(1, 0)
     }
 
-    /// The seed of micro-batch `i` of the `count` that this rank has in the next step: see [`Srkl::step_seed`], which is that
-    /// of the first one. Each micro-batch of a step has another, on whatever rank it is.
+    /// The seed of micro-batch `i` of the `count` that this rank has in the next step: as [`Srkl::step_seed`], which is that of
+    /// the only one. It goes by the number of the micro-batch among those of all ranks, so that it does not depend on how
+    /// these are distributed, and each has another.
     #[must_use]
     pub fn micro_batch_seed(&self, count: usize, i: usize) -> u64 {
         let waits = self.measure_state.awaiting_observe as u64;
@@ -404,7 +407,9 @@ impl Srkl {
     pub(crate) fn observe_by(&mut self, grads_again: &GradStore, count: u64) -> Result<()> {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
-        let remaining = self.engine.observe(&mut self.all, &again, scalars)?;
+        let remaining = self.engine.observe(&mut self.all, &again, scalars);
+        self.after_sum(scalars)?;
+        let remaining = remaining?;
         self.measure_state.awaiting_observe = false;
         self.note_estimates(remaining);
         Ok(())
@@ -478,7 +483,9 @@ impl Srkl {
         let draw = self.measure_state.probe_count;
         let step = probe_step(&grads, scalars);
         let (delta, seed) = self.measure_schedule.and_then(|plan| plan.probe).unwrap_or_default();
-        self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw })?;
+        let done = self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw });
+        self.after_sum(scalars)?;
+        done?;
         self.measure_state.probe_count += 1;
         Ok(Perturbed { opt: self, grads, count, again: Accumulated::default(), done: false })
     }
@@ -491,7 +498,7 @@ impl Srkl {
                  `measuring()` was true, with `Curvature::Step`"
             )
         }
-        let expected = self.micro_batches / self.world_size() as u64;
+        let expected = self.step_count;
         if count != expected {
             bail!("`observe`: expected the {expected} micro-batches of the step, got {count}")
         }
@@ -659,7 +666,7 @@ impl Perturbed<'_> {
     ///
     /// A gradient that `step` would refuse. Nothing has changed then.
     pub fn accumulate(&mut self, grads_again: &GradStore) -> Result<()> {
-        self.again.push(leaf(&self.opt.all.blocks, grads_again)?)
+        self.again.push(leaf(&self.opt.all.blocks, grads_again, true)?)
     }
 
     /// [`observe`](Self::observe) with the mean of what has been [accumulated](Self::accumulate): the same micro-batches as of
@@ -686,7 +693,9 @@ impl Perturbed<'_> {
         let (again, scalars) = self.opt.reduced("observe", again, count, local)?;
         let step = probe_step(&self.grads, scalars);
         let Srkl { engine, all, .. } = &mut *self.opt;
-        let remaining = engine.observe_probe(all, step, &again)?;
+        let remaining = engine.observe_probe(all, step, &again);
+        self.opt.after_sum(scalars)?;
+        let remaining = remaining?;
         self.opt.note_estimates(remaining);
         self.opt.measure_state.measured = true;
         Ok(())

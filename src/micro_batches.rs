@@ -54,13 +54,19 @@ fn add_all(a: &[Option<Tensor>], b: Vec<Option<Tensor>>) -> Result<Vec<Option<Te
     a.iter().zip(b).map(|(a, b)| add(a.clone(), b)).collect()
 }
 
-/// The gradients of a micro-batch, as they are added up.
-pub(crate) fn leaf(blocks: &[Block], grads: &GradStore) -> Result<Vec<Option<Tensor>>> {
+/// The gradients of a micro-batch, as they are added up. They are copied if their memory may be `reused`.
+pub(crate) fn leaf(
+    blocks: &[Block],
+    grads: &GradStore,
+    reused: bool,
+) -> Result<Vec<Option<Tensor>>> {
     let gradient = |block: &Block| {
         let Some(gradient) = grads.get_id(block.id) else { return Ok(None) };
         block.check_gradient(gradient)?;
         let sum = sum_dtype(block.dtype, gradient.dtype());
-        Ok(Some(gradient.to_dtype(sum)?.detach()))
+        let same = reused && sum == gradient.dtype();
+        let gradient = if same { gradient.copy()? } else { gradient.to_dtype(sum)? };
+        Ok(Some(gradient.detach()))
     };
     blocks.iter().map(gradient).collect()
 }

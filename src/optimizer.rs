@@ -12,7 +12,7 @@ use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
 use crate::micro_batches::Accumulated;
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
-use crate::ranks::{Claim, Ranks, Statement, claim, given};
+use crate::ranks::{Claim, Ranks, Statement, claim, given, has_frozen};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::refuse_other_state;
@@ -64,8 +64,8 @@ pub struct Srkl {
     pub(crate) engine: Box<dyn Engine>,
     /// The other ranks, if there are any.
     pub(crate) ranks: Option<Box<Ranks>>,
-    /// How many micro-batches the gradients of the last step were summed over, of all ranks.
-    pub(crate) micro_batches: u64,
+    /// How many micro-batches of this rank the gradients of the last step were summed over.
+    pub(crate) step_count: u64,
     pub(crate) accumulated: Accumulated,
 }
 
@@ -119,14 +119,10 @@ impl Optimizer for Srkl {
     /// Those of [`step`](Self::step); a loss that reaches none of the parameters; a step that measures the curvature,
     /// which needs [`Srkl::backward_step_with`].
     fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
-        if self.measuring() {
-            bail!(
-                "`backward_step`: this step measures the curvature, for which the loss must be computed \
-                 twice; use `backward_step_with(|| loss)`, or the pieces that `measuring` describes"
-            )
-        }
-        let grads = loss.backward()?;
-        self.refuse_unreached(&grads)?;
+        let grads = match self.gradients_alone(loss) {
+            Ok(grads) => grads,
+            Err(e) => return self.refuse(e),
+        };
         self.step(&grads)
     }
 
@@ -178,7 +174,10 @@ impl Srkl {
         let grads = &grads;
         let measures = self.measuring() && !self.probes();
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
-        if self.engine.step(&mut self.all, step)? == Outcome::Counted {
+        let outcome = self.engine.step(&mut self.all, step);
+        self.after_sum(scalars)?;
+        if outcome? == Outcome::Counted {
+            self.step_count = count;
             self.count_step(measures);
             self.note_gradients(grads, measures);
         }
@@ -347,6 +346,19 @@ impl Srkl {
         self.all.groups.iter().map(|group| group.params.lr).find(|lr| *lr > 0.)
     }
 
+    /// The gradients of a loss that is computed once.
+    fn gradients_alone(&self, loss: &Tensor) -> Result<GradStore> {
+        if self.measuring() {
+            bail!(
+                "`backward_step`: this step measures the curvature, for which the loss must be computed \
+                 twice; use `backward_step_with(|| loss)`, or the pieces that `measuring` describes"
+            )
+        }
+        let grads = loss.backward()?;
+        self.refuse_unreached(&grads)?;
+        Ok(grads)
+    }
+
     /// The number of this rank; 0 if there is only one.
     #[must_use]
     pub fn rank(&self) -> usize {
@@ -380,21 +392,23 @@ impl Srkl {
         count: u64,
         local: Result<()>,
     ) -> Result<(Reduced<'g>, StepScalars)> {
+        let scalars = local.and_then(|()| self.scalars());
         let measuring = self.measuring();
-        let Self { all, ranks, measure_state, schedule, grad_scale, .. } = self;
-        let Some(ranks) = ranks else {
-            local?;
-            self.micro_batches = count;
-            return Ok((grads, self.scalars()?));
+        let Self { all, ranks, measure_state, schedule, grad_scale, seed, engine, .. } = self;
+        // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
+        let of_sum = |scalars: StepScalars, count: u64| {
+            let grad_scale = scalars.grad_scale * count as f64;
+            StepScalars { grad_scale, ..scalars }
         };
-        let checked = local.and_then(|()| valid_rates(all, *schedule)).and_then(|()| {
-            let given = |block: &&Block| grads.get_id(block.id).is_some();
-            for block in all.blocks.iter().filter(given) {
+        let Some(ranks) = ranks else { return Ok((grads, of_sum(scalars?, count))) };
+        let checked = scalars.and_then(|scalars| {
+            for block in all.blocks.iter().filter(|block| all.of(block).lr != 0.) {
                 grads.get_id(block.id).map_or(Ok(()), |gradient| block.check_gradient(gradient))?;
             }
-            Ok(())
+            engine.check_ready(all)?;
+            Ok(scalars)
         });
-        let statement = checked.map(|()| {
+        let statement = checked.map(|_| {
             let numbers = [
                 claim("what is called", call),
                 claim("the number of micro-batches", count),
@@ -402,30 +416,37 @@ impl Srkl {
                 claim("whether this step measures", measuring),
                 claim("the learning rate's multiplier", *schedule),
                 claim("the gradient scale", *grad_scale),
+                claim("the seed", *seed),
+                claim("the number of random vectors before", measure_state.probe_count),
             ];
             let claims = numbers.into_iter().chain(all.groups.iter().map(settings)).collect();
-            Statement { claims, own: given(&all.blocks, &grads) }
+            Statement { claims, own: given(all, &grads) }
         });
         let stated = ranks.agree(statement)?;
         let sum = ranks.sum(&all.blocks, &grads, &stated)?;
-        self.micro_batches = count * ranks.world_size as u64;
-        Ok((Reduced::Sum(sum), self.scalars()?))
+        let total = count * ranks.world_size as u64;
+        if call == "step" {
+            for (place, block) in all.blocks.iter_mut().enumerate() {
+                block.trained |= has_frozen(&stated, place);
+            }
+        }
+        let scalars = StepScalars { schedule: *schedule, grad_scale: *grad_scale };
+        Ok((Reduced::Sum(sum), of_sum(scalars, total)))
+    }
+
+    /// After work by the scalars of a sum: replays of captured steps, each of one micro-batch, need those of a single one.
+    pub(crate) fn after_sum(&mut self, scalars: StepScalars) -> Result<()> {
+        if scalars.grad_scale == self.grad_scale { Ok(()) } else { self.upload_settings() }
     }
 
     pub(crate) fn scalars(&self) -> Result<StepScalars> {
-        valid_rates(&self.all, self.schedule)?;
-        // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
-        let grad_scale = self.grad_scale * self.micro_batches as f64;
-        Ok(StepScalars { schedule: self.schedule, grad_scale })
+        for group in &self.all.groups {
+            let lr = self.schedule * group.params.lr;
+            check("learning rate", lr, Above::OrZero)
+                .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+        }
+        Ok(StepScalars { schedule: self.schedule, grad_scale: self.grad_scale })
     }
-}
-
-fn valid_rates(all: &Parameters, schedule: f64) -> Result<()> {
-    for group in &all.groups {
-        check("learning rate", schedule * group.params.lr, Above::OrZero)
-            .map_err(|e| e.context(format!("group `{}`", group.name)))?;
-    }
-    Ok(())
 }
 
 /// What all ranks must set alike.

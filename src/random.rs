@@ -30,7 +30,7 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! Ranks that train on parts of a batch must use different seeds, such as `step * ranks + rank`.
+//! Ranks that train on parts of a batch must use different seeds: [`Srkl::micro_batch_seed`](crate::Srkl::micro_batch_seed).
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};

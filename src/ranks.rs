@@ -12,7 +12,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Error, Result, Tensor, Var, bail};
 use safetensors::View;
 
-use crate::block::Block;
+use crate::block::{Block, Parameters};
 use crate::collective::Collective;
 use crate::micro_batches::{sum_dtype, tree};
 
@@ -25,7 +25,7 @@ pub(crate) struct Ranks {
     collective: Mutex<Box<dyn Collective>>,
     pub rank: usize,
     pub world_size: usize,
-    bucket_bytes: usize,
+    pub bucket_bytes: usize,
 }
 
 /// What must be equal on all ranks: what it is called, and its value.
@@ -38,14 +38,10 @@ pub(crate) fn claim(name: impl Into<String>, value: impl Display) -> Claim {
 /// What a rank tells the others before they do something together.
 #[derive(Default)]
 pub(crate) struct Statement {
-    /// Without tabs and line ends.
     pub claims: Vec<Claim>,
     /// What need not be equal.
     pub own: Vec<u8>,
 }
-
-/// What separates the claims of a statement from the rest.
-const END: &[u8] = b"\n\n";
 
 impl Ranks {
     /// `None` for a single rank, which has nobody to talk to.
@@ -73,9 +69,13 @@ impl Ranks {
         match &local {
             Ok(Statement { claims, own }) => {
                 message.push(1);
-                let lines: Vec<_> = claims.iter().map(|(name, v)| format!("{name}\t{v}")).collect();
-                message.extend(lines.join("\n").into_bytes());
-                message.extend(END);
+                // Each claim is a line.
+                let escaped = |text: &str| text.escape_debug().to_string();
+                let line =
+                    |(name, value): &Claim| format!("{}\t{}\n", escaped(name), escaped(value));
+                let lines: String = claims.iter().map(line).collect();
+                message.extend((lines.len() as u64).to_le_bytes());
+                message.extend(lines.into_bytes());
                 message.extend(own);
             }
             Err(e) => {
@@ -123,7 +123,16 @@ impl Ranks {
     }
 
     /// Replaces parameters by those of rank 0.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
     pub fn broadcast(&mut self, vars: &[Var]) -> Result<()> {
+        let done = self.try_broadcast(vars);
+        done.inspect_err(|e| self.collective().abort(&e.to_string()))
+    }
+
+    fn try_broadcast(&mut self, vars: &[Var]) -> Result<()> {
         for var in vars {
             let mut whole = match self.rank {
                 0 => to_bytes(var, var.dtype())?,
@@ -154,7 +163,8 @@ impl Ranks {
         grads: &GradStore,
         stated: &[Vec<u8>],
     ) -> Result<GradStore> {
-        self.try_sum(blocks, grads, stated).inspect_err(|_| self.collective().abort())
+        let sum = self.try_sum(blocks, grads, stated);
+        sum.inspect_err(|e| self.collective().abort(&e.to_string()))
     }
 
     fn try_sum(
@@ -287,16 +297,25 @@ fn buckets(blocks: &[Block], stated: &[Vec<u8>], bucket_bytes: usize) -> Vec<Buc
     buckets
 }
 
-/// What a rank states of its gradients: a byte for each parameter.
-pub(crate) fn given(blocks: &[Block], grads: &GradStore) -> Vec<u8> {
+/// What a rank states of its gradients: a byte for each parameter. Those of frozen ones are not sent.
+pub(crate) fn given(all: &Parameters, grads: &GradStore) -> Vec<u8> {
     let dtype = |block: &Block| match grads.get_id(block.id).map(Tensor::dtype) {
+        Some(_) if all.of(block).lr == 0. => FROZEN,
         Some(DType::F32) => b'f',
         Some(DType::F64) => b'd',
         Some(DType::BF16) => b'b',
         Some(DType::F16) => b'h',
         _ => b'-',
     };
-    blocks.iter().map(dtype).collect()
+    all.blocks.iter().map(dtype).collect()
+}
+
+/// The byte of a frozen parameter that has a gradient.
+const FROZEN: u8 = b'z';
+
+/// Whether a rank has a gradient of a frozen parameter, by its place.
+pub(crate) fn has_frozen(stated: &[Vec<u8>], place: usize) -> bool {
+    stated.iter().any(|given| given[place] == FROZEN)
 }
 
 fn dtype_of(given: u8) -> Option<DType> {
@@ -322,8 +341,8 @@ fn of_bytes(bytes: &[u8], dtype: DType) -> Result<Tensor> {
 
 /// The claims of a statement, and the rest.
 fn split(message: &[u8]) -> Option<(&[u8], &[u8])> {
-    let at = message.windows(END.len()).position(|window| window == END)?;
-    Some((&message[..at], &message[at + END.len()..]))
+    let (len, rest) = message.split_first_chunk()?;
+    rest.split_at_checked(u64::from_le_bytes(*len) as usize)
 }
 
 /// Shows the first claim that differs.
@@ -331,7 +350,7 @@ fn difference(first: &str, other: &str, rank: usize) -> String {
     let (mut first, mut other) = (first.lines(), other.lines());
     loop {
         let (a, b) = (first.next(), other.next());
-        if a == b {
+        if a == b && a.is_some() {
             continue;
         }
         let parts = |line: Option<&str>| {

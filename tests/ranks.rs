@@ -3,8 +3,9 @@
 mod common;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear};
@@ -16,8 +17,24 @@ use common::training::{Left, Share, assert_same, train_share};
 
 use common::*;
 
-/// Runs every rank in a thread of its own.
+/// Runs every rank in a thread of its own, and ends the process if they wait for each other for ever.
 fn ranks<T: Send>(world_size: usize, run: impl Fn(Threads) -> Result<T> + Sync) -> Vec<Result<T>> {
+    let (ended, watched) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        if watched.recv_timeout(Duration::from_secs(300)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("the ranks wait for each other");
+            std::process::abort();
+        }
+    });
+    let results = run_ranks(world_size, run);
+    drop(ended);
+    results
+}
+
+fn run_ranks<T: Send>(
+    world_size: usize,
+    run: impl Fn(Threads) -> Result<T> + Sync,
+) -> Vec<Result<T>> {
     thread::scope(|scope| {
         let start = |rank| {
             let run = &run;
@@ -218,6 +235,7 @@ fn fails_on_rank_1(
         };
         let error = failed.expect_err("rank 1 does something else").to_string();
         assert!(all_values(&vars)? == before, "moved by a step that failed: {error}");
+        assert_eq!((opt.steps()?, opt.skipped_steps()?), (1, 0), "{error}");
         if rank == 1 {
             mend(&mut opt);
         }
@@ -226,8 +244,11 @@ fn fails_on_rank_1(
         Ok((error, all_values(&vars)?))
     };
     let after: Vec<(String, Vec<f64>)> = ranks(3, run).into_iter().collect::<Result<_>>()?;
-    for (error, values) in &after {
-        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    for (rank, (error, values)) in after.iter().enumerate() {
+        // Rank 1 may have an error of its own, with what only it knows.
+        let told = rank != 1 || words.iter().all(|word| error.contains(word));
+        assert!(told || error.contains("no batch"), "{error}");
+        assert!(rank == 1 || words.iter().all(|word| error.contains(word)), "{error}");
         assert!(*values == after[0].1, "the ranks differ after {error}");
     }
     Ok(())
@@ -279,11 +300,208 @@ fn what_is_wrong_on_one_rank_is_an_error_on_all() -> Result<()> {
     let fails = |opt: &mut Srkl, _: &[Var; 2]| {
         opt.backward_step_with(|| candle_core::bail!("no batch")).map(|_| ())
     };
-    // The rank itself has its own error.
-    fails_on_rank_1(params, fails, nothing, &[]).map(|_| ())?;
+    fails_on_rank_1(params, fails, nothing, &["rank 1", "loss"])?;
+    let unreached = |opt: &mut Srkl, _: &[Var; 2]| {
+        let constant = Var::new(1f32, &Device::Cpu)?;
+        opt.backward_step(&constant.sqr()?)
+    };
+    fails_on_rank_1(params, unreached, nothing, &["rank 1", "reaches none"])?;
+    let observes = |opt: &mut Srkl, vars: &[Var; 2]| opt.observe(&pair_grads(vars, 1)?);
+    fails_on_rank_1(params, observes, nothing, &["rank 1", "no step waits"])?;
+    let seed = |opt: &mut Srkl, vars: &[Var; 2]| {
+        opt.set_seed(7);
+        opt.step(&pair_grads(vars, 1)?)
+    };
+    fails_on_rank_1(params, seed, |opt| opt.set_seed(0), &["seed", "7 on rank 1"])?;
+    let none = |opt: &mut Srkl, _: &[Var; 2]| opt.mean_over_ranks(&[]).map(|_| ());
+    fails_on_rank_1(params, none, nothing, &["rank 1", "mean_over_ranks"])?;
+    let saves = |opt: &mut Srkl, _: &[Var; 2]| opt.save("never written");
+    fails_on_rank_1(params, saves, nothing, &["rank 0", "step", "save", "rank 1"])?;
     let folder = tempfile::tempdir()?;
     let load = |opt: &mut Srkl, _: &[Var; 2]| opt.load(folder.path().join("none"));
     fails_on_rank_1(params, load, nothing, &["none"])
+}
+
+/// Of steps that measure: what one rank alone does between the two gradients.
+#[test]
+fn measurements_that_fail_on_one_rank() -> Result<()> {
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
+        for case in 0..3 {
+            let run = |rank: Threads| {
+                let (mut opt, vars) = pair(rank, &params)?;
+                let other = opt.rank() == 1;
+                let loss = |fails: bool| {
+                    if fails {
+                        candle_core::bail!("no batch")
+                    }
+                    vars[0].sqr()?.sum_all()? + vars[1].sqr()?.sum_all()?
+                };
+                let before = all_values(&vars)?;
+                let mut calls = 0;
+                let stepped = match case {
+                    // The second gradient; the one to compare comes before.
+                    0 => opt.backward_step_with(|| {
+                        calls += 1;
+                        loss(other && calls == 3)
+                    }),
+                    1 => {
+                        if other {
+                            opt.skip_measurement();
+                        }
+                        opt.backward_step_with(|| loss(false))
+                    }
+                    // Two calls that differ.
+                    _ => opt.backward_step_with(|| {
+                        calls += 1;
+                        loss(false)? * if other { f64::from(calls) } else { 1. }
+                    }),
+                };
+                assert!(stepped.is_err(), "{case}");
+                // With `Step` the step is taken before its second gradient.
+                let taken = case == 0 && opt.steps()? == 1;
+                assert_eq!(all_values(&vars)? == before, !taken, "{case}");
+                if case == 1 && !other {
+                    opt.skip_measurement();
+                }
+                for _ in 0..3 {
+                    opt.backward_step_with(|| loss(false))?;
+                }
+                all_values(&vars)
+            };
+            let after: Vec<Vec<f64>> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+            assert!(after.iter().all(|other| *other == after[0]), "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// An older file stays if not all ranks save; parameters that one rank has changed are noticed when they are saved or loaded; what is
+/// changed on all of them is saved as by one process.
+#[test]
+fn saving_and_loading_by_several() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    let params = ParamsSrkl { master_weights: MasterWeights::Auto, ..ParamsSrkl::adamw(1e-3) };
+    let train = |opt: &mut Srkl, var: &Var, step: u64| {
+        opt.step(&grads([(var, tensor(&noise(5000, 1., step), DType::BF16)?)]))
+    };
+    // Element 1 is none of those that a step looks at.
+    let overwrite = |var: &Var| -> Result<()> {
+        let mut changed = values(var)?;
+        changed[1] += 8.;
+        var.set(&tensor(&changed, DType::BF16)?)
+    };
+    let alone = {
+        let var = var(&noise(5000, 1., 0), DType::BF16)?;
+        let mut opt = Srkl::builder()
+            .default_group(params.clone())
+            .build([("w".to_string(), var.clone())])?;
+        train(&mut opt, &var, 0)?;
+        overwrite(&var)?;
+        opt.save(folder.path().join("alone"))?;
+        train(&mut opt, &var, 1)?;
+        bits(&var)?
+    };
+    let run = |rank: Threads| {
+        let var = var(&noise(5000, 1., 0), DType::BF16)?;
+        let mut opt = Srkl::builder()
+            .default_group(params.clone())
+            .collective(rank)
+            .build([("w".to_string(), var.clone())])?;
+        train(&mut opt, &var, 0)?;
+        opt.save(&path)?;
+        let first = contents(&path)?;
+        let _ = opt.mean_over_ranks(&[Tensor::ones(1, DType::F32, &Device::Cpu)?])?;
+
+        let failed = if opt.rank() == 1 { opt.load(&path) } else { opt.save(&path) };
+        let error = failed.expect_err("rank 1 loads").to_string();
+        assert!(error.contains("save") && error.contains("load"), "{error}");
+        assert!(contents(&path)? == first);
+        let error = opt.save("/nowhere/at/all").expect_err("no such folder").to_string();
+        assert!(error.contains("rank 0") && error.contains("nowhere"), "{error}");
+
+        let old = var.copy()?;
+        if opt.rank() == 1 {
+            overwrite(&var)?;
+        }
+        for failed in [opt.save(&path), opt.load(&path)] {
+            let error = failed.expect_err("rank 1 has other parameters").to_string();
+            assert!(error.contains("parameters") && error.contains("rank 1"), "{error}");
+        }
+        var.set(&old)?;
+        overwrite(&var)?;
+        opt.save(&path)?;
+        train(&mut opt, &var, 1)?;
+        bits(&var)
+    };
+    for after in ranks(2, run) {
+        assert!(after? == alone);
+    }
+    Ok(())
+}
+
+/// Gradients whose memory is used again, and parameters of no elements, no parameters at all, frozen ones.
+#[test]
+fn unusual_parameters() -> Result<()> {
+    let run = |rank: Threads| {
+        let vars = noisy_vars(&[0, 1, 3000], 1., DType::F32)?;
+        let named = vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone()));
+        let frozen = ParamsSrkl { lr: 0., ..ParamsSrkl::adamw(1e-2) };
+        let mut opt = Srkl::builder()
+            .default_group(ParamsSrkl::adamw(1e-2))
+            .group("frozen", frozen, |name, _| name == "1")
+            .collective(rank)
+            .build(named)?;
+        // One buffer for both micro-batches.
+        let buffer = var(&[0.; 3000], DType::F32)?;
+        for i in 0..2 {
+            buffer.set(&tensor(&vec![1. + 2. * f64::from(i); 3000], DType::F32)?)?;
+            let mut given = grads([(&vars[2], buffer.as_tensor().clone())]);
+            if opt.rank() == 0 {
+                given.insert(&vars[1], tensor(&[1.], DType::F32)?);
+                given.insert(&vars[0], Tensor::zeros(0, DType::F32, &Device::Cpu)?);
+            }
+            opt.accumulate(&given)?;
+        }
+        opt.record_norms(true);
+        opt.step_accumulated()?;
+        assert!(opt.untrained().is_empty(), "{:?}", opt.untrained());
+        let told = opt.telemetry()?;
+        let norm = told[2].grad_norm.expect("recorded");
+        assert!((norm - 2. * 3000f64.sqrt()).abs() < 1e-9, "{norm}");
+        all_values(&vars)
+    };
+    let after: Vec<Vec<f64>> = ranks(2, run).into_iter().collect::<Result<_>>()?;
+    assert!(after[0] == after[1]);
+    let none = |rank: Threads| {
+        let mut opt = Srkl::builder().collective(rank).build([])?;
+        opt.step(&grads([]))
+    };
+    ranks(2, none).into_iter().collect::<Result<Vec<()>>>().map(|_| ())
+}
+
+/// Ranks of one process that have the same variables.
+#[test]
+fn a_model_of_each_ranks_own() -> Result<()> {
+    let shared = var(&[1., 2.], DType::F32)?;
+    let run = |rank: Threads| {
+        let named = [("w".to_string(), shared.clone())];
+        Srkl::builder().collective(rank).build(named).map(|_| ())
+    };
+    for built in ranks(2, run) {
+        let error = built.expect_err("one variable for two ranks").to_string();
+        assert!(error.contains("ranks 0 and 1") && error.contains("own"), "{error}");
+    }
+    let run = |rank: Threads| {
+        let bytes = 100 + rank.rank();
+        let named = [("w".to_string(), var(&[1.], DType::F32)?)];
+        Srkl::builder().collective(rank).bucket_bytes(bytes).build(named).map(|_| ())
+    };
+    for built in ranks(2, run) {
+        let error = built.expect_err("other messages").to_string();
+        assert!(error.contains("bucket_bytes") && error.contains("101"), "{error}");
+    }
+    Ok(())
 }
 
 /// A NaN, and a gradient that is missing, on one rank: what the policy says, on all.
@@ -413,8 +631,8 @@ impl Collective for Counted {
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         self.0.exchange(own)
     }
-    fn abort(&mut self) {
-        self.0.abort();
+    fn abort(&mut self, why: &str) {
+        self.0.abort(why);
     }
 }
 

@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use candle_srkl::{Collective, Threads};
 use clap::{Parser, ValueEnum, value_parser};
@@ -114,11 +114,17 @@ fn main() -> Result<()> {
     thread::scope(|scope| {
         let start = |rank| scope.spawn(move || run(options, Some(Box::new(rank))));
         let ranks: Vec<_> = Threads::new(options.ranks as usize).into_iter().map(start).collect();
-        // Where one has failed, the others say so too.
-        ranks.into_iter().try_for_each(|rank| match rank.join() {
-            Ok(done) => done,
-            Err(_) => bail!("a rank has panicked"),
-        })
+        // Where one has failed, the others say so too, and it alone has the reason.
+        let ended = ranks.into_iter().map(|rank| match rank.join() {
+            Ok(done) => done.map_err(|e| format!("{e:#}")),
+            Err(_) => Err("has panicked".to_string()),
+        });
+        let failed: Vec<String> = ended
+            .enumerate()
+            .filter_map(|(rank, ended)| Some(format!("rank {rank}: {}", ended.err()?)))
+            .collect();
+        ensure!(failed.is_empty(), "{}", failed.join("\n"));
+        Ok(())
     })
 }
 

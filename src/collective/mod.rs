@@ -42,8 +42,8 @@ pub trait Collective: Send {
     /// What every rank has given, in their order. Lengths may differ. For few bytes: numbers to agree on, and errors.
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// Makes the calls of all ranks fail, now and from now on, where the transport can.
-    fn abort(&mut self);
+    /// Makes the calls of all ranks fail, now and from now on, where the transport can; `why` is what they should say.
+    fn abort(&mut self, why: &str);
 }
 
 impl<C: Collective + ?Sized> Collective for Box<C> {
@@ -62,8 +62,8 @@ impl<C: Collective + ?Sized> Collective for Box<C> {
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         (**self).exchange(own)
     }
-    fn abort(&mut self) {
-        (**self).abort();
+    fn abort(&mut self, why: &str) {
+        (**self).abort(why);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::panic;
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Result, bail};
 use mpi::Threading;
@@ -48,11 +49,15 @@ fn world() -> SimpleCommunicator {
     SimpleCommunicator::world()
 }
 
+/// Whether this process is a rank: MPI is initialized, and not yet finalized.
+static ACTIVE: AtomicBool = AtomicBool::new(false);
+
 /// The length that a rank tells which leaves.
 const LEAVES: u64 = u64::MAX;
 
 impl Mpi {
-    /// Initializes MPI in this process, for as long as what it returns lives. It can be done once.
+    /// Initializes MPI in this process, for as long as what it returns lives. It can be done once, for one optimizer: one
+    /// that could not be built, or that is dropped, has used it up.
     ///
     /// # Errors
     ///
@@ -71,9 +76,12 @@ impl Mpi {
             panic::set_hook(Box::new(move |info| {
                 before(info);
                 // Unwinding would finalize MPI, for which all others would wait.
-                world().abort(1);
+                if ACTIVE.load(Ordering::Relaxed) {
+                    world().abort(1);
+                }
             }));
         });
+        ACTIVE.store(true, Ordering::Relaxed);
         Ok(Self { failed: false, _universe: universe })
     }
 
@@ -82,6 +90,14 @@ impl Mpi {
         let mut lengths = vec![0; self.world_size()];
         world().all_gather_into(&own, &mut lengths[..]);
         lengths
+    }
+
+    /// An error if a rank has left: a call would wait for it.
+    fn refuse_failed(&self) -> Result<()> {
+        if self.failed {
+            bail!("another rank has left before")
+        }
+        Ok(())
     }
 
     /// Lengths and places of parts, as MPI counts them.
@@ -115,6 +131,7 @@ impl Collective for Mpi {
     }
 
     fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        self.refuse_failed()?;
         let (sent, places) = self.counts(parts)?;
         let own = vec![parts[self.rank()]; self.world_size()];
         let (received, origins) = self.counts(&own)?;
@@ -127,6 +144,7 @@ impl Collective for Mpi {
     }
 
     fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        self.refuse_failed()?;
         let (counts, places) = self.counts(parts)?;
         let own = whole[super::part(parts, self.rank())].to_vec();
         let (empty, mut room) = ([0], [0]);
@@ -137,6 +155,7 @@ impl Collective for Mpi {
     }
 
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.refuse_failed()?;
         let lengths = self.lengths(own.len() as u64);
         if let Some(rank) = lengths.iter().position(|length| *length == LEAVES) {
             self.failed = true;
@@ -149,14 +168,15 @@ impl Collective for Mpi {
         Ok((0..parts.len()).map(|rank| whole[super::part(&parts, rank)].to_vec()).collect())
     }
 
-    fn abort(&mut self) {
-        eprintln!("rank {} ends the job", self.rank());
+    fn abort(&mut self, why: &str) {
+        eprintln!("rank {} ends the job: {why}", self.rank());
         world().abort(1);
     }
 }
 
 impl Drop for Mpi {
     fn drop(&mut self) {
+        ACTIVE.store(false, Ordering::Relaxed);
         // Else the others would wait for this rank in their next step, and this one for them to finalize.
         if !self.failed {
             self.lengths(LEAVES);

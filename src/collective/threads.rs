@@ -34,6 +34,9 @@ use super::{Collective, part};
 /// ```
 ///
 /// A rank that is dropped, for instance since its thread panics, makes the calls of the others fail.
+///
+/// Each rank needs a thread: one after the other in one thread the first would wait for the second for ever. And each needs a
+/// model of its own: a clone of a `VarMap` is the same variables.
 #[derive(Debug)]
 pub struct Threads {
     rank: usize,
@@ -145,8 +148,8 @@ impl Collective for Threads {
         Ok(self.meet("exchange".to_string(), own)?.to_vec())
     }
 
-    fn abort(&mut self) {
-        self.fail(format!("rank {} has aborted", self.rank));
+    fn abort(&mut self, why: &str) {
+        self.fail(format!("rank {}: {why}", self.rank));
     }
 }
 

@@ -167,6 +167,11 @@ impl Engine for Device {
         cuda.upload(&[state], |memory| &mut memory.state)
     }
 
+    fn check_ready(&self, all: &Parameters) -> Result<()> {
+        self.cuda.refuse_capture("a step of several ranks")?;
+        self.cuda.check_addresses(all)
+    }
+
     fn may_reorder(&self) -> bool {
         // The table on the device is in the order of blocks.
         false

@@ -99,6 +99,11 @@ pub(crate) trait Engine: Send + Sync {
     /// Continues from a checkpoint; the last step is forgotten.
     fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()>;
 
+    /// An error for what would make a step fail whatever its gradients are, if it can be known before.
+    fn check_ready(&self, _: &Parameters) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether blocks may be brought into another order before [`Engine::set_progress`].
     fn may_reorder(&self) -> bool;
 

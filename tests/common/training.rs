@@ -159,8 +159,8 @@ impl Collective for Shared {
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         self.0.lock().unwrap().exchange(own)
     }
-    fn abort(&mut self) {
-        self.0.lock().unwrap().abort();
+    fn abort(&mut self, why: &str) {
+        self.0.lock().unwrap().abort(why);
     }
 }
 

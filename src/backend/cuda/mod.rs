@@ -217,7 +217,7 @@ impl CudaBackend {
     /// # Errors
     ///
     /// A variable whose memory is not where `new` found it.
-    fn check_addresses(&self, all: &Parameters) -> Result<()> {
+    pub fn check_addresses(&self, all: &Parameters) -> Result<()> {
         self.places.iter().zip(&self.blocks).try_for_each(|(&place, entry)| {
             let block = &all.blocks[place];
             if parameter_address(block, &self.stream)? != entry.w {
