@@ -104,8 +104,13 @@ impl Learner {
 
     /// Forward, backward and step, of a loss that is scaled by 4.
     fn train(&mut self) -> Result<()> {
+        self.train_over(1)
+    }
+
+    /// The same of several micro-batches.
+    fn train_over(&mut self, count: usize) -> Result<()> {
         let Self { vars, x, opt } = self;
-        opt.backward_step_with(|| {
+        opt.backward_step_over(count, |_| {
             let h = x.matmul(&vars[0])?.broadcast_add(&vars[1])?.tanh()?;
             h.matmul(&vars[2])?.sqr()?.mean_all()? * 4.
         })?;
@@ -118,7 +123,7 @@ impl Learner {
 }
 
 /// A whole training step, captured once and replayed, with another learning rate and gradient scale between
-/// replays, and an eager step in the middle.
+/// replays, and an eager step in the middle, of several micro-batches.
 #[test]
 fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
     let _turn = turn();
@@ -140,10 +145,15 @@ fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
                 learner.opt.set_grad_scale(4.)?;
             }
         }
-        eager.train()?;
         match step {
-            4 => replayed.train()?,
-            _ => graph.launch().w()?,
+            4 => {
+                eager.train_over(3)?;
+                replayed.train_over(3)?;
+            }
+            _ => {
+                eager.train()?;
+                graph.launch().w()?;
+            }
         }
         assert_eq!(eager.state()?, replayed.state()?, "step {step}");
     }

@@ -95,6 +95,32 @@ fn the_bits_of_one_process() -> Result<()> {
     Ok(())
 }
 
+/// Parameters on CUDA devices, by way of the host.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
+    let suite = suite();
+    for case in [5, 20, suite.len() - 3] {
+        let (name, params) = &suite[case];
+        let one = &train(params, sizes(params), 7, (1, 4), 1)?[0];
+        let folder = tempfile::tempdir()?;
+        let shapes: Vec<Vec<usize>> = sizes(params).iter().map(|n| vec![*n]).collect();
+        let run = |rank| {
+            let share = Share {
+                micro_batches: 4,
+                rank: Some(Arc::new(Mutex::new(rank))),
+                bucket_bytes: 20_000,
+                folder: Some(folder.path().to_path_buf()),
+            };
+            train_share(params, &shapes, 7, &[&Device::new_cuda(0)?], &share)
+        };
+        for each in ranks(2, run) {
+            assert_same(&each?, one, name);
+        }
+    }
+    Ok(())
+}
+
 /// Numbers of micro-batches that are no power of two a rank: the ranks agree with each other, and with one process but for
 /// the order of additions.
 #[test]
