@@ -23,6 +23,7 @@
 //! | tensor | `NAME.master.rest` | of a split master: i16, the parameter's shape |
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
@@ -44,7 +45,7 @@ use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
 use crate::ranks::{Claim, Statement, claim};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
-use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
+use crate::state::{Beside, Format, STATE, Saved, SavedTensor, Slot};
 
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 3;
@@ -82,6 +83,8 @@ impl Srkl {
     /// opt.load(folder.join("optimizer.safetensors"))?;
     /// # Ok::<(), candle_core::Error>(())
     /// ```
+    ///
+    /// It takes the memory of the largest tensor in the file, once more.
     ///
     /// # Errors
     ///
@@ -128,6 +131,7 @@ impl Srkl {
             ("by_position".to_string(), (self.by_position as u8).to_string()),
         ]);
         let mut tensors = vec![];
+        let failed = Cell::new(None);
         let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
         let numbers = self.engine.outcomes()?.into_iter().zip(powers);
         for (place, (block, numbers)) in self.all.blocks.iter().zip(numbers).enumerate() {
@@ -142,16 +146,18 @@ impl Srkl {
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
             for (kind, slot) in block.state.named() {
-                let Saved { format, parts } = slot.save()?;
-                let saved = format.tensors(kind, block.var.dims()).into_iter().zip(parts);
-                tensors.extend(saved.map(|(tensor, bytes)| {
-                    (format!("{name}.{kind}{}", tensor.suffix), StateTensor { tensor, bytes })
+                let parts = slot.format().tensors(kind, block.var.dims()).into_iter().enumerate();
+                tensors.extend(parts.map(|(part, tensor)| {
+                    let name = format!("{name}.{kind}{}", tensor.suffix);
+                    (name, StateTensor { tensor, slot, part, failed: &failed })
                 }));
             }
         }
 
-        let write =
-            |path: &Path| Ok(safetensors::serialize_to_file(tensors, Some(metadata), path)?);
+        let write = |path: &Path| {
+            safetensors::serialize_to_file(tensors, Some(metadata), path)?;
+            failed.take().map_or(Ok(()), Err)
+        };
         target.replace(write).map_err(|e| e.with_path(path))
     }
 
@@ -682,13 +688,17 @@ fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Res
     }
 }
 
-/// State as a safetensors tensor.
-struct StateTensor {
+/// State as a safetensors tensor, whose bytes are made when they are written: one tensor at a time.
+struct StateTensor<'a> {
     tensor: SavedTensor,
-    bytes: Vec<u8>,
+    slot: &'a Slot,
+    /// Of the slot's tensors.
+    part: usize,
+    /// Why some bytes could not be read, from a device.
+    failed: &'a Cell<Option<Error>>,
 }
 
-impl View for StateTensor {
+impl View for StateTensor<'_> {
     fn dtype(&self) -> Dtype {
         self.tensor.dtype
     }
@@ -696,9 +706,15 @@ impl View for StateTensor {
         &self.tensor.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
+        Cow::Owned(match self.slot.save() {
+            Ok(mut saved) => saved.parts.swap_remove(self.part),
+            Err(e) => {
+                self.failed.set(Some(e));
+                vec![0; self.data_len()]
+            }
+        })
     }
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.tensor.bytes()
     }
 }

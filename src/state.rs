@@ -193,6 +193,13 @@ pub(crate) struct SavedTensor {
     pub shape: Vec<usize>,
 }
 
+impl SavedTensor {
+    /// Its length.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
 /// A kind of state as a checkpoint has it.
 #[derive(Clone)]
 pub(crate) struct Saved {
@@ -344,11 +351,9 @@ impl Slot {
         fn numbers<T, const N: usize>(bytes: &[u8], from_bytes: fn([u8; N]) -> T) -> Vec<T> {
             bytes.as_chunks::<N>().0.iter().map(|b| from_bytes(*b)).collect()
         }
-        let bytes =
-            |part: &SavedTensor| part.shape.iter().product::<usize>() * part.dtype.bitsize() / 8;
         let expected = self.format.tensors("", &[self.n]);
         if saved.format != self.format
-            || !saved.parts.iter().map(Vec::len).eq(expected.iter().map(bytes))
+            || !saved.parts.iter().map(Vec::len).eq(expected.iter().map(SavedTensor::bytes))
         {
             bail!(
                 "expected state of {:?} for {} elements, got {:?}",

@@ -56,7 +56,24 @@ fn a_step_allocates_little() -> Result<()> {
         }
     }
     products_alone()?;
-    state_takes_what_the_docs_say()
+    state_takes_what_the_docs_say()?;
+    a_checkpoint_is_written_by_tensors()
+}
+
+/// Saving takes the memory of one kind of state of one parameter.
+fn a_checkpoint_is_written_by_tensors() -> Result<()> {
+    let n = 1_000_000;
+    let vars = noisy_vars(&[n; 4], 1., DType::BF16)?;
+    let mut opt = Srkl::new(vars, ParamsSrkl::braked_adam_averaged())?;
+    let file = tempfile::NamedTempFile::new()?;
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    opt.save(file.path())?;
+    let more = ALLOCATOR.peak_usage() - before;
+    // In f32; and what is written is buffered.
+    assert!(more < 4 * n + 2_500_000, "{more} bytes");
+    assert!(file.path().metadata()?.len() > 4 * 4 * 4 * n as u64);
+    Ok(())
 }
 
 /// The bytes a parameter of each kind of state (docs/memory.md), and no more than a thousandth besides.
