@@ -157,7 +157,7 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
-    /// The most bytes of gradients that ranks send each other at a time, 32 MiB unless set. A step allocates about three times as
+    /// The most bytes of gradients that ranks send each other at a time, 4 MiB unless set. A step allocates about three times as
     /// much, and besides the sums of all gradients, 4 bytes a parameter.
     pub fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.bucket_bytes = bytes.max(1);

@@ -17,7 +17,7 @@ use crate::collective::Collective;
 use crate::micro_batches::{sum_dtype, tree};
 
 /// The largest message of a rank, in bytes, unless set.
-pub(crate) const BUCKET_BYTES: usize = 32 << 20;
+pub(crate) const BUCKET_BYTES: usize = 4 << 20;
 
 /// The ranks of an optimizer.
 pub(crate) struct Ranks {
@@ -174,24 +174,32 @@ impl Ranks {
         stated: &[Vec<u8>],
     ) -> Result<GradStore> {
         let mut sums = GradStore::default();
-        // The gradient at hand, and what is known of its sum.
-        let (mut own, mut whole) = ((usize::MAX, vec![]), vec![]);
+        // The gradient at hand, in the order of its elements, and what is known of its sum.
+        let (mut own, mut whole) = ((usize::MAX, None), vec![]);
         for bucket in buckets(blocks, stated, self.bucket_bytes) {
             let size = bucket.wire.size_in_bytes();
             let mut bytes = vec![];
             for Segment { block: i, range, .. } in &bucket.segments {
                 if own.0 != *i {
-                    own = match grads.get_id(blocks[*i].id) {
-                        Some(gradient) => (*i, to_bytes(gradient, bucket.wire)?),
-                        None => (*i, vec![0; blocks[*i].n * size]),
-                    };
+                    let gradient = grads.get_id(blocks[*i].id);
+                    own = (*i, gradient.map(Tensor::flatten_all).transpose()?);
                 }
-                bytes.extend(&own.1[range.start * size..range.end * size]);
+                match &own.1 {
+                    Some(gradient) => {
+                        let part = gradient.narrow(0, range.start, range.len())?;
+                        bytes.extend(to_bytes(&part, bucket.wire)?);
+                    }
+                    None => bytes.resize(bytes.len() + range.len() * size, 0),
+                }
             }
             let summed = self.sum_bucket(&bucket, &bytes)?;
             let mut rest = &summed[..];
             for Segment { block: i, range, .. } in &bucket.segments {
-                let (first, after) = rest.split_at(range.len() * bucket.sum.size_in_bytes());
+                let size = bucket.sum.size_in_bytes();
+                let (first, after) = rest.split_at(range.len() * size);
+                if range.start == 0 {
+                    whole.reserve_exact(blocks[*i].n * size);
+                }
                 whole.extend(first);
                 rest = after;
                 let Block { n, id, var, .. } = &blocks[*i];
