@@ -596,9 +596,10 @@ impl Srkl {
         }
         let all = &self.all;
         let missing = |block: &Block| {
-            let measured = MeasureSchedule::of(all.of(block)).is_some();
-            let moves = block.n > 0 && all.of(block).lr > 0. && grads.get_id(block.id).is_some();
-            !block.known && measured && moves
+            let params = all.of(block);
+            let measured = !block.known && MeasureSchedule::of(params).is_some();
+            // Looked up last: with thousands of parameters that takes time.
+            measured && block.n > 0 && params.lr > 0. && grads.get_id(block.id).is_some()
         };
         if !measures && self.all.blocks.iter().any(missing) {
             self.measure_state.blind = true;
