@@ -5,7 +5,7 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
-use candle_core::{Error, Result, TensorId, Var, bail};
+use candle_core::{Result, TensorId, Var, bail};
 use candle_nn::VarMap;
 
 use crate::backend::cpu::access;
@@ -223,8 +223,7 @@ impl<'a> SrklBuilder<'a> {
         let vars: Vec<Var> = named.iter().map(|(.., var)| var.clone()).collect();
         let stated = ranks.agree(Ok(Statement { claims, own: identities(&vars) }))?;
         refuse_shared(&stated)?;
-        let built = self.build_one(named);
-        let claims = |opt: &Srkl| {
+        let statement = |opt: &Srkl| {
             let group = |block: &Block| {
                 let matrices = format!("{:?}", block.matrices);
                 let group = &opt.all.groups[block.group].name;
@@ -234,11 +233,10 @@ impl<'a> SrklBuilder<'a> {
                 )
             };
             let settings = opt.all.groups.iter().map(settings);
-            settings.chain(opt.all.blocks.iter().map(group)).collect()
+            let claims = settings.chain(opt.all.blocks.iter().map(group)).collect();
+            Ok(Statement { claims, own: vec![] })
         };
-        let statement = built.as_ref().map(|opt| Statement { claims: claims(opt), own: vec![] });
-        ranks.agree(statement.map_err(|e| Error::msg(e.to_string())))?;
-        let mut opt = built?;
+        let (mut opt, _) = ranks.agree_on(self.build_one(named), statement)?;
         ranks.broadcast(&vars)?;
         opt.sync_master()?;
         opt.ranks = Some(Box::new(ranks));

@@ -100,9 +100,9 @@ impl Srkl {
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let ready = self.ready_to_save();
-        self.agree_on("save", ready, |_| vec![])?;
+        self.agree_on("save", ready, |(), blocks| Ok(vec![same_parameters(blocks)?]))?;
         let saved = if self.rank() == 0 { self.write(path) } else { Ok(()) };
-        self.agree_on("save, of a file that is written", saved, |_| vec![])
+        self.agree_on("save, of a file that is written", saved, |(), _| Ok(vec![]))
     }
 
     /// Refuses what `load` would refuse.
@@ -184,8 +184,10 @@ impl Srkl {
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let loaded = self.read(path).map_err(|e| e.with_path(path));
-        let file = |(_, file): &(Loaded, String)| vec![claim("the file that is loaded", file)];
-        let (loaded, _) = self.agree_on("load", loaded, file)?;
+        let claims = |(_, bytes): &(Loaded, Vec<u8>), blocks: &[Block]| {
+            Ok(vec![claim("the file that is loaded", hash(bytes)), same_parameters(blocks)?])
+        };
+        let (loaded, _) = self.agree_on("load", loaded, claims)?;
         // Nothing below can fail, but for a device that has failed already, or is being captured.
         for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
             for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
@@ -217,8 +219,8 @@ impl Srkl {
 }
 
 impl Srkl {
-    /// A checkpoint, and the hash of its file.
-    fn read(&self, path: &Path) -> Result<(Loaded, String)> {
+    /// A checkpoint, and its bytes.
+    fn read(&self, path: &Path) -> Result<(Loaded, Vec<u8>)> {
         let bytes = fs::read(path)?;
         let params = |block: &Block| self.all.of(block);
         let loaded = Loaded::new(&bytes, &self.all.blocks, self.by_position, params)?;
@@ -226,39 +228,36 @@ impl Srkl {
             check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
                 .map_err(|e| e.context(format!("group `{}`", group.name)))?;
         }
-        let mut hasher = XxHash3_128::new();
-        hasher.write(&bytes);
-        Ok((loaded, format!("{:032x}", hasher.finish_128())))
+        Ok((loaded, bytes))
     }
 
-    /// `local`, if no rank has an error, all make this call, with the same `claims` and parameters.
+    /// `local`, if no rank has an error, and all make this call with the same claims. Without other ranks nothing is claimed.
     fn agree_on<T>(
         &mut self,
         call: &str,
         local: Result<T>,
-        claims: impl Fn(&T) -> Vec<Claim>,
+        claims: impl FnOnce(&T, &[Block]) -> Result<Vec<Claim>>,
     ) -> Result<T> {
         let Some(ranks) = &mut self.ranks else { return local };
         let blocks = &self.all.blocks;
-        let statement = match &local {
-            Ok(local) => {
-                blocks.iter().map(|block| fingerprint(&block.var)).collect::<Result<_>>().map(
-                    |fingerprints: Vec<String>| {
-                        let hash = XxHash3_128::oneshot(fingerprints.concat().as_bytes());
-                        let own = [
-                            claim("what is called", call),
-                            claim("the hash of all parameters", format!("{hash:032x}")),
-                        ];
-                        let claims = own.into_iter().chain(claims(local)).collect();
-                        Statement { claims, ..Statement::default() }
-                    },
-                )
-            }
-            Err(e) => Err(Error::msg(e.to_string())),
+        let statement = |local: &T| {
+            let call = claim("what is called", call);
+            let claims = [call].into_iter().chain(claims(local, blocks)?).collect();
+            Ok(Statement { claims, ..Statement::default() })
         };
-        ranks.agree(statement)?;
-        local
+        Ok(ranks.agree_on(local, statement)?.0)
     }
+}
+
+/// That all ranks have the same parameters.
+fn same_parameters(blocks: &[Block]) -> Result<Claim> {
+    let fingerprints = blocks.iter().map(|block| fingerprint(&block.var));
+    let all: String = fingerprints.collect::<Result<_>>()?;
+    Ok(claim("the hash of all parameters", hash(all.as_bytes())))
+}
+
+fn hash(bytes: &[u8]) -> String {
+    format!("{:032x}", XxHash3_128::oneshot(bytes))
 }
 
 /// A checkpoint that has passed all checks.

@@ -394,7 +394,7 @@ impl Srkl {
     ) -> Result<(Reduced<'g>, StepScalars)> {
         let scalars = local.and_then(|()| self.scalars());
         let measuring = self.measuring();
-        let Self { all, ranks, measure_state, schedule, grad_scale, seed, engine, .. } = self;
+        let Self { all, ranks, measure_state, seed, engine, .. } = self;
         // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
         let of_sum = |scalars: StepScalars, count: u64| {
             let grad_scale = scalars.grad_scale * count as f64;
@@ -408,21 +408,21 @@ impl Srkl {
             engine.check_ready(all)?;
             Ok(scalars)
         });
-        let statement = checked.map(|_| {
+        let statement = |scalars: &StepScalars| {
             let numbers = [
                 claim("what is called", call),
                 claim("the number of micro-batches", count),
                 claim("the number of steps before", measure_state.step_calls),
                 claim("whether this step measures", measuring),
-                claim("the learning rate's multiplier", *schedule),
-                claim("the gradient scale", *grad_scale),
+                claim("the learning rate's multiplier", scalars.schedule),
+                claim("the gradient scale", scalars.grad_scale),
                 claim("the seed", *seed),
                 claim("the number of random vectors before", measure_state.probe_count),
             ];
             let claims = numbers.into_iter().chain(all.groups.iter().map(settings)).collect();
-            Statement { claims, own: given(all, &grads) }
-        });
-        let stated = ranks.agree(statement)?;
+            Ok(Statement { claims, own: given(all, &grads) })
+        };
+        let (scalars, stated) = ranks.agree_on(checked, statement)?;
         let sum = ranks.sum(&all.blocks, &grads, &stated)?;
         let total = count * ranks.world_size as u64;
         if call == "step" {
@@ -430,7 +430,6 @@ impl Srkl {
                 block.trained |= has_frozen(&stated, place);
             }
         }
-        let scalars = StepScalars { schedule: *schedule, grad_scale: *grad_scale };
         Ok((Reduced::Sum(sum), of_sum(scalars, total)))
     }
 

@@ -107,6 +107,24 @@ impl Ranks {
         Ok(stated.into_iter().map(|(_, own)| own.to_vec()).collect())
     }
 
+    /// `local`, if all ranks have one, and what all have stated of theirs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::agree`].
+    pub fn agree_on<T>(
+        &mut self,
+        local: Result<T>,
+        statement: impl FnOnce(&T) -> Result<Statement>,
+    ) -> Result<(T, Vec<Vec<u8>>)> {
+        let statement = match &local {
+            Ok(local) => statement(local),
+            Err(e) => Err(Error::msg(e.to_string())),
+        };
+        let stated = self.agree(statement)?;
+        Ok((local?, stated))
+    }
+
     /// The sum of a tensor over all ranks, on the CPU, which is itself a sum of `count`.
     pub fn sum_of(&mut self, own: &Tensor, count: usize) -> Result<Tensor> {
         let shape = format!("{:?} {:?}", own.dtype(), own.dims());
@@ -307,16 +325,19 @@ fn buckets(blocks: &[Block], stated: &[Vec<u8>], bucket_bytes: usize) -> Vec<Buc
 
 /// What a rank states of its gradients: a byte for each parameter. Those of frozen ones are not sent.
 pub(crate) fn given(all: &Parameters, grads: &GradStore) -> Vec<u8> {
-    let dtype = |block: &Block| match grads.get_id(block.id).map(Tensor::dtype) {
+    let byte = |block: &Block| match grads.get_id(block.id).map(Tensor::dtype) {
         Some(_) if all.of(block).lr == 0. => FROZEN,
-        Some(DType::F32) => b'f',
-        Some(DType::F64) => b'd',
-        Some(DType::BF16) => b'b',
-        Some(DType::F16) => b'h',
-        _ => b'-',
+        dtype => BYTES.iter().find(|(_, of)| Some(*of) == dtype).map_or(NONE, |(byte, _)| *byte),
     };
-    all.blocks.iter().map(dtype).collect()
+    all.blocks.iter().map(byte).collect()
 }
+
+/// The bytes of gradients of these dtypes.
+const BYTES: [(u8, DType); 4] =
+    [(b'f', DType::F32), (b'd', DType::F64), (b'b', DType::BF16), (b'h', DType::F16)];
+
+/// The byte of a parameter without a gradient.
+const NONE: u8 = b'-';
 
 /// The byte of a frozen parameter that has a gradient.
 const FROZEN: u8 = b'z';
@@ -327,13 +348,7 @@ pub(crate) fn has_frozen(stated: &[Vec<u8>], place: usize) -> bool {
 }
 
 fn dtype_of(given: u8) -> Option<DType> {
-    match given {
-        b'f' => Some(DType::F32),
-        b'd' => Some(DType::F64),
-        b'b' => Some(DType::BF16),
-        b'h' => Some(DType::F16),
-        _ => None,
-    }
+    BYTES.iter().find(|(byte, _)| *byte == given).map(|(_, dtype)| *dtype)
 }
 
 /// The elements of a tensor, converted, as bytes.
