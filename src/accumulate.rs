@@ -113,7 +113,7 @@ impl Srkl {
             Some(sum) => Ok(sum),
             None => bail!("`mean_over_ranks`: expected at least one tensor, got none"),
         });
-        match (sum, &mut self.ranks) {
+        match (sum, &self.ranks) {
             (Ok(sum), None) => sum / count,
             (Ok(sum), Some(ranks)) => {
                 ranks.sum_of(&sum, own.len())?.to_device(sum.device())? / count

@@ -52,11 +52,23 @@ impl Srkl {
     ///
     /// No group with an average, or a step that waits for its measurement.
     pub fn swap_averaged(&mut self) -> Result<Averaged<'_>> {
+        let ready = self.ready_to_swap();
+        match self.sharding_ranks() {
+            Some(_) => self.agree_on("swap_averaged", ready, |(), _| Ok(vec![]))?,
+            None => ready?,
+        }
+        let swapped = self.engine.swap(&mut self.all);
+        match self.sharding_ranks() {
+            Some(ranks) => ranks.or_abort(swapped)?,
+            None => swapped?,
+        }
+        Ok(Averaged { opt: self })
+    }
+
+    fn ready_to_swap(&self) -> Result<()> {
         if !self.averages() {
             bail!("`swap_averaged`: no group has an average; set `average` in its settings")
         }
-        self.refuse_pending()?;
-        self.engine.swap(&mut self.all)?;
-        Ok(Averaged { opt: self })
+        self.refuse_pending()
     }
 }

@@ -1,9 +1,11 @@
 //! [`Block`]: a parameter tensor with its state, the unit that the rule works on; [`Parameters`]: all of an
 //! optimizer.
 
+use std::ops::Range;
+
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor, TensorId, Var, bail};
+use candle_core::{DType, Device, Layout, Result, Shape, Storage, Tensor, TensorId, Var, bail};
 
 use crate::matrices::Matrices;
 use crate::params::{Group, MasterWeights, ParamsSrkl, Rounding};
@@ -21,10 +23,20 @@ pub(crate) struct Block {
     pub id: TensorId,
     pub dtype: DType,
     pub shape: Shape,
-    /// The number of elements.
+    /// The number of its elements.
+    pub whole: usize,
+    /// Which of them each rank steps, or adds up the gradients of: whole chunks; nothing if there is one process.
+    pub shards: Vec<Range<usize>>,
+    /// The elements that this process steps and keeps state of, all of them unless state is sharded: their number, and the
+    /// first of them.
     pub n: usize,
+    pub first: usize,
+    /// Whether its other elements, if there are any, are those of other ranks.
+    pub sharded: bool,
+    /// Where these are in the variable's storage.
+    pub layout: Layout,
     pub on_cpu: bool,
-    /// The addresses of the variable's storage, which never changes, and of its first element (0 on a device).
+    /// The addresses of the variable's storage, which never changes, and of the first element that is stepped (0 on a device).
     pub storage: usize,
     pub elements: usize,
     /// The index of its group.
@@ -83,14 +95,20 @@ pub(crate) fn is_supported(dtype: DType) -> bool {
 }
 
 impl Block {
-    /// Still lacks its masters, `elements`, `matrices` and `orthogonal`: see `backend/masters.rs`, `backend/cpu/access.rs`,
+    /// A block of which the elements `own` are stepped here. Still lacks its masters, `elements`, `matrices` and `orthogonal`: see `backend/masters.rs`, `backend/cpu/access.rs`,
     /// and `matrices.rs`.
     ///
     /// # Errors
     ///
     /// A variable on a device or of a dtype that is not handled, one that would lose bits in its master, or one that
     /// is not contiguous at offset 0, as candle makes variables.
-    pub fn new(name: String, var: Var, group: usize, params: &ParamsSrkl) -> Result<Self> {
+    pub fn new(
+        name: String,
+        var: Var,
+        group: usize,
+        params: &ParamsSrkl,
+        own: Range<usize>,
+    ) -> Result<Self> {
         let masters = params.master_weights;
         let dtype = var.dtype();
         let on_cpu = match var.device() {
@@ -118,9 +136,11 @@ impl Block {
                  `MasterWeights::Auto` or `None`"
             )
         }
-        let state = State::new(params, &var)?;
+        let state = State::new(params, &var, own.len())?;
         let storage = storage_address(&var.storage_and_layout().0);
-        let (id, shape, n) = (var.id(), var.shape().clone(), var.elem_count());
+        let (id, shape, whole) = (var.id(), var.shape().clone(), var.elem_count());
+        let (n, first) = (own.len(), own.start);
+        let layout = Layout::contiguous_with_offset(n, first);
         Ok(Self {
             name,
             tied: vec![],
@@ -128,7 +148,12 @@ impl Block {
             id,
             dtype,
             shape,
+            whole,
+            shards: vec![],
             n,
+            first,
+            sharded: false,
+            layout,
             on_cpu,
             storage,
             elements: 0,
@@ -147,6 +172,15 @@ impl Block {
     #[cfg(feature = "cuda")]
     pub fn is_on(&self, device: &CudaDevice) -> bool {
         matches!(self.var.device(), Device::Cuda(other) if other.id() == device.id())
+    }
+
+    /// An error if what a step is given does not fit: the gradient, or of a sharded parameter a sum of the elements that are
+    /// stepped here.
+    pub fn check_followed(&self, gradient: &Tensor) -> Result<()> {
+        match self.sharded && gradient.dims() == [self.n] {
+            true => Ok(()),
+            false => self.check_gradient(gradient),
+        }
     }
 
     /// An error if a gradient does not fit its parameter in device, shape or dtype.
@@ -181,6 +215,11 @@ impl Block {
             )
         }
         Ok(())
+    }
+
+    /// The elements that are stepped here, in the variable's memory.
+    pub fn own(&self) -> Result<Tensor> {
+        self.var.flatten_all()?.narrow(0, self.first, self.n)
     }
 
     /// The copy of the parameter, while it is perturbed or replaced.

@@ -24,6 +24,8 @@ use crate::optimizer::{DEFAULT_GROUP, Srkl, settings};
 use crate::params::{Group, ParamsSrkl};
 use crate::ranks::{BUCKET_BYTES, Ranks, Statement, claim};
 use crate::schedule::{MeasureSchedule, MeasureState};
+use crate::shards::{Share, shards};
+use crate::state::bytes;
 
 impl Srkl {
     /// An optimizer of all variables of `varmap`, in the order of their names, in one group. A variable of
@@ -65,6 +67,7 @@ impl Srkl {
             matrices,
             collective: None,
             bucket_bytes: BUCKET_BYTES,
+            sharded: false,
         }
     }
 }
@@ -83,6 +86,7 @@ pub struct SrklBuilder<'a> {
     matrices: MatricesOf<'a>,
     collective: Option<Box<dyn Collective>>,
     bucket_bytes: usize,
+    sharded: bool,
 }
 
 impl<'a> SrklBuilder<'a> {
@@ -164,6 +168,12 @@ impl<'a> SrklBuilder<'a> {
         self
     }
 
+    /// Whether each rank keeps the state of its shard alone: moments, masters, averages, squared row norms. Not unless set.
+    pub fn sharded(mut self, sharded: bool) -> Self {
+        self.sharded = sharded;
+        self
+    }
+
     /// An optimizer of all variables of `varmap`, in the order of their names. A variable of several names
     /// (tied weights) is one parameter, under the first of them; [`BlockTelemetry::tied`](crate::BlockTelemetry::tied) has the others.
     ///
@@ -207,8 +217,10 @@ impl<'a> SrklBuilder<'a> {
         mut self,
         named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
     ) -> Result<Srkl> {
-        let ranks = self.collective.take().map(|c| Ranks::new(c, self.bucket_bytes)).transpose()?;
-        let Some(mut ranks) = ranks.flatten() else { return self.build_one(named) };
+        let (bucket_bytes, sharded) = (self.bucket_bytes, self.sharded);
+        let ranks = self.collective.take().map(|c| Ranks::new(c, bucket_bytes, sharded));
+        let ranks = ranks.transpose()?.flatten();
+        let Some(ranks) = ranks else { return self.build_one(named, None) };
         // The parameters first: masters are made from them.
         let named: Vec<_> = named.into_iter().filter(|(.., var)| var.dtype().is_float()).collect();
         let parameter = |(name, tied, var): &(String, Vec<String>, Var)| {
@@ -218,8 +230,9 @@ impl<'a> SrklBuilder<'a> {
                 shape,
             )
         };
-        let bucket_bytes = claim("`bucket_bytes`", ranks.bucket_bytes);
-        let claims = named.iter().map(parameter).chain([bucket_bytes]).collect();
+        let settings_of_ranks =
+            [claim("`bucket_bytes`", bucket_bytes), claim("`sharded`", sharded)];
+        let claims = named.iter().map(parameter).chain(settings_of_ranks).collect();
         let vars: Vec<Var> = named.iter().map(|(.., var)| var.clone()).collect();
         let stated = ranks.agree(Ok(Statement { claims, own: identities(&vars) }))?;
         refuse_shared(&stated)?;
@@ -236,17 +249,18 @@ impl<'a> SrklBuilder<'a> {
             let claims = settings.chain(opt.all.blocks.iter().map(group)).collect();
             Ok(Statement { claims, own: vec![] })
         };
-        let (mut opt, _) = ranks.agree_on(self.build_one(named), statement)?;
-        ranks.broadcast(&vars)?;
+        let built = self.build_one(named, Some(&ranks));
+        let (mut opt, _) = ranks.agree_on(built, statement)?;
+        ranks.broadcast_parameters(&vars)?;
         opt.sync_master()?;
-        opt.ranks = Some(Box::new(ranks));
         Ok(opt)
     }
 
-    /// The same for one rank.
+    /// The same of one rank.
     fn build_one(
         self,
         named: impl IntoIterator<Item = (String, Vec<String>, Var)>,
+        ranks: Option<&Ranks>,
     ) -> Result<Srkl> {
         let default = Group::new(DEFAULT_GROUP.to_string(), self.default);
         let (groups, predicates): (Vec<Group>, Vec<Predicate>) = self.groups.into_iter().unzip();
@@ -269,7 +283,7 @@ impl<'a> SrklBuilder<'a> {
         }
 
         let measure_schedule = MeasureSchedule::of_all(groups.iter().map(|group| &group.params))?;
-        let mut blocks: Vec<Block> = vec![];
+        let mut parameters = vec![];
         let mut names: HashSet<String> = HashSet::new();
         let mut ids: HashMap<TensorId, String> = HashMap::new();
         for (name, tied, var) in named {
@@ -302,14 +316,31 @@ impl<'a> SrklBuilder<'a> {
                 (None, Some(beside)) => *beside,
                 _ => group,
             };
+            parameters.push((name, tied, var, group, matrices));
+        }
+        let shards = ranks.map(|ranks| {
+            let share = |(.., var, group, matrices): &(_, _, Var, usize, Option<Matrices>)| Share {
+                n: var.elem_count(),
+                bytes: bytes(&groups[*group].params, var),
+                // Gradients are added up anywhere.
+                matrices: matrices.filter(|_| ranks.sharded),
+            };
+            shards(&parameters.iter().map(share).collect::<Vec<_>>(), ranks.world_size)
+        });
+        let mut blocks: Vec<Block> = vec![];
+        for (place, (name, tied, var, group, matrices)) in parameters.into_iter().enumerate() {
             let params = &groups[group].params;
-            let mut block = Block { matrices, ..Block::new(name, var, group, params)? };
+            let shards = shards.as_ref().map_or(vec![], |shards| shards[place].clone());
+            let own = ranks.filter(|ranks| ranks.sharded).map(|ranks| shards[ranks.rank].clone());
+            let (sharded, own) = (own.is_some(), own.unwrap_or(0..var.elem_count()));
+            let block = Block::new(name, var, group, params, own)?;
+            let mut block = Block { tied, shards, sharded, matrices, place, ..block };
             block.state.master = masters::of_block(&block, params.master_weights)?;
             block.elements = access::first_element(&block)?;
-            blocks.push(Block { place: blocks.len(), tied, ..block });
+            blocks.push(block);
         }
         let mut all = Parameters::new(groups, blocks);
-        let engine = engine_of(&mut all)?;
+        let engine = engine_of(&mut all, ranks.filter(|ranks| ranks.sharded))?;
         let measure_state =
             MeasureState { blind: measure_schedule.is_some(), ..MeasureState::default() };
         Ok(Srkl {
@@ -322,7 +353,7 @@ impl<'a> SrklBuilder<'a> {
             seed: 0,
             records: false,
             engine,
-            ranks: None,
+            ranks: ranks.cloned(),
             step_count: 1,
             accumulated: Accumulated::default(),
         })
@@ -375,22 +406,22 @@ fn matrices_of(
     (count > 0).then(|| Matrices::new(name, group, var.dims(), count)).transpose()
 }
 
-/// The engine for these parameters.
-fn engine_of(all: &mut Parameters) -> Result<Box<dyn Engine>> {
+/// The engine for these parameters; `ranks` if they are sharded.
+fn engine_of(all: &mut Parameters, ranks: Option<&Ranks>) -> Result<Box<dyn Engine>> {
     #[cfg(not(feature = "cuda"))]
     let devices = vec![];
     #[cfg(feature = "cuda")]
     let devices = {
         let mut devices: Vec<Box<dyn Backend>> = vec![];
         for cuda in cuda::devices_of(all)? {
-            if cuda.has_all(all) {
+            if cuda.has_all(all) && ranks.is_none() {
                 return Ok(Box::new(Device::new(cuda)));
             }
             devices.push(Box::new(cuda));
         }
         devices
     };
-    Ok(Box::new(Host::new(devices, all)?))
+    Ok(Box::new(Host::new(devices, ranks.cloned(), all)?))
 }
 
 impl fmt::Debug for SrklBuilder<'_> {

@@ -42,7 +42,7 @@ use crate::estimate::Estimate;
 use crate::file::Target;
 use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
-use crate::ranks::{Claim, Statement, claim};
+use crate::ranks::{Claim, Ranks, claim};
 use crate::rule::Powers;
 use crate::schedule::MeasureState;
 use crate::state::{Beside, Format, STATE, Saved, SavedTensor, Slot};
@@ -99,20 +99,24 @@ impl Srkl {
     /// to them, are an error.
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let ready = self.ready_to_save();
+        // What `load` would refuse is refused.
+        let ready = self.scalars().and_then(|_| self.refuse_pending());
         self.agree_on("save", ready, |(), blocks| Ok(vec![same_parameters(blocks)?]))?;
-        let saved = if self.rank() == 0 { self.write(path) } else { Ok(()) };
+        self.sync_master()?;
+        let saved = match (self.rank(), self.sharding_ranks()) {
+            (0, None) => self.write(path),
+            (0, Some(ranks)) => {
+                let written = self.write(path);
+                ranks.broadcast(0, &mut END.to_le_bytes())?;
+                written
+            }
+            (_, Some(ranks)) => ranks.or_abort(self.serve(ranks)),
+            (_, None) => Ok(()),
+        };
         self.agree_on("save, of a file that is written", saved, |(), _| Ok(vec![]))
     }
 
-    /// Refuses what `load` would refuse.
-    fn ready_to_save(&mut self) -> Result<()> {
-        self.scalars()?;
-        self.refuse_pending()?;
-        self.sync_master()
-    }
-
-    fn write(&mut self, path: &Path) -> Result<()> {
+    fn write(&self, path: &Path) -> Result<()> {
         let target = Target::of(path).map_err(|e| e.with_path(path))?;
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -133,7 +137,7 @@ impl Srkl {
         let mut tensors = vec![];
         let failed = Cell::new(None);
         let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
-        let numbers = self.engine.outcomes()?.into_iter().zip(powers);
+        let numbers = self.engine.outcomes(&self.all)?.into_iter().zip(powers);
         for (place, (block, numbers)) in self.all.blocks.iter().zip(numbers).enumerate() {
             let ((_, skipped), (powers, estimate)) = numbers;
             let name = &block.name;
@@ -145,13 +149,13 @@ impl Srkl {
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
-            for (kind, slot) in block.state.named() {
-                let parts = slot.format().tensors(kind, block.var.dims()).into_iter().enumerate();
-                tensors.extend(parts.map(|(part, tensor)| {
-                    let name = format!("{name}.{kind}{}", tensor.suffix);
-                    (name, StateTensor { tensor, slot, part, failed: &failed })
-                }));
-            }
+        }
+        let ranks = self.sharding_ranks();
+        for (number, part) in self.state_parts().into_iter().enumerate() {
+            let StatePart { block, kind, slot, part: of_slot } = part;
+            let tensor = slot.format().tensors(kind, block.var.dims()).swap_remove(of_slot);
+            let name = format!("{}.{kind}{}", block.name, tensor.suffix);
+            tensors.push((name, StateTensor { tensor, part, number, ranks, failed: &failed }));
         }
 
         let write = |path: &Path| {
@@ -159,6 +163,31 @@ impl Srkl {
             failed.take().map_or(Ok(()), Err)
         };
         target.replace(write).map_err(|e| e.with_path(path))
+    }
+
+    /// All parts of the state, in an order that is the same on all ranks.
+    fn state_parts(&self) -> Vec<StatePart<'_>> {
+        let mut parts = vec![];
+        for block in &self.all.blocks {
+            for (kind, slot) in block.state.named() {
+                let count = slot.format().tensors(kind, &[]).len();
+                parts.extend((0..count).map(|part| StatePart { block, kind, slot, part }));
+            }
+        }
+        parts
+    }
+
+    /// Gives rank 0 this rank's shards of the state, as it asks for them.
+    fn serve(&self, ranks: &Ranks) -> Result<()> {
+        let parts = self.state_parts();
+        loop {
+            let mut number = [0; 8];
+            ranks.broadcast(0, &mut number)?;
+            match parts.get(u64::from_le_bytes(number) as usize) {
+                Some(part) => part.gather(ranks).map(|_| ())?,
+                None => return Ok(()),
+            }
+        }
     }
 
     /// Reads what [`Srkl::save`] wrote, into an optimizer of the same parameters. Training goes on with the same bits
@@ -230,22 +259,43 @@ impl Srkl {
         }
         Ok((loaded, bytes))
     }
+}
 
-    /// `local`, if no rank has an error, and all make this call with the same claims. Without other ranks nothing is claimed.
-    fn agree_on<T>(
-        &mut self,
-        call: &str,
-        local: Result<T>,
-        claims: impl FnOnce(&T, &[Block]) -> Result<Vec<Claim>>,
-    ) -> Result<T> {
-        let Some(ranks) = &mut self.ranks else { return local };
-        let blocks = &self.all.blocks;
-        let statement = |local: &T| {
-            let call = claim("what is called", call);
-            let claims = [call].into_iter().chain(claims(local, blocks)?).collect();
-            Ok(Statement { claims, ..Statement::default() })
-        };
-        Ok(ranks.agree_on(local, statement)?.0)
+/// What rank 0 asks for at last.
+const END: u64 = u64::MAX;
+
+/// A tensor of a checkpoint that holds a kind of state of a block, or a part of it.
+#[derive(Clone, Copy)]
+struct StatePart<'a> {
+    block: &'a Block,
+    kind: &'static str,
+    slot: &'a Slot,
+    /// Of the slot's tensors.
+    part: usize,
+}
+
+impl StatePart<'_> {
+    /// The bytes of what is kept here.
+    fn own(&self) -> Result<Vec<u8>> {
+        Ok(self.slot.save()?.parts.swap_remove(self.part))
+    }
+
+    /// Those of all ranks, on rank 0; each has those of one other at a time.
+    fn gather(&self, ranks: &Ranks) -> Result<Vec<u8>> {
+        let mut own = self.own()?;
+        let mut whole = vec![];
+        for (rank, shard) in self.block.shards.iter().enumerate() {
+            let tensors = self.slot.format().tensors(self.kind, &[shard.len()]);
+            let mut bytes = match rank == ranks.rank {
+                true => std::mem::take(&mut own),
+                false => vec![0; tensors[self.part].bytes()],
+            };
+            ranks.broadcast(rank, &mut bytes)?;
+            if ranks.rank == 0 {
+                whole.extend(bytes);
+            }
+        }
+        Ok(whole)
     }
 }
 
@@ -277,7 +327,7 @@ struct LoadedBlock {
     trained: bool,
     powers: Powers,
     estimate: Estimate,
-    /// Each kind of state, in order.
+    /// Each kind of state, in order, of the elements that are stepped here.
     state: Vec<Saved>,
 }
 
@@ -505,7 +555,11 @@ fn load_block(
         1 => powers != Powers::NONE,
         _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
     };
-    let state = load_state(block, name, metadata, tensors)?;
+    let mut state = load_state(block, name, metadata, tensors)?;
+    if block.sharded {
+        let own = block.first..block.first + block.n;
+        state.iter_mut().for_each(|saved| saved.cut(own.clone()));
+    }
     let place = saved_place(metadata, name)?;
     Ok(LoadedBlock { place, skipped, trained, powers, estimate, state })
 }
@@ -517,7 +571,10 @@ fn load_state(
     metadata: &HashMap<String, String>,
     tensors: &SafeTensors,
 ) -> Result<Vec<Saved>> {
-    let parameter = masters::bf16s(block)?;
+    let parameter = match block.dtype {
+        DType::BF16 => block.var.flatten_all()?.to_vec1()?,
+        _ => vec![],
+    };
     let beside = Beside { v: None, parameter: &parameter };
     let mut all = vec![];
     for (kind, slot) in block.state.named() {
@@ -690,9 +747,11 @@ fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Res
 /// State as a safetensors tensor, whose bytes are made when they are written: one tensor at a time.
 struct StateTensor<'a> {
     tensor: SavedTensor,
-    slot: &'a Slot,
-    /// Of the slot's tensors.
-    part: usize,
+    part: StatePart<'a>,
+    /// Its number in [`Srkl::state_parts`].
+    number: usize,
+    /// If the state is sharded.
+    ranks: Option<&'a Ranks>,
     /// Why some bytes could not be read, from a device.
     failed: &'a Cell<Option<Error>>,
 }
@@ -705,8 +764,14 @@ impl View for StateTensor<'_> {
         &self.tensor.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(match self.slot.save() {
-            Ok(mut saved) => saved.parts.swap_remove(self.part),
+        let bytes = match self.ranks {
+            Some(ranks) => ranks
+                .or_abort(ranks.broadcast(0, &mut (self.number as u64).to_le_bytes()))
+                .and_then(|()| ranks.or_abort(self.part.gather(ranks))),
+            None => self.part.own(),
+        };
+        Cow::Owned(match bytes {
+            Ok(bytes) => bytes,
             Err(e) => {
                 self.failed.set(Some(e));
                 vec![0; self.data_len()]

@@ -76,8 +76,8 @@ pub struct Measurements {
     pub highest: Option<f64>,
 }
 
-/// Sums over the elements of a block, left by a step that measures: of the change `D` of the parameter as stored, the
-/// direction `d`, and the gradient or momentum `m` that `d` was made of.
+/// Sums over the elements of a block or a chunk, left by a step that measures: of the change `D` of the parameter as
+/// stored, the direction `d`, and the gradient or momentum `m` that `d` was made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct StepSums {
     /// `sum D^2`
@@ -101,6 +101,17 @@ pub(crate) struct Measured {
     pub bound: f64,
     /// The sum over blocks of `||D||^2 <d, m> / ||d||^2`, which is `<D, P D>`.
     pub metric: f64,
+}
+
+impl StepSums {
+    /// The sums over all `items`, by rule 4 of the contract.
+    pub fn fold(items: &[Self]) -> Self {
+        let [step, direction, along] = fold(items.len(), |i| {
+            let Self { step, direction, along } = items[i];
+            [step, direction, along]
+        });
+        Self { step, direction, along }
+    }
 }
 
 impl Measured {

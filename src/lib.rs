@@ -75,6 +75,7 @@ mod compact;
 mod dropout;
 mod engine;
 mod estimate;
+mod exchange;
 mod file;
 mod matrices;
 mod measuring;
@@ -86,6 +87,7 @@ pub mod random;
 mod ranks;
 mod rule;
 mod schedule;
+mod shards;
 mod state;
 mod telemetry;
 

@@ -408,6 +408,7 @@ impl Srkl {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
         let remaining = self.engine.observe(&mut self.all, &again, scalars);
+        let remaining = self.done(remaining);
         self.after_sum(scalars)?;
         let remaining = remaining?;
         self.measure_state.awaiting_observe = false;
@@ -484,6 +485,7 @@ impl Srkl {
         let step = probe_step(&grads, scalars);
         let (delta, seed) = self.measure_schedule.and_then(|plan| plan.probe).unwrap_or_default();
         let done = self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw });
+        let done = self.done(done);
         self.after_sum(scalars)?;
         done?;
         self.measure_state.probe_count += 1;
@@ -599,7 +601,7 @@ impl Srkl {
             let params = all.of(block);
             let measured = !block.known && MeasureSchedule::of(params).is_some();
             // Looked up last: with thousands of parameters that takes time.
-            measured && block.n > 0 && params.lr > 0. && grads.get_id(block.id).is_some()
+            measured && block.whole > 0 && params.lr > 0. && grads.get_id(block.id).is_some()
         };
         if !measures && self.all.blocks.iter().any(missing) {
             self.measure_state.blind = true;
@@ -695,6 +697,7 @@ impl Perturbed<'_> {
         let step = probe_step(&self.grads, scalars);
         let Srkl { engine, all, .. } = &mut *self.opt;
         let remaining = engine.observe_probe(all, step, &again);
+        let remaining = self.opt.done(remaining);
         self.opt.after_sum(scalars)?;
         let remaining = remaining?;
         self.opt.note_estimates(remaining);

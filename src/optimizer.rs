@@ -10,9 +10,10 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
+use crate::exchange::{given, has_frozen};
 use crate::micro_batches::Accumulated;
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
-use crate::ranks::{Claim, Ranks, Statement, claim, given, has_frozen};
+use crate::ranks::{Claim, Ranks, Statement, claim};
 use crate::rule::StepScalars;
 use crate::schedule::{MeasureSchedule, MeasureState};
 use crate::state::refuse_other_state;
@@ -63,7 +64,7 @@ pub struct Srkl {
     /// Decides steps and counts them, on the host or on a CUDA device.
     pub(crate) engine: Box<dyn Engine>,
     /// The other ranks, if there are any.
-    pub(crate) ranks: Option<Box<Ranks>>,
+    pub(crate) ranks: Option<Ranks>,
     /// How many micro-batches of this rank the gradients of the last step were summed over.
     pub(crate) step_count: u64,
     pub(crate) accumulated: Accumulated,
@@ -175,6 +176,7 @@ impl Srkl {
         let measures = self.measuring() && !self.probes();
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         let outcome = self.engine.step(&mut self.all, step);
+        let outcome = self.done(outcome);
         self.after_sum(scalars)?;
         if outcome? == Outcome::Counted {
             self.step_count = count;
@@ -317,10 +319,13 @@ impl Srkl {
     ///
     /// None on the CPU. (A copy from or to a device can fail.)
     pub fn sync_master(&mut self) -> Result<()> {
-        for block in &mut self.all.blocks {
-            masters::sync(block)?;
+        let Self { all: Parameters { blocks, .. }, ranks, .. } = self;
+        let mut overwritten =
+            blocks.iter().map(masters::is_overwritten).collect::<Result<Vec<bool>>>()?;
+        if let Some(ranks) = ranks.as_ref().filter(|ranks| ranks.sharded) {
+            overwritten = ranks.any(&overwritten)?;
         }
-        Ok(())
+        blocks.iter_mut().zip(overwritten).try_for_each(|(block, any)| masters::sync(block, any))
     }
 
     /// A copy of the f32 master weights of a parameter, by any of its names, in the order of its elements.
@@ -332,7 +337,11 @@ impl Srkl {
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
         let block = self.all.blocks.iter().find(is_it);
-        block.map_or(Ok(None), masters::values)
+        let Some(block) = block else { return Ok(None) };
+        match (masters::values(block)?, self.sharding_ranks()) {
+            (Some(own), Some(ranks)) => ranks.gather_masters(block, own).map(Some),
+            (own, _) => Ok(own),
+        }
     }
 
     /// Sends changed settings to the engine, so that replays of captured steps use them.
@@ -371,9 +380,39 @@ impl Srkl {
         self.ranks.as_ref().map_or(1, |ranks| ranks.world_size)
     }
 
+    /// The ranks, if each keeps the state of its shard alone.
+    pub(crate) fn sharding_ranks(&self) -> Option<&Ranks> {
+        self.ranks.as_ref().filter(|ranks| ranks.sharded)
+    }
+
+    /// `local`, if no rank has an error, and all make this call with the same claims. Without other ranks nothing is claimed.
+    pub(crate) fn agree_on<T>(
+        &self,
+        call: &str,
+        local: Result<T>,
+        claims: impl FnOnce(&T, &[Block]) -> Result<Vec<Claim>>,
+    ) -> Result<T> {
+        let Some(ranks) = &self.ranks else { return local };
+        let blocks = &self.all.blocks;
+        let statement = |local: &T| {
+            let call = claim("what is called", call);
+            let claims = [call].into_iter().chain(claims(local, blocks)?).collect();
+            Ok(Statement { claims, ..Statement::default() })
+        };
+        Ok(ranks.agree_on(local, statement)?.0)
+    }
+
+    /// What an engine has done after all ranks have agreed on it: if it has failed on one, all are told.
+    pub(crate) fn done<T>(&self, done: Result<T>) -> Result<T> {
+        match &self.ranks {
+            Some(ranks) => ranks.or_abort(done),
+            None => done,
+        }
+    }
+
     /// An error of this rank, which the others are told of.
     pub(crate) fn refuse<T>(&mut self, e: Error) -> Result<T> {
-        match &mut self.ranks {
+        match &self.ranks {
             Some(ranks) => ranks.agree(Err(e)).and_then(|_| bail!("no rank has failed")),
             None => Err(e),
         }

@@ -373,13 +373,17 @@ impl ElementBrake {
 
 /// What the gradient or momentum of [`Moments`] is multiplied by: a gradient by the factor that unscales and clips it,
 /// a momentum by its bias correction.
-fn momentum_scale(params: &ParamsSrkl, decision: &Decision, corrections: &Corrections) -> f64 {
+pub(crate) fn momentum_scale(
+    params: &ParamsSrkl,
+    decision: &Decision,
+    corrections: &Corrections,
+) -> f64 {
     if params.direction == Direction::Gradient { decision.grad_factor } else { corrections.scale_m }
 }
 
 /// What the result of [`Moments`] is multiplied by to give the direction: the same, but for an orthogonal matrix, whose
 /// scale is `matrix_scale`.
-fn direction_scale(
+pub(crate) fn direction_scale(
     params: &ParamsSrkl,
     decision: &Decision,
     corrections: &Corrections,
@@ -392,9 +396,8 @@ fn direction_scale(
 #[derive(Clone, Copy)]
 pub(crate) struct Coefficients<C> {
     pub moments: Moments<C>,
-    /// See [`direction_scale`] and [`momentum_scale`].
+    /// See [`direction_scale`].
     pub scale: f64,
-    pub momentum_scale: f64,
     pub phi: f64,
     pub weight_decay: f64,
     pub average: C,
@@ -423,7 +426,6 @@ impl<C: Real> Coefficients<C> {
         Self {
             moments: Moments::new(params, grad_factor, corrections.scale_v),
             scale: direction_scale(params, decision, &corrections, matrix_scale),
-            momentum_scale: momentum_scale(params, decision, &corrections),
             phi,
             weight_decay: params.weight_decay,
             average: C::from_f64(corrections.average),

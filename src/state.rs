@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Debug;
 use std::mem::discriminant;
+use std::ops::Range;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 #[cfg(feature = "cuda")]
@@ -138,12 +139,22 @@ pub(crate) fn refuse_other_state(group: &str, built: &ParamsSrkl, new: &ParamsSr
     Ok(())
 }
 
+/// The bytes of a parameter and of its state.
+pub(crate) fn bytes(params: &ParamsSrkl, var: &Var) -> usize {
+    let (n, dtype) = (var.elem_count(), var.dtype());
+    let size = |format: Format| format.len(n) * format.dtype().size_in_bytes();
+    let state = STATE.iter().filter(|name| has_state(params, name));
+    let state: usize = state.map(|name| size(format_of(params, name, dtype, n))).sum();
+    let master = master_format(params.master_weights, dtype).map_or(0, size);
+    n * dtype.size_in_bytes() + state + master
+}
+
 impl State {
-    /// All zeros, and without masters: see `backend/masters.rs`.
-    pub fn new(params: &ParamsSrkl, var: &Var) -> Result<Self> {
+    /// All zeros, for `n` elements of `var`, and without masters: see `backend/masters.rs`.
+    pub fn new(params: &ParamsSrkl, var: &Var, n: usize) -> Result<Self> {
         let format = |name| format_of(params, name, var.dtype(), var.elem_count());
         let zeros =
-            |name| has_state(params, name).then(|| Slot::zeros(var, format(name))).transpose();
+            |name| has_state(params, name).then(|| Slot::zeros(var, n, format(name))).transpose();
         Ok(Self {
             master: None,
             m: zeros("m")?,
@@ -235,6 +246,11 @@ impl Format {
         (&mut rests[..n], samples)
     }
 
+    /// The samples of the parameter, of a split master.
+    pub fn samples(numbers: &[i16], n: usize) -> &[i16] {
+        &numbers[n.next_multiple_of(ALIGNED)..]
+    }
+
     /// That of its storage.
     fn dtype(self) -> DType {
         match self {
@@ -268,9 +284,8 @@ impl Format {
 }
 
 impl Slot {
-    /// Zeros for each element of `var`.
-    pub fn zeros(var: &Var, format: Format) -> Result<Self> {
-        let n = var.elem_count();
+    /// `n` zeros, on the device of `var`.
+    pub fn zeros(var: &Var, n: usize, format: Format) -> Result<Self> {
         let (len, dtype) = (format.len(n), format.dtype());
         let storage = match var.device() {
             Device::Cpu => Storage::Cpu(match dtype {
@@ -288,7 +303,7 @@ impl Slot {
 
     /// f32 `values`, on the device of `var`.
     pub fn of_f32(var: &Var, values: Vec<f32>) -> Result<Self> {
-        let mut slot = Self::zeros(var, Format::F32)?;
+        let mut slot = Self::zeros(var, values.len(), Format::F32)?;
         slot.write(CpuStorage::F32(values))?;
         Ok(slot)
     }
@@ -430,6 +445,20 @@ pub(crate) struct Beside<'a> {
 }
 
 impl Saved {
+    /// Leaves some elements, which begin with a unit.
+    pub fn cut(&mut self, range: Range<usize>) {
+        let units = range.start / UNIT..range.end.div_ceil(UNIT);
+        let size = self.format.dtype().size_in_bytes();
+        for (part, bytes) in self.parts.iter_mut().enumerate() {
+            let cut = match (self.format, part) {
+                (Format::Compact, 1) => units.clone(),
+                _ => range.start * size..range.end * size,
+            };
+            // An empty range may begin behind the last unit.
+            *bytes = bytes.get(cut).unwrap_or_default().to_vec();
+        }
+    }
+
     /// An error for what [`Slot::save`] does not write.
     pub fn check(&self, name: &str) -> Result<()> {
         if let (Format::Compact, [codes, exponents]) = (self.format, &self.parts[..]) {

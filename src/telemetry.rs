@@ -53,7 +53,7 @@ impl Srkl {
     /// None on the CPU. (The numbers may live on a device.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
         let now = self.steps()? + self.skipped_steps()?;
-        let outcomes = self.engine.outcomes()?;
+        let outcomes = self.engine.outcomes(&self.all)?;
         let param_norms = self.param_norms(&outcomes)?;
         let estimates = self.engine.estimates()?;
         let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);

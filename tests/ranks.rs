@@ -54,7 +54,7 @@ fn train(
     sizes: &[usize],
     seed: u64,
     (world_size, micro_batches): (usize, u64),
-    bucket_bytes: usize,
+    (bucket_bytes, sharded): (usize, bool),
 ) -> Result<Vec<Vec<Left>>> {
     let folder = tempfile::tempdir()?;
     let shapes: Vec<Vec<usize>> = sizes.iter().map(|n| vec![*n]).collect();
@@ -63,6 +63,7 @@ fn train(
             micro_batches,
             rank: Some(Arc::new(Mutex::new(rank))),
             bucket_bytes,
+            sharded,
             folder: Some(folder.path().to_path_buf()),
         };
         train_share(params, &shapes, seed, &[&Device::Cpu], &share)
@@ -81,13 +82,16 @@ fn the_bits_of_one_process() -> Result<()> {
             if worlds.is_empty() {
                 continue;
             }
-            let one = &train(params, sizes(params), seed, (1, micro_batches), 1)?[0];
+            let one = &train(params, sizes(params), seed, (1, micro_batches), (1, false))?[0];
             for world_size in worlds {
                 // From a few elements to all at once.
                 let bucket_bytes = [1 << 24, 1000, 40_000][(case + world_size) % 3];
                 let share = (*world_size, micro_batches);
-                for each in train(params, sizes(params), seed, share, bucket_bytes)? {
-                    assert_same(&each, one, &format!("{name}, {share:?}, {bucket_bytes}"));
+                for sharded in [false, true] {
+                    let how = (bucket_bytes, sharded);
+                    for each in train(params, sizes(params), seed, share, how)? {
+                        assert_same(&each, one, &format!("{name}, {share:?}, {how:?}"));
+                    }
                 }
             }
         }
@@ -102,7 +106,7 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
     let suite = suite();
     for case in [5, 20, suite.len() - 3] {
         let (name, params) = &suite[case];
-        let one = &train(params, sizes(params), 7, (1, 4), 1)?[0];
+        let one = &train(params, sizes(params), 7, (1, 4), (1, false))?[0];
         let folder = tempfile::tempdir()?;
         let shapes: Vec<Vec<usize>> = sizes(params).iter().map(|n| vec![*n]).collect();
         let run = |rank| {
@@ -110,6 +114,7 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
                 micro_batches: 4,
                 rank: Some(Arc::new(Mutex::new(rank))),
                 bucket_bytes: 20_000,
+                sharded: false,
                 folder: Some(folder.path().to_path_buf()),
             };
             train_share(params, &shapes, 7, &[&Device::new_cuda(0)?], &share)
@@ -662,14 +667,17 @@ impl Collective for Counted {
     }
 }
 
-/// A step of replicated ranks: the gradients in their own dtype, and their sums in f32.
+/// A step of replicated ranks: the gradients in their own dtype, and their sums in f32. Of sharded ones: the gradients, the
+/// parameters in their dtype, and sums over chunks, of less than 0.01 bytes.
 #[test]
 fn bytes_on_the_wire() -> Result<()> {
     let n = 100_000;
-    for (dtype, accumulates, expected) in
-        [(DType::F32, false, 8.), (DType::BF16, false, 6.), (DType::BF16, true, 8.)]
-    {
-        for world_size in [2, 3, 4] {
+    for (dtype, accumulates, expected) in [
+        (DType::F32, false, [8., 8.]),
+        (DType::BF16, false, [6., 4.]),
+        (DType::BF16, true, [8., 6.]),
+    ] {
+        for (world_size, sharded) in [2, 3, 4].into_iter().flat_map(|n| [(n, false), (n, true)]) {
             let run = |rank: Threads| {
                 let sent = Arc::new(AtomicU64::new(0));
                 let var = var(&vec![1.; n], dtype)?;
@@ -677,6 +685,7 @@ fn bytes_on_the_wire() -> Result<()> {
                     .default_group(ParamsSrkl::adamw(1e-2))
                     .collective(Counted(rank, sent.clone()))
                     .bucket_bytes(30_001)
+                    .sharded(sharded)
                     .build([("w".to_string(), var.clone())])?;
                 sent.store(0, Ordering::Relaxed);
                 let g = grads([(&var, tensor(&vec![1.; n], dtype)?)]);
@@ -688,14 +697,15 @@ fn bytes_on_the_wire() -> Result<()> {
                 }
                 Ok(sent.load(Ordering::Relaxed) as f64 / n as f64)
             };
-            for sent in ranks(world_size, run) {
-                let sent = sent?;
-                let expected = expected * (world_size as f64 - 1.) / world_size as f64;
-                assert!(
-                    (sent - expected).abs() < 0.01,
-                    "{dtype:?} {world_size}: {sent} {expected}"
-                );
-            }
+            let sent: Vec<f64> = ranks(world_size, run).into_iter().collect::<Result<_>>()?;
+            let count = world_size as f64;
+            let expected = expected[sharded as usize] * (count - 1.) / count;
+            let mean = sent.iter().sum::<f64>() / count;
+            let case = format!("{dtype:?} {world_size} {sharded}: {sent:?} {expected}");
+            assert!((0. ..0.01).contains(&(mean - expected)), "{case}");
+            // Shards are whole chunks.
+            let chunk = 8192. / n as f64 * 8. * (count - 1.);
+            assert!(sent.iter().all(|sent| (sent - expected).abs() < chunk), "{case}");
         }
     }
     Ok(())

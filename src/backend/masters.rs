@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, bail};
 use half::bf16;
 
-use super::cpu::access::{self, Parameter, agree, cpu_storage, differs};
+use super::cpu::access::{Parameter, Samples, agree, cpu_storage};
 use crate::block::Block;
 use crate::compact::join;
 use crate::params::MasterWeights;
@@ -21,17 +21,32 @@ fn reconcile<P: Parameter>(w: &[P], master: &mut [P::Compute]) -> bool {
     any
 }
 
-/// Updates `master` from a parameter that was written outside of the optimizer. Returns whether anything changed.
-fn sync_master(var: &Tensor, master: &mut [f32]) -> Result<bool> {
-    let (storage, _) = var.storage_and_layout();
-    Ok(match cpu_storage(&storage)? {
-        CpuStorage::BF16(w) => reconcile(w, master),
-        CpuStorage::F16(w) => reconcile(w, master),
-        _ => bail!("expected a parameter of bf16 or f16"),
-    })
+/// Runs `$f` on the elements of a parameter of 16 bits that are stepped here.
+macro_rules! with_elements {
+    ($block:expr, $w:ident => $f:expr) => {{
+        let own = $block.own()?.to_device(&Device::Cpu)?;
+        let (storage, layout) = own.storage_and_layout();
+        let range = layout.start_offset()..layout.start_offset() + $block.n;
+        match cpu_storage(&storage)? {
+            CpuStorage::BF16(w) => {
+                let $w = &w[range];
+                $f
+            }
+            CpuStorage::F16(w) => {
+                let $w = &w[range];
+                $f
+            }
+            _ => bail!("expected a parameter of bf16 or f16"),
+        }
+    }};
 }
 
-/// The first element of a parameter that is not what `master` rounds to.
+/// Updates `master` from a parameter that was written outside of the optimizer. Returns whether anything changed.
+fn sync_master(block: &Block, master: &mut [f32]) -> Result<bool> {
+    Ok(with_elements!(block, w => reconcile(w, master)))
+}
+
+/// The first element of a parameter that is not what `master`, of the whole parameter, rounds to.
 pub(crate) fn first_disagreement(var: &Tensor, master: &[f32]) -> Result<Option<usize>> {
     fn first<P: Parameter<Compute = f32>>(w: &[P], master: &[f32]) -> Option<usize> {
         w.iter().zip(master).position(|(w, master)| !agree(*w, *master))
@@ -49,22 +64,53 @@ pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<S
     match master_format(masters, block.dtype) {
         None => Ok(None),
         Some(Format::Split) => {
-            let mut master = Slot::zeros(&block.var, Format::Split)?;
+            let mut master = Slot::zeros(&block.var, block.n, Format::Split)?;
             note(&mut master, block)?;
             Ok(Some(master))
         }
         Some(_) => {
             // A NaN agrees with nothing but a NaN, so all elements are set.
             let mut values = vec![f32::NAN; block.n];
-            sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)?;
+            sync_master(block, &mut values)?;
             Slot::of_f32(&block.var, values).map(Some)
         }
     }
 }
 
-/// Updates the masters of a block whose parameter was written outside of the optimizer.
-pub(crate) fn sync(block: &mut Block) -> Result<()> {
-    with_master(block, sync_slot)
+/// Updates the masters of a block whose parameter was written outside of the optimizer: `overwritten` as a whole, or in
+/// some elements.
+pub(crate) fn sync(block: &mut Block, overwritten: bool) -> Result<()> {
+    with_master(block, |master, block| sync_slot(master, block, overwritten))
+}
+
+/// Whether a parameter seems to have been overwritten as a whole, by the samples of it that are stepped here.
+pub(crate) fn is_overwritten(block: &Block) -> Result<bool> {
+    let Some(master) = &block.state.master else { return Ok(false) };
+    let samples = Samples::of(block);
+    Ok(match &*master.to_cpu()? {
+        CpuStorage::F32(master) => {
+            with_elements!(block, w => samples.each().any(|(_, i)| !agree(w[i], master[i])))
+        }
+        CpuStorage::I16(numbers) => {
+            let noted = Format::samples(numbers, block.n);
+            with_elements!(block, w => samples.differ(w, noted))
+        }
+        _ => false,
+    })
+}
+
+/// Takes the masters of a block from its parameter, which was overwritten.
+pub(crate) fn reset(block: &mut Block) -> Result<()> {
+    with_master(block, |master, block| {
+        if master.format() == Format::Split {
+            let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
+            Format::split_parts(&mut numbers, block.n).0.fill(0);
+            master.write(CpuStorage::I16(numbers))?;
+            return note(master, block);
+        }
+        let values = with_elements!(block, w => w.iter().map(|w| w.widen()).collect());
+        master.write(CpuStorage::F32(values))
+    })
 }
 
 /// Notes the samples of a parameter in its split master, whose remainders have been loaded.
@@ -76,19 +122,18 @@ pub(crate) fn after_loading(block: &mut Block) -> Result<()> {
 }
 
 /// Runs `f` on the masters of a block, if there are any, beside the block.
-fn with_master(block: &mut Block, f: fn(&mut Slot, &Block) -> Result<()>) -> Result<()> {
+fn with_master(block: &mut Block, f: impl FnOnce(&mut Slot, &Block) -> Result<()>) -> Result<()> {
     let Some(mut master) = block.state.master.take() else { return Ok(()) };
     let done = f(&mut master, block);
     block.state.master = Some(master);
     done
 }
 
-fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
+fn sync_slot(master: &mut Slot, block: &Block, overwritten: bool) -> Result<()> {
     if master.format() == Format::Split {
         let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
         let (rests, noted) = Format::split_parts(&mut numbers, block.n);
         let w = bf16s(block)?;
-        let overwritten = differs(&w, noted);
         let mut any = overwritten;
         for (w, rest) in w.iter().zip(rests) {
             // A remainder of another parameter is a number of this one's precision, which must round to it.
@@ -97,16 +142,16 @@ fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
             }
         }
         if any {
-            access::note(&w, noted);
+            Samples::of(block).note(&w, noted);
             master.write(CpuStorage::I16(numbers))?;
         }
         return Ok(());
     }
     if let Some(CpuStorage::F32(values)) = master.cpu_mut() {
-        return sync_master(&block.var, values).map(|_| ());
+        return sync_master(block, values).map(|_| ());
     }
     let mut values = master.to_f32()?;
-    match sync_master(&block.var.to_device(&Device::Cpu)?, &mut values)? {
+    match sync_master(block, &mut values)? {
         true => master.write(CpuStorage::F32(values)),
         false => Ok(()),
     }
@@ -115,11 +160,12 @@ fn sync_slot(master: &mut Slot, block: &Block) -> Result<()> {
 /// Notes the samples of the parameter in its split master, by which it is noticed that the parameter was overwritten.
 fn note(master: &mut Slot, block: &Block) -> Result<()> {
     let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
-    access::note(&bf16s(block)?, Format::split_parts(&mut numbers, block.n).1);
+    let noted = Format::split_parts(&mut numbers, block.n).1;
+    Samples::of(block).note(&bf16s(block)?, noted);
     master.write(CpuStorage::I16(numbers))
 }
 
-/// The masters of a block, on the host.
+/// The masters of the elements of a block that are stepped here, on the host.
 pub(crate) fn values(block: &Block) -> Result<Option<Vec<f32>>> {
     let Some(master) = &block.state.master else { return Ok(None) };
     if master.format() == Format::F32 {
@@ -129,15 +175,10 @@ pub(crate) fn values(block: &Block) -> Result<Option<Vec<f32>>> {
     master.save()?.to_f32("master", beside).map(Some)
 }
 
-/// A bf16 parameter, on the host; nothing if it is of another dtype.
+/// The elements of a bf16 parameter that are stepped here, on the host; nothing if it is of another dtype.
 pub(crate) fn bf16s(block: &Block) -> Result<Vec<bf16>> {
-    if block.dtype != DType::BF16 {
-        return Ok(vec![]);
+    match block.dtype {
+        DType::BF16 => block.own()?.to_vec1(),
+        _ => Ok(vec![]),
     }
-    let parameter = block.var.to_device(&Device::Cpu)?;
-    let (storage, _) = parameter.storage_and_layout();
-    Ok(match cpu_storage(&storage)? {
-        CpuStorage::BF16(w) => w[..block.n].to_vec(),
-        _ => bail!("expected a parameter of bf16"),
-    })
 }

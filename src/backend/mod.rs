@@ -52,7 +52,8 @@ use candle_core::{Result, Tensor};
 use crate::block::Parameters;
 use crate::estimate::{Estimate, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
-use crate::rule::{Decision, Powers, StepScalars};
+use crate::params::ParamsSrkl;
+use crate::rule::{self, Corrections, Decision, Powers, StepScalars};
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
@@ -87,10 +88,14 @@ pub(crate) enum GradSums {
 }
 
 /// A block's gradient, after stage 1.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct BlockGradient<'g> {
     pub gradient: &'g Tensor,
     pub sums: Sums,
+    /// In place of these, of a block of which other ranks have a part: the sums of its chunks here.
+    pub chunk_sums: Vec<Sums>,
+    /// Of such a block whether its parameter seems to have been overwritten.
+    pub overwritten: bool,
     /// On the CPU the addresses of its storage and of its first element, for prefetching.
     pub storage: usize,
     pub elements: usize,
@@ -101,10 +106,14 @@ pub(crate) struct BlockGradient<'g> {
 pub(crate) struct Tracked {
     pub powers: Powers,
     pub estimate: Estimate,
-    /// The sums of the last step, for its measurement or for telemetry.
-    pub step_sums: StepSums,
+    /// On the CPU the sums of the last step over chunks, for its measurement or for telemetry.
+    pub step_sums: Vec<StepSums>,
+    /// What these are multiplied by: [`SumScales`].
+    pub sum_scales: SumScales,
     /// On the CPU the last step's sums of `D^2` over strips, until it is measured.
     pub strips: Vec<f64>,
+    /// Whether the last step has summed up.
+    pub sums_up: bool,
     /// What the last step multiplied the gradient by, to unscale and clip it.
     pub grad_factor: f64,
     /// Whether its last step was a small one, or did not move it.
@@ -118,13 +127,46 @@ impl Tracked {
     pub const NEW: Self = Self {
         powers: Powers::NONE,
         estimate: Estimate::NONE,
-        step_sums: StepSums { step: 0., direction: 0., along: 0. },
+        step_sums: vec![],
+        sum_scales: SumScales::NONE,
         strips: vec![],
+        sums_up: false,
         grad_factor: 1.,
         small: true,
         skipped: 0,
         last: None,
     };
+}
+
+/// What sums over a block are multiplied by: the stages sum up directions before their scale.
+#[derive(Clone, Copy)]
+pub(crate) struct SumScales {
+    /// Sums of `d^2`.
+    pub direction: f64,
+    /// Sums of `d m`.
+    along: f64,
+}
+
+impl SumScales {
+    pub const NONE: Self = Self { direction: 1., along: 1. };
+
+    /// `powers` are those before the step.
+    pub fn new(
+        params: &ParamsSrkl,
+        decision: &Decision,
+        powers: &Powers,
+        matrix_scale: f64,
+    ) -> Self {
+        let corrections = Corrections::new(params, powers);
+        let scale = rule::direction_scale(params, decision, &corrections, matrix_scale);
+        let momentum_scale = rule::momentum_scale(params, decision, &corrections);
+        Self { direction: scale * scale, along: scale * momentum_scale }
+    }
+
+    pub fn apply(&self, sums: StepSums) -> StepSums {
+        let StepSums { step, direction, along } = sums;
+        StepSums { step, direction: direction * self.direction, along: along * self.along }
+    }
 }
 
 /// What the last step did, if it moved the block.
@@ -150,6 +192,9 @@ pub(crate) struct GradientPair<'g> {
 ///
 /// Lists are those of the whole optimizer; a backend ignores blocks that are elsewhere. The sums of a device are read
 /// by a separate call, after all backends have begun, so that they work at the same time.
+///
+/// Sums over a block come as items of rule 4 of the contract in [`numerics`](crate::numerics): one for each chunk, or their
+/// sum alone.
 pub(crate) trait Backend: Send + Sync {
     /// Finds and checks all gradients, without summing up anything.
     ///
@@ -207,7 +252,7 @@ pub(crate) trait Backend: Send + Sync {
     ) -> Result<()>;
 
     /// Sums of `d^2` and `w^2` ([`Directions`](crate::rule::Directions)) of the blocks of a run that have an entry in
-    /// `given`.
+    /// `given`, before their [`SumScales`].
     fn directions(
         &mut self,
         all: &mut Parameters,
@@ -215,7 +260,7 @@ pub(crate) trait Backend: Send + Sync {
         run: Range<usize>,
         given: &[Option<(&Tensor, Decision)>],
         measures: bool,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
     /// Stage 3: moves every block of a run that has a gradient and a decision.
@@ -229,8 +274,8 @@ pub(crate) trait Backend: Send + Sync {
         step: Step,
     ) -> Result<()>;
 
-    /// Reads the [`StepSums`] of a step that measured or recorded norms.
-    fn read_step_sums(&self, _: &mut [StepSums]) -> Result<()> {
+    /// Reads the [`StepSums`] of a step that measured or recorded norms, before their [`SumScales`].
+    fn read_step_sums(&self, _: &mut [Vec<StepSums>]) -> Result<()> {
         Ok(())
     }
 
@@ -242,7 +287,7 @@ pub(crate) trait Backend: Send + Sync {
         tracked: &[Tracked],
         again: Step,
         given: &[Option<GradientPair>],
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
     /// Sums of `w^2` of the blocks that have a gradient and are `wanted`.
@@ -251,7 +296,7 @@ pub(crate) trait Backend: Send + Sync {
         all: &mut Parameters,
         step: Step,
         wanted: &[Option<()>],
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
     /// Backs up the `wanted` parameters and perturbs them: `w + size * z`, with the random vectors of number `draw`.
@@ -272,7 +317,7 @@ pub(crate) trait Backend: Send + Sync {
         again: &GradStore,
         given: &[Option<(GradientPair, f64)>],
         size: f64,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
     /// `q <- decay q + (1 - decay) (H z)^2`, and the sums of it, after [`Backend::probe_sums`]; `given` has the decay
@@ -282,16 +327,20 @@ pub(crate) trait Backend: Send + Sync {
         all: &mut Parameters,
         given: &[Option<(GradientPair, f64)>],
         size: f64,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
     /// Reads the sums of the last stage that gives [`Pair`]s, for the blocks that are `wanted`.
-    fn read_sums(&self, _wanted: &dyn Fn(usize) -> bool, _: &mut [Option<Pair>]) -> Result<()> {
+    fn read_sums(
+        &self,
+        _wanted: &dyn Fn(usize) -> bool,
+        _: &mut [Option<Vec<Pair>>],
+    ) -> Result<()> {
         Ok(())
     }
 
     /// The sum of `w^2` of each block, as it is now.
-    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()>;
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<Vec<Pair>>]) -> Result<()>;
 
     /// Backs up the parameters that have an average, and replaces them by it.
     fn swap(&mut self, all: &mut Parameters, tracked: &[Tracked]) -> Result<()>;

@@ -10,6 +10,7 @@ use crate::backend::cuda::{CudaBackend, GradientTable, abi};
 use crate::backend::{Backend, Last, Step};
 use crate::block::Parameters;
 use crate::estimate::Estimate;
+use crate::numerics::Pair;
 use crate::params::ParamsSrkl;
 use crate::rule::{Powers, StepScalars};
 
@@ -200,7 +201,7 @@ impl Engine for Device {
         Ok(estimates.into_iter().map(table::read_estimate).collect())
     }
 
-    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+    fn outcomes(&self, _: &Parameters) -> Result<Vec<(Option<Last>, u64)>> {
         let state = self.cuda.state()?;
         let (device, memory) = (&self.cuda.device, &self.cuda.memory);
         let decisions = device.clone_dtoh(&memory.decisions)?;
@@ -224,6 +225,6 @@ impl Engine for Device {
     fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>> {
         let mut squares = vec![None; all.blocks.len()];
         self.cuda.param_squares(all, &mut squares)?;
-        Ok(squares)
+        Ok(squares.into_iter().map(|squares| Some(Pair::fold(&squares?).a)).collect())
     }
 }

@@ -7,13 +7,17 @@ use candle_core::{Result, Tensor};
 
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, BlockGradient, GradSums, GradientPair, Last, Step, Tracked};
+use crate::backend::{
+    Backend, BlockGradient, GradSums, GradientPair, Last, Step, SumScales, Tracked, masters,
+};
 use crate::block::{Block, Parameters};
 use crate::estimate::{
     Averaging, ChangeSums, Estimate, Left, Measured, Probe, ProbeSums, StepSums,
 };
+use crate::exchange::Numbers;
 use crate::numerics::{Pair, Sums};
 use crate::params::{Curvature, NonFinite, ParamsSrkl, Scope, StepCurvature};
+use crate::ranks::Ranks;
 use crate::rule::{self, Decision, DirectionSums, Directions, Powers, StepScalars};
 
 /// If steps need not wait for all blocks, these are taken in runs of about this many elements, so that a gradient is
@@ -28,13 +32,21 @@ pub(crate) struct Host {
     counters: Counters,
     /// The gradients of the last step by block, if it waits for its measurement.
     first: Vec<Option<Tensor>>,
+    /// If other ranks step other elements.
+    ranks: Option<Ranks>,
+    /// The sums of the last step, if ranks have exchanged them.
+    step_sums: Option<Vec<StepSums>>,
     /// The size of the last perturbation.
     probe_size: f64,
 }
 
 impl Host {
-    /// `devices` are those that some of the parameters are on.
-    pub fn new(devices: Vec<Box<dyn Backend>>, all: &mut Parameters) -> Result<Self> {
+    /// `devices` are those that some of the parameters are on; `ranks` step other elements of sharded parameters.
+    pub fn new(
+        devices: Vec<Box<dyn Backend>>,
+        ranks: Option<Ranks>,
+        all: &mut Parameters,
+    ) -> Result<Self> {
         let on_cpu_alone = devices.is_empty();
         let mut backends = devices;
         backends.push(Box::new(CpuBackend::new(&mut all.blocks)?));
@@ -44,6 +56,8 @@ impl Host {
             tracked: vec![Tracked::NEW; all.blocks.len()],
             counters: Counters::default(),
             first: vec![],
+            ranks,
+            step_sums: None,
             probe_size: 0.,
         })
     }
@@ -57,6 +71,7 @@ impl Host {
         let may_fail = all.any(ParamsSrkl::is_muon);
         let whole =
             all.any(ParamsSrkl::waits_for_all) || may_fail || measures || !self.on_cpu_alone;
+        let whole = whole || self.ranks.is_some();
         let (mut runs, mut start, mut elements) = (vec![], 0, 0);
         for (i, block) in all.blocks.iter().enumerate() {
             elements += block.n;
@@ -82,6 +97,29 @@ impl Host {
         }
         for backend in &self.backends {
             backend.read_statistics(all, step, &mut gradients)?;
+        }
+        let Some(ranks) = &self.ranks else { return Ok(gradients) };
+        if asked != GradSums::None {
+            let own = |found: &mut BlockGradient| std::mem::take(&mut found.chunk_sums);
+            let mut sums: Vec<_> =
+                gradients.iter_mut().map(|found| found.as_mut().map(own)).collect();
+            ranks.gather_sums(&all.blocks, &mut sums)?;
+            for (found, sums) in gradients.iter_mut().zip(sums) {
+                if let (Some(found), Some(sums)) = (found, sums) {
+                    found.sums = Sums::fold(&sums);
+                }
+            }
+        }
+        if all.blocks.iter().any(|block| block.state.master.is_some()) {
+            let overwritten = |found: &Option<BlockGradient>| {
+                found.as_ref().is_some_and(|found| found.overwritten)
+            };
+            let any = ranks.any(&gradients.iter().map(overwritten).collect::<Vec<_>>())?;
+            for (found, any) in gradients.iter_mut().zip(any) {
+                if let Some(found) = found {
+                    found.overwritten = any;
+                }
+            }
         }
         Ok(gradients)
     }
@@ -115,8 +153,8 @@ impl Host {
         let mut decisions = Vec::with_capacity(blocks.len());
         for ((block, tracked), found) in blocks.iter().zip(tracked).zip(gradients) {
             let params = all.of(block);
-            let decision = found.map(|BlockGradient { sums, .. }| {
-                rule::decide(params, scalars, &sums, &total, &tracked.estimate)
+            let decision = found.as_ref().map(|BlockGradient { sums, .. }| {
+                rule::decide(params, scalars, sums, &total, &tracked.estimate)
             });
             match decision {
                 Some(decision) if !rule::may_step(&decision, params.nonfinite) => {
@@ -177,7 +215,7 @@ impl Host {
         let every = blocks.iter().zip(gradients).zip(&*decisions);
         let given: Vec<_> = every
             .map(|((block, found), decision)| {
-                let both = ((*found)?.gradient, (*decision)?);
+                let both = (found.as_ref()?.gradient, (*decision)?);
                 needs(block).then_some(both)
             })
             .collect();
@@ -186,20 +224,27 @@ impl Host {
             let tracked = &self.tracked;
             backend.directions(all, tracked, run.clone(), &given, measures, &mut sums)?;
         }
-        self.read_sums(&given, &mut sums)?;
+        let mut sums = self.read_sums(all, &given, sums)?;
 
         let blocks = &all.blocks[run.clone()];
+        let every = blocks.iter().zip(&self.tracked[run.clone()]).zip(&*decisions);
+        for (((block, tracked), decision), sums) in every.zip(&mut sums) {
+            if let (Some(decision), Some(Pair { a, .. })) = (decision, sums) {
+                let (params, matrix_scale) = (all.of(block), block.matrix_scale());
+                *a *= SumScales::new(params, decision, &tracked.powers, matrix_scale).direction;
+            }
+        }
         let by_step = |block: &Block| all.of(block).measures_steps();
         let counted = |(block, sums): (&Block, &Option<Pair>)| sums.filter(|_| by_step(block));
         let moving: Vec<Option<Pair>> = blocks.iter().zip(&sums).map(counted).collect();
         let sizes = blocks.iter().zip(&moving).filter(|(_, sums)| sums.is_some());
-        let total_n = sizes.map(|(block, _)| block.n as u64).sum::<u64>() as f64;
+        let total_n = sizes.map(|(block, _)| block.whole as u64).sum::<u64>() as f64;
         let total = direction_sums(fold(&moving));
         let places = run.zip(decisions).zip(sums);
         for ((place, decision), own) in places {
             if let (Some(decision), Some(own)) = (decision, own) {
                 let block = &all.blocks[place];
-                let (own, n) = (direction_sums(own), block.n as f64);
+                let (own, n) = (direction_sums(own), block.whole as f64);
                 let directions = Directions { block: own, n, total, total_n };
                 let still = self.tracked[place].estimate.still;
                 rule::adjust(decision, all.of(block), scalars, &directions, still, measures);
@@ -217,6 +262,15 @@ impl Host {
         decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
+        let given = |(found, decision): (&Option<BlockGradient>, &Option<Decision>)| {
+            found.as_ref().filter(|_| decision.is_some()).map(|found| found.overwritten)
+        };
+        let moves: Vec<_> = gradients.iter().zip(decisions).map(given).collect();
+        for (block, overwritten) in all.blocks[run.clone()].iter_mut().zip(&moves) {
+            if *overwritten == Some(true) {
+                masters::reset(block)?;
+            }
+        }
         self.upload_decisions(all, decisions)?;
         for backend in &mut self.backends {
             let (all, tracked) = (&mut *all, &mut self.tracked);
@@ -226,6 +280,7 @@ impl Host {
         for (((block, tracked), found), decision) in
             all.blocks[run].iter().zip(tracked).zip(gradients).zip(decisions)
         {
+            tracked.sums_up = false;
             tracked.small = decision.is_none_or(|d| d.small);
             tracked.grad_factor = decision.map_or(1., |d| d.grad_factor);
             tracked.last = decision.map(|d| Last {
@@ -234,12 +289,20 @@ impl Host {
                 norms: None,
             });
             match (found, decision) {
-                (Some(found), Some(_)) => {
+                (Some(found), Some(decision)) => {
+                    let params = all.of(block);
+                    let measures = step.measures && params.measures_steps();
+                    tracked.sums_up = step.records || measures;
                     if let Some(last) = tracked.last.as_mut().filter(|_| step.records) {
-                        let moved = tracked.step_sums.step.sqrt();
-                        last.norms = Some([found.sums.norm(1. / step.scalars.grad_scale), moved]);
+                        let of_step = f64::NAN; // `outcomes` reads it.
+                        let norm = found.sums.norm(1. / step.scalars.grad_scale);
+                        last.norms = Some([norm, of_step]);
                     }
-                    tracked.powers = rule::next_powers(&tracked.powers, all.of(block));
+                    if tracked.sums_up {
+                        let (powers, matrix_scale) = (&tracked.powers, block.matrix_scale());
+                        tracked.sum_scales = SumScales::new(params, decision, powers, matrix_scale);
+                    }
+                    tracked.powers = rule::next_powers(&tracked.powers, params);
                 }
                 (Some(_), None) => tracked.skipped += 1,
                 (None, _) => {}
@@ -248,10 +311,27 @@ impl Host {
         Ok(())
     }
 
-    /// Reads the sums of devices, for blocks that have an entry in `given`.
-    fn read_sums<T>(&self, given: &[Option<T>], sums: &mut [Option<Pair>]) -> Result<()> {
+    /// Reads the sums of devices and ranks, for blocks that have an entry in `given`, and adds them up.
+    fn read_sums<T>(
+        &self,
+        all: &Parameters,
+        given: &[Option<T>],
+        mut sums: Vec<Option<Vec<Pair>>>,
+    ) -> Result<Vec<Option<Pair>>> {
         let wanted = |place: usize| given[place].is_some();
-        self.backends.iter().try_for_each(|backend| backend.read_sums(&wanted, sums))
+        self.backends.iter().try_for_each(|backend| backend.read_sums(&wanted, &mut sums))?;
+        self.gather_sums(all, &mut sums)?;
+        Ok(sums.into_iter().map(|sums| Some(Pair::fold(&sums?))).collect())
+    }
+
+    /// Completes sums over chunks by those of other ranks.
+    fn gather_sums<T: Numbers>(&self, all: &Parameters, sums: &mut [Option<Vec<T>>]) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.gather_sums(&all.blocks, sums))
+    }
+
+    /// Completes parameters that `moved` by the elements that other ranks have stepped.
+    fn gather_parameters(&self, all: &Parameters, moved: impl Fn(usize) -> bool) -> Result<()> {
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.gather_parameters(&all.blocks, moved))
     }
 
     // -- The parts of a measurement --
@@ -262,10 +342,20 @@ impl Host {
     }
 
     /// How blocks moved in a step that measured or recorded norms, wherever they are.
-    fn step_sums(&self) -> Result<Vec<StepSums>> {
-        let mut sums = self.tracked.iter().map(|tracked| tracked.step_sums).collect::<Vec<_>>();
+    fn step_sums(&self, all: &Parameters) -> Result<Vec<StepSums>> {
+        if let Some(sums) = &self.step_sums {
+            return Ok(sums.clone());
+        }
+        let own = self.tracked.iter().map(|tracked| tracked.step_sums.clone());
+        let mut sums: Vec<Vec<StepSums>> = own.collect();
         self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut sums))?;
-        Ok(sums)
+        let summed_up = |(sums, tracked): (_, &Tracked)| tracked.sums_up.then_some(sums);
+        let mut sums: Vec<_> = sums.into_iter().zip(&self.tracked).map(summed_up).collect();
+        self.gather_sums(all, &mut sums)?;
+        let scaled = |(sums, tracked): (Option<Vec<StepSums>>, &Tracked)| {
+            tracked.sum_scales.apply(StepSums::fold(&sums.unwrap_or_default()))
+        };
+        Ok(sums.into_iter().zip(&self.tracked).map(scaled).collect())
     }
 
     fn upload_estimates(&mut self) -> Result<()> {
@@ -321,6 +411,14 @@ impl Engine for Host {
                 first = first_gradients(all, &gradients, &decisions);
             }
             self.update(all, run, &gradients, &decisions, step)?;
+            if self.ranks.is_some() {
+                // There is one run, of all blocks.
+                self.gather_parameters(all, |place| decisions[place].is_some())?;
+                if measures || records {
+                    self.step_sums = None;
+                    self.step_sums = Some(self.step_sums(all)?);
+                }
+            }
         }
         if measures {
             first.resize(all.blocks.len(), None);
@@ -351,18 +449,20 @@ impl Engine for Host {
         self.release(all);
         let moves = |block: &Block| step.grads.get_id(block.id).is_some() && all.of(block).lr != 0.;
         let wanted: Vec<_> = all.blocks.iter().map(|block| moves(block).then_some(())).collect();
-        let n: usize = all.blocks.iter().filter(|block| moves(block)).map(|block| block.n).sum();
+        let n: usize = all.blocks.iter().filter(|block| moves(block)).map(|b| b.whole).sum();
         let mut squares = vec![None; wanted.len()];
         for backend in &mut self.backends {
             backend.squares(all, step, &wanted, &mut squares)?;
         }
-        self.read_sums(&wanted, &mut squares)?;
+        let squares = self.read_sums(all, &wanted, squares)?;
         let size = rule::probe_size(delta, fold(&squares).a, n as f64);
         // The CPU first: if it fails, no device has been perturbed.
         let perturbed = self.backends.iter_mut().rev().try_for_each(|backend| {
             backend.upload_probe(size, Probe::Finite)?;
             backend.perturb(all, &wanted, size, seed, draw)
         });
+        let perturbed =
+            perturbed.and_then(|()| self.gather_parameters(all, |place| wanted[place].is_some()));
         if let Err(e) = perturbed {
             let _ = self.restore(all);
             return Err(e);
@@ -396,7 +496,7 @@ impl Engine for Host {
         for backend in &mut self.backends {
             backend.probe_sums(all, step, again, &given, size, &mut squares)?;
         }
-        self.read_sums(&given, &mut squares)?;
+        let squares = self.read_sums(all, &given, squares)?;
         let Pair { a: product_sq, b: gradient_sq } = fold(&squares);
         let probe = Probe::of(ProbeSums { product_sq, gradient_sq });
         if probe == Probe::Finite {
@@ -405,7 +505,7 @@ impl Engine for Host {
                 backend.upload_probe(size, probe)?;
                 backend.average_probe(all, &given, size, &mut sums)?;
             }
-            self.read_sums(&given, &mut sums)?;
+            let sums = self.read_sums(all, &given, sums)?;
             for ((tracked, given), sum) in self.tracked.iter_mut().zip(&given).zip(sums) {
                 if let (Some(Pair { a, .. }), Some((_, decay))) = (sum, given) {
                     let estimate = &mut tracked.estimate;
@@ -440,6 +540,8 @@ impl Engine for Host {
         let tracked = &self.tracked;
         let swapped =
             self.backends.iter_mut().rev().try_for_each(|backend| backend.swap(all, tracked));
+        let averaged = |place: usize| self.tracked[place].powers.average != 1.;
+        let swapped = swapped.and_then(|()| self.gather_parameters(all, averaged));
         if let Err(e) = swapped {
             let _ = self.restore(all);
             return Err(e);
@@ -495,11 +597,11 @@ impl Engine for Host {
         Ok(self.tracked.iter().map(|tracked| tracked.estimate).collect())
     }
 
-    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>> {
+    fn outcomes(&self, all: &Parameters) -> Result<Vec<(Option<Last>, u64)>> {
         let recorded = |t: &Tracked| t.last.is_some_and(|last| last.norms.is_some());
         let step_sums = match self.tracked.iter().any(recorded) {
             // The sums of steps on devices are still there.
-            true => self.step_sums()?,
+            true => self.step_sums(all)?,
             false => vec![StepSums::default(); self.tracked.len()],
         };
         let outcome = |(t, sums): (&Tracked, StepSums)| {
@@ -517,7 +619,8 @@ impl Engine for Host {
         for backend in &self.backends {
             backend.param_squares(all, &mut squares)?;
         }
-        Ok(squares)
+        self.gather_sums(all, &mut squares)?;
+        Ok(squares.into_iter().map(|squares| Some(Pair::fold(&squares?).a)).collect())
     }
 }
 
@@ -542,19 +645,16 @@ impl Host {
         for backend in &mut self.backends {
             backend.change_of_gradient(all, &self.tracked, step, &given, &mut changes)?;
         }
-        self.read_sums(&given, &mut changes)?;
-        let step_sums = self.step_sums()?;
-        for (tracked, sums) in self.tracked.iter_mut().zip(step_sums) {
-            tracked.step_sums = sums;
-        }
-        let measured = |(tracked, change): (&Tracked, &Option<Pair>)| match change {
+        let changes = self.read_sums(all, &given, changes)?;
+        let step_sums = self.step_sums(all)?;
+        let measured = |(step_sums, change): (&StepSums, &Option<Pair>)| match change {
             Some(Pair { a: change_sq, b: bound }) => {
                 let change = ChangeSums { change_sq: *change_sq, bound: *bound };
-                rule::measured(change, &tracked.step_sums)
+                rule::measured(change, step_sums)
             }
             None => Measured::default(),
         };
-        let measured: Vec<Measured> = self.tracked.iter().zip(&changes).map(measured).collect();
+        let measured: Vec<Measured> = step_sums.iter().zip(&changes).map(measured).collect();
         let total = Measured::fold(&measured);
 
         let now = self.now();
@@ -608,7 +708,7 @@ fn first_gradients(
     every
         .map(|((block, found), decision)| {
             let moves = all.of(block).measures_steps() && decision.is_some();
-            found.filter(|_| moves).map(|found| found.gradient.detach())
+            found.as_ref().filter(|_| moves).map(|found| found.gradient.detach())
         })
         .collect()
 }

@@ -119,7 +119,7 @@ pub(crate) trait Engine: Send + Sync {
     fn estimates(&self) -> Result<Vec<Estimate>>;
 
     /// For each block what the last step did, and how often it was skipped.
-    fn outcomes(&self) -> Result<Vec<(Option<Last>, u64)>>;
+    fn outcomes(&self, all: &Parameters) -> Result<Vec<(Option<Last>, u64)>>;
 
     /// The sum of `w^2` of each block, as it is now.
     fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>>;

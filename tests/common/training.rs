@@ -118,6 +118,7 @@ pub struct Share {
     /// This rank, if there are several.
     pub rank: Option<Rank>,
     pub bucket_bytes: usize,
+    pub sharded: bool,
     /// Where checkpoints go, if there are several ranks: rank 0 writes them.
     pub folder: Option<PathBuf>,
 }
@@ -127,7 +128,7 @@ pub type Rank = Arc<Mutex<Threads>>;
 
 impl Share {
     pub const ALL: Self =
-        Self { micro_batches: 1, rank: None, bucket_bytes: 1 << 20, folder: None };
+        Self { micro_batches: 1, rank: None, bucket_bytes: 1 << 20, sharded: false, folder: None };
 
     /// Its micro-batches.
     fn own(&self) -> Range<u64> {
@@ -210,7 +211,10 @@ pub fn train_share(
     let build = || {
         let builder = Srkl::builder().default_group(params.clone());
         let builder = match &share.rank {
-            Some(rank) => builder.collective(Shared(rank.clone())).bucket_bytes(share.bucket_bytes),
+            Some(rank) => builder
+                .collective(Shared(rank.clone()))
+                .bucket_bytes(share.bucket_bytes)
+                .sharded(share.sharded),
             None => builder,
         };
         builder

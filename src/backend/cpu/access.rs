@@ -64,20 +64,41 @@ impl_parameter!(
 );
 impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });
 
-/// The elements compared: evenly spaced, the first and the last among them.
-pub(crate) fn samples(n: usize) -> impl Iterator<Item = usize> {
-    let count = MASTER_SAMPLES.min(n);
-    (0..count).map(move |k| if count > 1 { k * (n - 1) / (count - 1) } else { 0 })
+/// The elements of a parameter that are compared: evenly spaced, the first and the last among them.
+#[derive(Clone, Copy)]
+pub(crate) struct Samples {
+    /// The elements of the parameter, and which of them are stepped here.
+    whole: usize,
+    first: usize,
+    n: usize,
 }
 
-/// Whether a parameter is not what was noted of it: it seems to have been overwritten as a whole.
-pub(crate) fn differs<P: Parameter>(w: &[P], noted: &[i16]) -> bool {
-    samples(w.len()).zip(noted).any(|(i, noted)| w[i].bits() != *noted as u16)
-}
+impl Samples {
+    pub fn of(block: &Block) -> Self {
+        let Block { whole, first, n, .. } = *block;
+        Self { whole, first, n }
+    }
 
-/// Notes samples of a parameter.
-pub(crate) fn note<P: Parameter>(w: &[P], noted: &mut [i16]) {
-    samples(w.len()).zip(noted).for_each(|(i, noted)| *noted = w[i].bits() as i16);
+    /// The numbers of those that are stepped here, and their indices among all that are.
+    pub fn each(self) -> impl Iterator<Item = (usize, usize)> {
+        let Self { whole, first, n } = self;
+        let count = MASTER_SAMPLES.min(whole);
+        let sample = move |k: usize| if count > 1 { k * (whole - 1) / (count - 1) } else { 0 };
+        let own = move |k: usize| Some((k, sample(k).checked_sub(first).filter(|i| *i < n)?));
+        (0..count).filter_map(own)
+    }
+
+    /// Whether a parameter is not what was noted of it: it seems to have been overwritten as a whole.
+    pub fn differ<P: Parameter>(self, w: &[P], noted: &[i16]) -> bool {
+        self.each().any(|(k, i)| w[i].bits() != noted[k] as u16)
+    }
+
+    /// Notes samples of a parameter; nothing if there is no room.
+    pub fn note<P: Parameter>(self, w: &[P], noted: &mut [i16]) {
+        if !noted.is_empty() {
+            self.each().for_each(|(k, i)| noted[k] = w[i].bits() as i16);
+        }
+    }
 }
 
 /// Whether a parameter is what its master rounds to.
@@ -97,7 +118,7 @@ pub(crate) fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
     }
 }
 
-/// Runs `f` on the memory of a variable, or of a tensor of our own. (A variable is contiguous and starts at offset 0:
+/// Runs `f` on the whole memory of a variable, or of a tensor of our own. (A variable is contiguous and starts at offset 0:
 /// candle makes it from a copy.)
 pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
     tensor: &Tensor,
@@ -115,8 +136,8 @@ pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
     tensor.inplace_op1(&Op(Cell::new(Some(f))))
 }
 
-/// The address of a block's first element on the CPU, for prefetching; 0 elsewhere.
+/// The address of the first element that is stepped of a block on the CPU, for prefetching; 0 elsewhere.
 pub(crate) fn first_element(block: &Block) -> Result<usize> {
-    let (storage, layout) = block.var.storage_and_layout();
-    if block.on_cpu { Ok(Gradient::new(&storage, layout)?.address()) } else { Ok(0) }
+    let (storage, _) = block.var.storage_and_layout();
+    if block.on_cpu { Ok(Gradient::new(&storage, &block.layout)?.address()) } else { Ok(0) }
 }

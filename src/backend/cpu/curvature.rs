@@ -26,11 +26,12 @@ trait Terms: Sync {
     fn row(&self, start: usize, room: &mut InputRows, a: &mut [f64], b: &mut [f64]);
 }
 
-fn pair_sums(n: usize, terms: &impl Terms, simd: Simd, scratch: &mut Scratch) -> Pair {
-    Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+/// The sums of each chunk.
+fn pair_sums(n: usize, terms: &impl Terms, simd: Simd, scratch: &mut Scratch) -> Vec<Pair> {
+    each_chunk(n, scratch, |scratch, chunk| {
         let start = chunk * CHUNK;
         simd.run(ChunkPair { terms, start, len: CHUNK.min(n - start), scratch })
-    }))
+    })
 }
 
 struct ChunkPair<'a, T> {
@@ -67,15 +68,15 @@ impl<T: Terms> Kernel for ChunkPair<'_, T> {
     }
 }
 
-/// A block's sums of `d^2`, or `(phi d)^2` if elements have their own brakes, and of `w^2`: its part of
-/// [`Directions`](crate::rule::Directions).
+/// The sums over a block's chunks of `d^2`, or `(phi d)^2` if elements have their own brakes, and of `w^2`: its part of
+/// [`Directions`](crate::rule::Directions), before the [`SumScales`](super::super::SumScales).
 pub(crate) fn directions(
     block: &mut Block,
     gradient: &Tensor,
     step: BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<Pair> {
+) -> Result<Vec<Pair>> {
     fn sums<C: Compute>(
         w: &Gradient,
         g: &Gradient,
@@ -83,18 +84,15 @@ pub(crate) fn directions(
         step: BlockStep,
         simd: Simd,
         scratch: &mut Scratch,
-    ) -> Pair {
-        let coefficients = step.coefficients();
-        let terms = DirectionTerms { w, g, state, coefficients };
-        let Pair { a, b } = pair_sums(g.len(), &terms, simd, scratch);
-        let scale = coefficients.scale;
-        Pair { a: a * (scale * scale), b }
+    ) -> Vec<Pair> {
+        let terms = DirectionTerms { w, g, state, coefficients: step.coefficients() };
+        pair_sums(g.len(), &terms, simd, scratch)
     }
-    let (w, w_layout) = block.var.storage_and_layout();
+    let (w, _) = block.var.storage_and_layout();
     // A direction that is orthogonalised is there already.
     let g = block.orthogonal.as_ref().unwrap_or(gradient);
     let (g, g_layout) = g.storage_and_layout();
-    let (w, g) = (&Gradient::new(&w, w_layout)?, &Gradient::new(&g, g_layout)?);
+    let (w, g) = (&Gradient::new(&w, &block.layout)?, &Gradient::new(&g, g_layout)?);
     let state = &mut block.state;
     Ok(match block.dtype {
         DType::F64 => sums(w, g, Exact::<f64>::new(state), step, simd, scratch),
@@ -151,7 +149,7 @@ impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
     }
 }
 
-/// [`Curvature::Step`](crate::Curvature::Step): a block's sums of `G^2`, with `G = factor * (again - first)`, and of
+/// [`Curvature::Step`](crate::Curvature::Step): the sums over a block's chunks of `G^2`, with `G = factor * (again - first)`, and of
 /// `||G|| ||D||` over its strips. `strips` are the sums of `D^2`, from the update.
 pub(crate) fn change_of_gradient(
     block: &Block,
@@ -159,15 +157,15 @@ pub(crate) fn change_of_gradient(
     pair: GradientPair,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<Pair> {
+) -> Result<Vec<Pair>> {
     fn sums<C: Compute>(
         [first, again]: [&Gradient; 2],
         (strips, factor): (&[f64], f64),
         simd: Simd,
         scratch: &mut Scratch,
-    ) -> Pair {
+    ) -> Vec<Pair> {
         let n = first.len();
-        Pair::fold(&each_chunk(n, scratch, |scratch, chunk| {
+        each_chunk(n, scratch, |scratch, chunk| {
             let start = chunk * CHUNK;
             let len = CHUNK.min(n - start);
             let strips = strips.get(start / STRIP..).unwrap_or_default();
@@ -181,7 +179,7 @@ pub(crate) fn change_of_gradient(
                 scratch,
                 compute: PhantomData,
             })
-        }))
+        })
     }
     let (first, first_layout) = pair.first.storage_and_layout();
     let (again, again_layout) = pair.again.storage_and_layout();
@@ -243,7 +241,7 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
     }
 }
 
-/// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson): a block's sums of `(H z)^2`, with
+/// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson): the sums over a block's chunks of `(H z)^2`, with
 /// `H z = factor * (again - first) / size`, and of the squares of its first gradient.
 pub(crate) fn probe_sums(
     block: &Block,
@@ -251,7 +249,7 @@ pub(crate) fn probe_sums(
     size: f64,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<Pair> {
+) -> Result<Vec<Pair>> {
     let (first, first_layout) = pair.first.storage_and_layout();
     let (again, again_layout) = pair.again.storage_and_layout();
     let first = Gradient::new(&first, first_layout)?;
@@ -295,21 +293,21 @@ impl<C: Compute> Terms for ProbeTerms<'_, C> {
     }
 }
 
-/// `q <- decay q + (1 - decay) (H z)^2`; returns the sum of q over the block.
+/// `q <- decay q + (1 - decay) (H z)^2`; returns the sums of q over the block's chunks.
 pub(crate) fn average_probe(
     block: &mut Block,
     pair: GradientPair,
     size: f64,
     decay: f64,
     scratch: &mut Scratch,
-) -> Result<f64> {
+) -> Result<Vec<Pair>> {
     fn average<C: Compute>(
         state: &mut State,
         terms: &ProbeTerms<C>,
         n: usize,
         decay: f64,
         scratch: &mut Scratch,
-    ) -> f64 {
+    ) -> Vec<Pair> {
         let chunk_sum = |scratch: &mut Scratch, (chunk, q): (usize, &mut [C])| {
             let Scratch { rows, lanes: [lanes, ..] } = scratch;
             let Rows { inputs, terms: [a, b], .. } = rows;
@@ -329,13 +327,12 @@ pub(crate) fn average_probe(
         };
         let q = row_norms(state).unwrap_or_default();
         let chunks: Vec<_> = q.chunks_mut(CHUNK).enumerate().collect();
-        let sums: Vec<Pair> = if !splits(n) {
+        if !splits(n) {
             chunks.into_iter().map(|item| chunk_sum(scratch, item)).collect()
         } else {
             let chunks = chunks.into_par_iter().with_min_len(PIECE / CHUNK);
             chunks.map_init(Scratch::new, chunk_sum).collect()
-        };
-        Pair::fold(&sums).a
+        }
     }
     let (first, first_layout) = pair.first.storage_and_layout();
     let (again, again_layout) = pair.again.storage_and_layout();
@@ -355,8 +352,8 @@ pub(crate) fn average_probe(
     })
 }
 
-/// A block's sum of `w^2`.
-pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Result<f64> {
+/// The sums over a block's chunks of `w^2`.
+pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Result<Vec<Pair>> {
     struct Squares<'a, C>(&'a Gradient<'a>, PhantomData<fn() -> C>);
     impl<C: Compute> Terms for Squares<'_, C> {
         const BOTH: bool = false;
@@ -367,10 +364,10 @@ pub(crate) fn squares(block: &Block, simd: Simd, scratch: &mut Scratch) -> Resul
             a.iter_mut().zip(w).for_each(|(a, w)| *a = w.to_f64() * w.to_f64());
         }
     }
-    let (storage, layout) = block.var.storage_and_layout();
-    let w = Gradient::new(&storage, layout)?;
+    let (storage, _) = block.var.storage_and_layout();
+    let w = Gradient::new(&storage, &block.layout)?;
     Ok(match block.dtype {
-        DType::F64 => pair_sums(block.n, &Squares::<f64>(&w, PhantomData), simd, scratch).a,
-        _ => pair_sums(block.n, &Squares::<f32>(&w, PhantomData), simd, scratch).a,
+        DType::F64 => pair_sums(block.n, &Squares::<f64>(&w, PhantomData), simd, scratch),
+        _ => pair_sums(block.n, &Squares::<f32>(&w, PhantomData), simd, scratch),
     })
 }

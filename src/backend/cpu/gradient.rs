@@ -1,5 +1,7 @@
 //! Reads a gradient or a parameter, of any float dtype and layout, as rows of the compute type.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
@@ -164,30 +166,82 @@ impl<'a> Gradient<'a> {
         row
     }
 
-    /// Fills `row` with the logical elements from `start` on, by the strides of the layout.
+    /// Fills `row` with the logical elements from `start` on.
     fn gather<C: Real>(&self, row: &mut [C], start: usize, value: impl Fn(usize) -> f64) {
-        let (dims, strides) = (self.layout.dims(), self.layout.stride());
-        // The coordinates of `start`, last dimension fastest, and its place in the storage.
-        let mut index = vec![0; dims.len()];
-        let mut rest = start;
-        for (index, dim) in index.iter_mut().zip(dims).rev() {
-            (*index, rest) = (rest % dim, rest / dim);
-        }
-        let mut place = self.layout.start_offset();
-        place += index.iter().zip(strides).map(|(index, stride)| index * stride).sum::<usize>();
-        for x in row {
-            *x = C::from_f64(value(place));
-            for ((index, &dim), &stride) in index.iter_mut().zip(dims).zip(strides).rev() {
-                *index += 1;
-                place += stride;
-                if *index < dim {
-                    break;
-                }
-                place -= dim * stride;
-                *index = 0;
+        let mut row = row.iter_mut();
+        each_place(self.layout, start, row.len(), |place| {
+            if let Some(x) = row.next() {
+                *x = C::from_f64(value(place));
             }
+        });
+    }
+}
+
+/// Calls `f` with the places in the storage of `len` logical elements from `start` on, by the strides of the layout.
+fn each_place(layout: &Layout, start: usize, len: usize, mut f: impl FnMut(usize)) {
+    let (dims, strides) = (layout.dims(), layout.stride());
+    // The coordinates of `start`, last dimension fastest, and its place in the storage.
+    let mut index = vec![0; dims.len()];
+    let mut rest = start;
+    for (index, dim) in index.iter_mut().zip(dims).rev() {
+        (*index, rest) = (rest % dim, rest / dim);
+    }
+    let mut place = layout.start_offset();
+    place += index.iter().zip(strides).map(|(index, stride)| index * stride).sum::<usize>();
+    for _ in 0..len {
+        f(place);
+        for ((index, &dim), &stride) in index.iter_mut().zip(dims).zip(strides).rev() {
+            *index += 1;
+            place += stride;
+            if *index < dim {
+                break;
+            }
+            place -= dim * stride;
+            *index = 0;
         }
     }
+}
+
+/// Appends the bytes of some logical elements of a tensor on the CPU, little-endian.
+///
+/// # Errors
+///
+/// A dtype that is none of f32, f64, bf16 and f16.
+pub(crate) fn append_elements(
+    storage: &Storage,
+    layout: &Layout,
+    range: Range<usize>,
+    bytes: &mut Vec<u8>,
+) -> Result<()> {
+    fn append<T: Copy, const N: usize>(
+        values: &[T],
+        layout: &Layout,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+        to_bytes: impl Fn(T) -> [u8; N],
+    ) {
+        let (first, offset) = (bytes.len(), layout.start_offset());
+        bytes.resize(first + range.len() * N, 0);
+        let mut to = bytes[first..].as_chunks_mut::<N>().0.iter_mut();
+        if layout.is_contiguous() {
+            let values = &values[offset + range.start..offset + range.end];
+            to.zip(values).for_each(|(to, x)| *to = to_bytes(*x));
+        } else {
+            each_place(layout, range.start, range.len(), |place| {
+                if let Some(to) = to.next() {
+                    *to = to_bytes(values[place]);
+                }
+            });
+        }
+    }
+    match storage {
+        Storage::Cpu(CpuStorage::F32(x)) => append(x, layout, range, bytes, f32::to_le_bytes),
+        Storage::Cpu(CpuStorage::F64(x)) => append(x, layout, range, bytes, f64::to_le_bytes),
+        Storage::Cpu(CpuStorage::BF16(x)) => append(x, layout, range, bytes, bf16::to_le_bytes),
+        Storage::Cpu(CpuStorage::F16(x)) => append(x, layout, range, bytes, f16::to_le_bytes),
+        _ => bail!("expected a tensor of f32, f64, bf16 or f16 on the CPU"),
+    }
+    Ok(())
 }
 
 /// Converts by way of f64, which holds every value of the other types: one rounding.

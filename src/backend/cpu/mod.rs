@@ -12,12 +12,13 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use rayon::prelude::*;
 
+use self::access::Samples;
 use self::gradient::Gradient;
 use self::pool::Pool;
 use self::simd::{Simd, prefetch};
 use self::statistics::{PIECE, Scratch};
 use self::update::BlockStep;
-use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
+use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked, masters};
 use crate::block::{Block, Parameters, storage_address};
 use crate::numerics::{LANES, Pair, Sums};
 use crate::params::{Direction, ParamsSrkl};
@@ -65,14 +66,14 @@ impl CpuBackend {
         Ok(Self { simd: Simd::detect(), pool })
     }
 
-    /// The gradient of every block of a run, with the sums that `read` makes of it; `None` for a block that has no
+    /// The gradient of every block of a run, with the sums that `read` makes of it, in all or by chunk; `None` for a block that has no
     /// gradient, or is frozen.
     fn gradients<'g>(
         &self,
         all: &Parameters,
         grads: &'g GradStore,
         run: Range<usize>,
-        read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
+        read: impl Fn(&Block, &Gradient, &mut Scratch) -> (Sums, Vec<Sums>) + Sync,
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         type Batch<'a, 'g> = (&'a [Block], &'a mut [Option<BlockGradient<'g>>]);
@@ -83,7 +84,7 @@ impl CpuBackend {
             };
             let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
             for (block, tensor) in batch.iter().zip(&tensors) {
-                tensor.map_or(Ok(()), |tensor| block.check_gradient(tensor))?;
+                tensor.map_or(Ok(()), |tensor| block.check_followed(tensor))?;
             }
             let locked = |tensor: &Option<&'g Tensor>| tensor.map(Tensor::storage_and_layout);
             let storages: Vec<_> = tensors.iter().map(locked).collect();
@@ -94,9 +95,17 @@ impl CpuBackend {
                 let address = storage_address(storage);
                 block.check_alias(address, &all.storages)?;
                 let g = Gradient::new(storage, layout)?;
-                let sums = read(block, &g, scratch);
-                let elements = g.address();
-                gradients[i] = Some(BlockGradient { gradient, sums, storage: address, elements });
+                let (sums, chunk_sums) = read(block, &g, scratch);
+                let (storage, elements) = (address, g.address());
+                let overwritten = block.sharded && masters::is_overwritten(block)?;
+                gradients[i] = Some(BlockGradient {
+                    gradient,
+                    sums,
+                    chunk_sums,
+                    overwritten,
+                    storage,
+                    elements,
+                });
             }
             Ok(())
         };
@@ -169,7 +178,7 @@ impl Backend for CpuBackend {
     fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
         let every = 0..all.blocks.len();
         let mut gradients = vec![None; every.len()];
-        self.gradients(all, grads, every, |_, _, _| Sums::ZERO, &mut gradients)
+        self.gradients(all, grads, every, |_, _, _| (Sums::ZERO, vec![]), &mut gradients)
     }
 
     fn statistics<'g>(
@@ -181,7 +190,11 @@ impl Backend for CpuBackend {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         let read = |block: &Block, g: &Gradient, scratch: &mut Scratch| {
-            statistics::sums(g, block.dtype == DType::F64, asked, self.simd, scratch)
+            let wide = block.dtype == DType::F64;
+            match block.sharded {
+                true => (Sums::ZERO, statistics::chunk_sums(g, wide, asked, self.simd, scratch)),
+                false => (statistics::sums(g, wide, asked, self.simd, scratch), vec![]),
+            }
         };
         self.gradients(all, step.grads, run, read, gradients)
     }
@@ -199,8 +212,8 @@ impl Backend for CpuBackend {
         let every = blocks.iter().zip(gradients).zip(decisions);
         let given: Vec<_> = every
             .map(|((block, found), decision)| {
-                let both = ((*found)?.gradient, (*decision)?);
-                block.matrices.map(|_| both)
+                let both = (found.as_ref()?.gradient, (*decision)?);
+                block.orthogonal.as_ref().map(|_| both)
             })
             .collect();
         let mut done = vec![None; blocks.len()];
@@ -224,7 +237,7 @@ impl Backend for CpuBackend {
         run: Range<usize>,
         given: &[Option<(&Tensor, Decision)>],
         _measures: bool,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         let Parameters { blocks, groups, .. } = all;
         let tracked = &tracked[run.clone()];
@@ -282,7 +295,7 @@ impl Backend for CpuBackend {
         tracked: &[Tracked],
         _again: Step,
         given: &[Option<GradientPair>],
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.each(&mut all.blocks, given, sums, |scratch, block, place, pair| {
             let strips = &tracked[place].strips;
@@ -295,10 +308,10 @@ impl Backend for CpuBackend {
         all: &mut Parameters,
         _step: Step,
         wanted: &[Option<()>],
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.each(&mut all.blocks, wanted, sums, |scratch, block, _, ()| {
-            Ok(Pair { a: curvature::squares(block, self.simd, scratch)?, b: 0. })
+            curvature::squares(block, self.simd, scratch)
         })
     }
 
@@ -323,7 +336,7 @@ impl Backend for CpuBackend {
         _again: &GradStore,
         given: &[Option<(GradientPair, f64)>],
         size: f64,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.each(&mut all.blocks, given, sums, |scratch, block, _, (pair, _)| {
             curvature::probe_sums(block, *pair, size, self.simd, scratch)
@@ -335,15 +348,14 @@ impl Backend for CpuBackend {
         all: &mut Parameters,
         given: &[Option<(GradientPair, f64)>],
         size: f64,
-        sums: &mut [Option<Pair>],
+        sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.each(&mut all.blocks, given, sums, |scratch, block, _, (pair, decay)| {
-            let a = curvature::average_probe(block, *pair, size, *decay, scratch)?;
-            Ok(Pair { a, b: 0. })
+            curvature::average_probe(block, *pair, size, *decay, scratch)
         })
     }
 
-    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()> {
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<Vec<Pair>>]) -> Result<()> {
         let mut scratch = Scratch::new();
         for (block, sum) in all.blocks.iter().zip(squares).filter(|(b, _)| b.on_cpu) {
             *sum = Some(curvature::squares(block, self.simd, &mut scratch)?);
@@ -379,7 +391,7 @@ fn block_step<'a>(
     block: &Block,
 ) -> BlockStep<'a> {
     let Tracked { powers, estimate, .. } = tracked;
-    let matrix_scale = block.matrix_scale();
+    let (matrix_scale, samples) = (block.matrix_scale(), Samples::of(block));
     let (sums_up, keeps_strips) = (false, false);
     let (steps, place) = (0, 0);
     BlockStep {
@@ -390,6 +402,7 @@ fn block_step<'a>(
         sums_up,
         keeps_strips,
         matrix_scale,
+        samples,
         steps,
         place,
     }

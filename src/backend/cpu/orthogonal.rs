@@ -18,9 +18,9 @@ use crate::rule::Moments;
 
 const OTHER_TYPE: &str = "expected room of the compute type";
 
-/// Room for the matrices of a block. Those of f64 parameters are in f64, all others in f32.
+/// Room for the matrices of a block that is stepped here. Those of f64 parameters are in f64, all others in f32.
 pub(crate) fn make_room(block: &mut Block) -> Result<()> {
-    if let Some(matrices) = block.matrices {
+    if let Some(matrices) = block.matrices.filter(|_| block.n > 0) {
         let dtype = if block.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let shape = (matrices.count, matrices.rows, matrices.cols);
         block.orthogonal = Some(Tensor::zeros(shape, dtype, block.var.device())?);

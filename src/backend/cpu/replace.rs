@@ -9,7 +9,8 @@ use super::statistics::{PIECE, splits};
 use crate::block::{Backup, Block};
 use crate::numerics::{LANES, Real, random_bits};
 
-/// `w <- w + size * z`, with the random signs `z` of the block at `place` in the measurement of number `draw`.
+/// `w <- w + size * z`, with the random signs `z` of the block at `place` in the measurement of number `draw`: of the
+/// elements that are stepped here.
 pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64) -> Result<()> {
     fn add<P: Parameter>(w: &mut [P], size: f64, bits: impl Fn(u64) -> u64 + Sync) {
         let size = P::Compute::from_f64(size);
@@ -30,13 +31,15 @@ pub(crate) fn perturb(block: &Block, place: u64, size: f64, seed: u64, draw: u64
     if block.n == 0 {
         return Ok(());
     }
-    let bits = |word| random_bits(seed, draw, place, word);
+    let own = block.first..block.first + block.n;
+    // A part begins with a chunk, and so with a word.
+    let bits = |word| random_bits(seed, draw, place, (block.first / 64) as u64 + word);
     with_storage_mut(&block.var, |storage| {
         match storage {
-            CpuStorage::F32(w) => add(w, size, bits),
-            CpuStorage::F64(w) => add(w, size, bits),
-            CpuStorage::BF16(w) => add(w, size, bits),
-            CpuStorage::F16(w) => add(w, size, bits),
+            CpuStorage::F32(w) => add(&mut w[own], size, bits),
+            CpuStorage::F64(w) => add(&mut w[own], size, bits),
+            CpuStorage::BF16(w) => add(&mut w[own], size, bits),
+            CpuStorage::F16(w) => add(&mut w[own], size, bits),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         }
         Ok(())
@@ -69,7 +72,7 @@ fn copy(from: &Tensor, to: &Var) -> Result<()> {
     })
 }
 
-/// Replaces the parameter by its average.
+/// Replaces the elements that are stepped here by their average.
 pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     fn put<P: Parameter>(w: &mut [P], state: impl StateRows<P::Compute>) {
         let put = |(piece, w): (usize, &mut [P])| {
@@ -88,31 +91,31 @@ pub(crate) fn swap_average(block: &mut Block) -> Result<()> {
     if block.n == 0 {
         return Ok(());
     }
-    let n = block.n;
-    let Block { var, state, .. } = block;
+    let Block { var, state, n, first, .. } = block;
+    let (n, own) = (*n, *first..*first + *n);
     with_storage_mut(var, |storage| {
         if state.is_packed() {
             let state = Packed::to_read(state, n);
             match storage {
-                CpuStorage::F32(w) => put(w, state),
-                CpuStorage::BF16(w) => put(w, state),
-                CpuStorage::F16(w) => put(w, state),
+                CpuStorage::F32(w) => put(&mut w[own], state),
+                CpuStorage::BF16(w) => put(&mut w[own], state),
+                CpuStorage::F16(w) => put(&mut w[own], state),
                 _ => bail!("expected a parameter of f32, bf16 or f16"),
             }
             return Ok(());
         }
         match storage {
-            CpuStorage::F32(w) => put(w, Exact::new(state)),
-            CpuStorage::F64(w) => put(w, Exact::new(state)),
-            CpuStorage::BF16(w) => put(w, Exact::new(state)),
-            CpuStorage::F16(w) => put(w, Exact::new(state)),
+            CpuStorage::F32(w) => put(&mut w[own], Exact::new(state)),
+            CpuStorage::F64(w) => put(&mut w[own], Exact::new(state)),
+            CpuStorage::BF16(w) => put(&mut w[own], Exact::new(state)),
+            CpuStorage::F16(w) => put(&mut w[own], Exact::new(state)),
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         }
         Ok(())
     })
 }
 
-/// Backs up the parameter.
+/// Backs up the whole parameter.
 pub(crate) fn back_up(block: &mut Block) -> Result<()> {
     let Backup { memory, valid } = &mut block.backup;
     match memory {

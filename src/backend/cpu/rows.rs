@@ -3,7 +3,7 @@
 use candle_core::CpuStorage;
 use half::bf16;
 
-use super::access::{Parameter, agree, differs, samples};
+use super::access::{Parameter, Samples, agree};
 use super::gradient::{Compute, RowBuffer};
 use super::simd::prefetch;
 use crate::compact::{self, Offsets, UNIT};
@@ -44,9 +44,9 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     fn store(&mut self, room: &mut Room);
 
     /// Resets all masters of a block if its parameter seems to have been overwritten as a whole.
-    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P]);
+    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P], samples: Samples);
 
-    /// Takes the samples of the parameter apart, which [`note`](super::access::note) writes after the update.
+    /// Takes the room for samples of the parameter apart, which [`Samples::note`] writes to after the update.
     fn take_samples<'s>(&mut self) -> &'s mut [i16]
     where
         Self: 's,
@@ -147,9 +147,9 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     #[inline(always)]
     fn store(&mut self, _: &mut Room) {}
 
-    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P]) {
+    fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P], samples: Samples) {
         if let Some(master) = &mut self.master {
-            reset(master, w);
+            reset(master, w, samples);
         }
     }
 }
@@ -159,8 +159,8 @@ fn part<'r, C>(slot: &'r Option<&mut [C]>, start: usize, len: usize) -> Option<&
     slot.as_deref().map(|slot| &slot[start..start + len])
 }
 
-fn reset<P: Parameter>(master: &mut [P::Compute], w: &[P]) {
-    if samples(w.len()).any(|i| !agree(w[i], master[i])) {
+fn reset<P: Parameter>(master: &mut [P::Compute], w: &[P], samples: Samples) {
+    if samples.each().any(|(_, i)| !agree(w[i], master[i])) {
         master.iter_mut().zip(w).for_each(|(master, w)| *master = w.widen());
     }
 }
@@ -334,11 +334,12 @@ impl<'a> Numbers<'a> {
 impl<'a> Packed<'a> {
     /// For [`StateRows::read`] alone.
     pub fn to_read(state: &'a mut State, n: usize) -> Self {
-        Self::new(state, n, Keys::default(), false)
+        Self::new(state, n, 0, Keys::default(), false)
     }
 
-    /// `rounds`: whether the parameter has no master and is rounded at random.
-    pub fn new(state: &'a mut State, n: usize, keys: Keys, rounds: bool) -> Self {
+    /// The state of `n` elements of a parameter, from element `first` on. `rounds`: whether the parameter has no master and
+    /// is rounded at random.
+    pub fn new(state: &'a mut State, n: usize, first: usize, keys: Keys, rounds: bool) -> Self {
         fn numbers<'a>(name: &str, slot: &'a mut Option<Slot>, n: usize) -> Option<Numbers<'a>> {
             slot.as_mut().and_then(|slot| Numbers::new(name, slot, n))
         }
@@ -353,7 +354,7 @@ impl<'a> Packed<'a> {
         };
         let [m, v] = [numbers("m", m, n), numbers("v", v, n)];
         let [average, q] = [numbers("average", average, n), numbers("q", q, n)];
-        Self { master, m, v, average, q, keys, unit: 0 }
+        Self { master, m, v, average, q, keys, unit: (first / UNIT) as u64 }
     }
 }
 
@@ -479,10 +480,10 @@ impl StateRows<f32> for Packed<'_> {
         }
     }
 
-    fn reset_masters<P: Parameter<Compute = f32>>(&mut self, w: &[P]) {
+    fn reset_masters<P: Parameter<Compute = f32>>(&mut self, w: &[P], samples: Samples) {
         match &mut self.master {
-            Some(Master::F32(master)) => reset(master, w),
-            Some(Master::Split(rests, noted)) if differs(w, noted) => rests.fill(0),
+            Some(Master::F32(master)) => reset(master, w, samples),
+            Some(Master::Split(rests, noted)) if samples.differ(w, noted) => rests.fill(0),
             _ => {}
         }
     }

@@ -61,25 +61,67 @@ pub(crate) fn sums(
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Sums {
-    match (asked, wide) {
-        (GradSums::None, _) => Sums::ZERO,
-        (GradSums::FiniteOnly, false) => finite_sums::<f32>(g, simd, scratch),
-        (GradSums::FiniteOnly, true) => finite_sums::<f64>(g, simd, scratch),
-        (GradSums::Sum4, false) => block_sums::<f32, false>(g, simd, scratch),
-        (GradSums::Sum4, true) => block_sums::<f64, false>(g, simd, scratch),
-        (GradSums::Sum2AndSum4, false) => block_sums::<f32, true>(g, simd, scratch),
-        (GradSums::Sum2AndSum4, true) => block_sums::<f64, true>(g, simd, scratch),
+    match g.len() {
+        0..=CHUNK => sums_of_chunk(g, wide, asked, 0, simd, scratch),
+        _ => Sums::fold(&chunk_sums(g, wide, asked, simd, scratch)),
     }
 }
 
-fn finite_sums<C: Compute>(g: &Gradient, simd: Simd, scratch: &mut Scratch) -> Sums {
-    let finite = each_chunk(g.len(), scratch, |scratch, chunk| {
-        let start = chunk * CHUNK;
-        let len = CHUNK.min(g.len() - start);
-        simd.run(ChunkFinite::<C> { g, start, len, scratch, compute: PhantomData })
-    });
-    let finite = finite.into_iter().all(|finite| finite);
+/// The same for each of its chunks.
+pub(crate) fn chunk_sums(
+    g: &Gradient,
+    wide: bool,
+    asked: GradSums,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Vec<Sums> {
+    let of_chunk =
+        |scratch: &mut Scratch, chunk| sums_of_chunk(g, wide, asked, chunk, simd, scratch);
+    match asked {
+        GradSums::None => vec![],
+        _ => each_chunk(g.len(), scratch, of_chunk),
+    }
+}
+
+fn sums_of_chunk(
+    g: &Gradient,
+    wide: bool,
+    asked: GradSums,
+    chunk: usize,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Sums {
+    match (asked, wide) {
+        (GradSums::None, _) => Sums::ZERO,
+        (GradSums::FiniteOnly, false) => finite_sums::<f32>(g, chunk, simd, scratch),
+        (GradSums::FiniteOnly, true) => finite_sums::<f64>(g, chunk, simd, scratch),
+        (GradSums::Sum4, false) => power_sums::<f32, false>(g, chunk, simd, scratch),
+        (GradSums::Sum4, true) => power_sums::<f64, false>(g, chunk, simd, scratch),
+        (GradSums::Sum2AndSum4, false) => power_sums::<f32, true>(g, chunk, simd, scratch),
+        (GradSums::Sum2AndSum4, true) => power_sums::<f64, true>(g, chunk, simd, scratch),
+    }
+}
+
+fn finite_sums<C: Compute>(g: &Gradient, chunk: usize, simd: Simd, scratch: &mut Scratch) -> Sums {
+    let (start, len) = elements_of(chunk, g.len());
+    let finite = simd.run(ChunkFinite::<C> { g, start, len, scratch, compute: PhantomData });
     Sums { sum4: if finite { 0. } else { f64::NAN }, ..Sums::ZERO }
+}
+
+fn power_sums<C: Compute, const NORM: bool>(
+    g: &Gradient,
+    chunk: usize,
+    simd: Simd,
+    scratch: &mut Scratch,
+) -> Sums {
+    let (start, len) = elements_of(chunk, g.len());
+    simd.run(ChunkSums::<C, NORM> { g, start, len, scratch, compute: PhantomData })
+}
+
+/// The first element of a chunk of `n` elements, and their number.
+fn elements_of(chunk: usize, n: usize) -> (usize, usize) {
+    let start = chunk * CHUNK;
+    (start, CHUNK.min(n - start))
 }
 
 /// Whether elements `start..start + len` of a gradient are finite.
@@ -106,22 +148,6 @@ impl<C: Compute> Kernel for ChunkFinite<'_, C> {
         }
         finite
     }
-}
-
-fn block_sums<C: Compute, const NORM: bool>(
-    g: &Gradient,
-    simd: Simd,
-    scratch: &mut Scratch,
-) -> Sums {
-    let chunk_sums = |scratch: &mut Scratch, chunk: usize| {
-        let start = chunk * CHUNK;
-        let len = CHUNK.min(g.len() - start);
-        simd.run(ChunkSums::<C, NORM> { g, start, len, scratch, compute: PhantomData })
-    };
-    if g.len() <= CHUNK {
-        return chunk_sums(scratch, 0);
-    }
-    Sums::fold(&each_chunk(g.len(), scratch, chunk_sums))
 }
 
 /// The results of `work` on every chunk of `n` elements, on several threads if the block is split.

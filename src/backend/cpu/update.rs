@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::access::{Parameter, note, with_storage_mut};
+use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
 use super::simd::{Kernel, Simd, prefetch};
@@ -11,7 +11,7 @@ use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
 use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
-use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, fold, strip_sums, tree};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
 use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, lerp};
 
@@ -29,6 +29,7 @@ pub(crate) struct BlockStep<'a> {
     pub keeps_strips: bool,
     /// [`Block::matrix_scale`]
     pub matrix_scale: f64,
+    pub samples: Samples,
     /// The number of steps before, and the block's place: by them numbers are rounded at random.
     pub steps: u64,
     pub place: u64,
@@ -41,7 +42,7 @@ impl BlockStep<'_> {
     }
 }
 
-/// Moves a block by its gradient, in place. If `step.sums_up`, returns the sums over the step, for a measurement or
+/// Moves a block by its gradient, in place. If `step.sums_up`, returns the sums over chunks, for a measurement or
 /// telemetry, and the sums of `D^2` over strips.
 pub(crate) fn update(
     block: &mut Block,
@@ -49,14 +50,16 @@ pub(crate) fn update(
     step: BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<(StepSums, Vec<f64>)> {
-    let mut moved = (StepSums::default(), vec![]);
+) -> Result<(Vec<StepSums>, Vec<f64>)> {
+    let mut moved = (vec![], vec![]);
     if block.n == 0 {
         return Ok(moved); // candle refuses to write to an empty tensor.
     }
     let packs = block.is_packed(step.params);
     let rounds = block.rounds(step.params);
-    let Block { var, state, orthogonal, n, .. } = block;
+    let Block { var, state, orthogonal, n, first, .. } = block;
+    let (n, first) = (*n, *first);
+    let own = first..first + n;
     let (storage, layout) = gradient.storage_and_layout();
     let orthogonal = orthogonal.as_ref().map(Tensor::storage_and_layout);
     let orthogonal = orthogonal.as_ref().map(|(storage, layout)| Gradient::new(storage, layout));
@@ -66,21 +69,35 @@ pub(crate) fn update(
     with_storage_mut(var, |storage| {
         if packs {
             let keys = Keys::new(step.steps, step.place);
-            let state = Packed::new(state, *n, keys, rounds);
-            let rounding = rounds.then_some(keys.parameters);
+            let state = Packed::new(state, n, first, keys, rounds);
+            let random = rounds.then_some((keys.parameters, first));
             moved = match storage {
-                CpuStorage::F32(w) => block_update(w, state, None, g, step, simd, scratch),
-                CpuStorage::BF16(w) => block_update(w, state, rounding, g, step, simd, scratch),
-                CpuStorage::F16(w) => block_update(w, state, None, g, step, simd, scratch),
+                CpuStorage::F32(w) => {
+                    block_update(&mut w[own], state, None, g, step, simd, scratch)
+                }
+                CpuStorage::BF16(w) => {
+                    block_update(&mut w[own], state, random, g, step, simd, scratch)
+                }
+                CpuStorage::F16(w) => {
+                    block_update(&mut w[own], state, None, g, step, simd, scratch)
+                }
                 _ => bail!("expected a parameter of f32, bf16 or f16"),
             };
             return Ok(());
         }
         moved = match storage {
-            CpuStorage::F32(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
-            CpuStorage::F64(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
-            CpuStorage::BF16(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
-            CpuStorage::F16(w) => block_update(w, Exact::new(state), None, g, step, simd, scratch),
+            CpuStorage::F32(w) => {
+                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+            }
+            CpuStorage::F64(w) => {
+                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+            }
+            CpuStorage::BF16(w) => {
+                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+            }
+            CpuStorage::F16(w) => {
+                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+            }
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         };
         Ok(())
@@ -99,25 +116,26 @@ struct Followed<'a> {
     orthogonal: Option<&'a Gradient<'a>>,
 }
 
-/// `rounding` is the key by which bf16 parameters are rounded at random.
+/// `random` is the key by which bf16 parameters are rounded at random, and the first element of `w` among all of the
+/// parameter.
 fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     w: &mut [P],
     mut state: S,
-    rounding: Option<u64>,
+    random: Option<(u64, usize)>,
     g: Followed,
     step: BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
-) -> (StepSums, Vec<f64>) {
+) -> (Vec<StepSums>, Vec<f64>) {
     let n = w.len();
     let coefficients = step.coefficients();
-    state.reset_masters(w);
-    let samples = state.take_samples();
+    state.reset_masters(w, step.samples);
+    let noted = state.take_samples();
     let mut strips = vec![0.; if step.keeps_strips { n.div_ceil(STRIP) } else { 0 }];
     let part = Part { w: &mut *w, state, strips: &mut strips };
     let update = |scratch: &mut Scratch, start, part| {
         let sums_up = step.sums_up;
-        simd.run(Update { start, part, g, coefficients, rounding, sums_up, scratch })
+        simd.run(Update { start, part, g, coefficients, random, sums_up, scratch })
     };
     let chunks = if !splits(n) {
         update(scratch, 0, part)
@@ -126,11 +144,8 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
         let update = |scratch: &mut Scratch, (i, part)| update(scratch, i * PIECE, part);
         pieces.map_init(Scratch::new, update).collect::<Vec<_>>().concat()
     };
-    note(w, samples);
-    let [step, direction, along] = fold(chunks.len(), |chunk| chunks[chunk]);
-    let Coefficients { scale, momentum_scale, .. } = coefficients;
-    let along = along * (scale * momentum_scale);
-    (StepSums { step, direction: direction * (scale * scale), along }, strips)
+    step.samples.note(w, noted);
+    (chunks, strips)
 }
 
 /// Neighbouring elements of a block: the parameter and its state.
@@ -164,20 +179,20 @@ struct Update<'a, P: Parameter, S> {
     part: Part<'a, P, S>,
     g: Followed<'a>,
     coefficients: Coefficients<P::Compute>,
-    rounding: Option<u64>,
+    random: Option<(u64, usize)>,
     /// Whether to compute the sums over the step.
     sums_up: bool,
     scratch: &'a mut Scratch,
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
-    /// If the step is summed up, the sums of each chunk: those of [`StepSums`], of the direction before its `scale`.
-    type Output = Vec<[f64; 3]>;
+    /// If the step is summed up, the sums of each chunk, before their [`SumScales`](super::super::SumScales).
+    type Output = Vec<StepSums>;
 
     #[inline(always)]
-    fn run(self) -> Vec<[f64; 3]> {
+    fn run(self) -> Vec<StepSums> {
         let Self { start, mut part, g: followed, coefficients, .. } = self;
-        let Self { rounding, sums_up, scratch, .. } = self;
+        let Self { random, sums_up, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, d, terms: [squares, _] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
@@ -272,8 +287,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     }
                 }
             }
-            if let (Some(key), Some(x)) = (rounding, master.as_deref()) {
-                P::round_row(w, x, key, ((start + at) / UNIT) as u64);
+            if let (Some((key, first)), Some(x)) = (random, master.as_deref()) {
+                P::round_row(w, x, key, ((first + start + at) / UNIT) as u64);
             }
             match (a, master) {
                 (None, _) => {}
@@ -311,7 +326,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     // Else the terms of `d m` are those of `d^2`.
                     let apart = is_adam || followed.orthogonal.is_some();
                     let along = if apart { tree(along) } else { direction };
-                    chunks.push([step, direction, along]);
+                    chunks.push(StepSums { step, direction, along });
                 }
             }
             state.store(room);

@@ -242,7 +242,7 @@ impl CudaBackend {
         let Some(gradient) = grads.get_id(block.id).filter(|_| all.of(block).lr != 0.) else {
             return Ok(None);
         };
-        block.check_gradient(gradient)?;
+        block.check_followed(gradient)?;
         block.check_alias(storage_address(&gradient.storage_and_layout().0), &all.storages)?;
         Ok(Some(gradient))
     }
@@ -443,7 +443,7 @@ impl Backend for CudaBackend {
         _: Range<usize>,
         _: &[Option<(&Tensor, Decision)>],
         measures: bool,
-        _: &mut [Option<Pair>],
+        _: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         let what = if measures { abi::SRKL_SUM_MEASURING } else { abi::SRKL_SUM_DIRECTIONS };
         self.launch_sums(self.own_gradients(), what, 0., false)
@@ -463,10 +463,10 @@ impl Backend for CudaBackend {
         self.launch_step(abi::SRKL_UPDATE, self.own_gradients(), sums_up, step.steps)
     }
 
-    fn read_step_sums(&self, step_sums: &mut [StepSums]) -> Result<()> {
+    fn read_step_sums(&self, step_sums: &mut [Vec<StepSums>]) -> Result<()> {
         let sums = self.device.clone_dtoh(&self.memory.step_sums)?;
         for (&place, sums) in self.places.iter().zip(sums) {
-            step_sums[place] = table::read_step_sums(sums);
+            step_sums[place] = vec![table::read_step_sums(sums)];
         }
         Ok(())
     }
@@ -477,7 +477,7 @@ impl Backend for CudaBackend {
         _: &[Tracked],
         again: Step,
         _: &[Option<GradientPair>],
-        _: &mut [Option<Pair>],
+        _: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         // The stream's order protects its memory from being reused before it is read.
@@ -490,7 +490,7 @@ impl Backend for CudaBackend {
         all: &mut Parameters,
         step: Step,
         _: &[Option<()>],
-        _: &mut [Option<Pair>],
+        _: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         self.live_gradients = self.upload_first(all, step.grads, step.scalars)?;
@@ -515,7 +515,7 @@ impl Backend for CudaBackend {
         again: &GradStore,
         _: &[Option<(GradientPair, f64)>],
         _: f64,
-        _: &mut [Option<Pair>],
+        _: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.refuse_capture("a measurement of curvature")?;
         let alive = self.upload_first(all, step.grads, step.scalars)?;
@@ -529,27 +529,31 @@ impl Backend for CudaBackend {
         _: &mut Parameters,
         _: &[Option<(GradientPair, f64)>],
         _: f64,
-        _: &mut [Option<Pair>],
+        _: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
         self.launch_sums(self.own_gradients(), abi::SRKL_SUM_AVERAGE, 0., false)?;
         self.live_gradients.clear();
         Ok(())
     }
 
-    fn read_sums(&self, wanted: &dyn Fn(usize) -> bool, sums: &mut [Option<Pair>]) -> Result<()> {
+    fn read_sums(
+        &self,
+        wanted: &dyn Fn(usize) -> bool,
+        sums: &mut [Option<Vec<Pair>>],
+    ) -> Result<()> {
         let pairs = self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?);
         for (&place, pair) in pairs.filter(|(place, _)| wanted(**place)) {
-            sums[place] = Some(table::read_pair(pair));
+            sums[place] = Some(vec![table::read_pair(pair)]);
         }
         Ok(())
     }
 
-    fn param_squares(&self, all: &Parameters, squares: &mut [Option<f64>]) -> Result<()> {
+    fn param_squares(&self, all: &Parameters, squares: &mut [Option<Vec<Pair>>]) -> Result<()> {
         self.refuse_capture("telemetry")?;
         self.check_addresses(all)?;
         self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PARAMETERS, 0., false)?;
         for (&place, pair) in self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?) {
-            squares[place] = Some(table::read_pair(pair).a);
+            squares[place] = Some(vec![table::read_pair(pair)]);
         }
         Ok(())
     }

@@ -1,0 +1,501 @@
+//! What ranks send each other in a step: gradients, sums over chunks, parameters.
+//!
+//! Sums of gradients follow a tree over micro-batches that is fixed by their number alone ([`tree`]), and one rank adds up
+//! each element for all: that of its shard. So the bits depend neither on how micro-batches are distributed, as long as each
+//! rank has a power of two of them, nor on the transport.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
+
+use crate::backend::cpu::gradient::append_elements;
+use crate::block::{Block, Parameters};
+use crate::collective::part;
+use crate::estimate::StepSums;
+use crate::micro_batches::{sum_dtype, tree};
+use crate::numerics::{CHUNK, Pair, Sums};
+use crate::ranks::{Ranks, Statement, claim};
+
+/// Sums that ranks exchange.
+pub(crate) trait Numbers: Sized {
+    type Values: AsRef<[f64]> + Default + AsMut<[f64]>;
+
+    fn values(&self) -> Self::Values;
+    fn of(values: Self::Values) -> Self;
+}
+
+impl Numbers for Sums {
+    type Values = [f64; 3];
+
+    fn values(&self) -> [f64; 3] {
+        [self.sum2, self.sum4, self.exponent as f64]
+    }
+    fn of([sum2, sum4, exponent]: [f64; 3]) -> Self {
+        Self { sum2, sum4, exponent: exponent as i32 }
+    }
+}
+
+impl Numbers for Pair {
+    type Values = [f64; 2];
+
+    fn values(&self) -> [f64; 2] {
+        [self.a, self.b]
+    }
+    fn of([a, b]: [f64; 2]) -> Self {
+        Self { a, b }
+    }
+}
+
+impl Numbers for StepSums {
+    type Values = [f64; 3];
+
+    fn values(&self) -> [f64; 3] {
+        [self.step, self.direction, self.along]
+    }
+    fn of([step, direction, along]: [f64; 3]) -> Self {
+        Self { step, direction, along }
+    }
+}
+
+impl Ranks {
+    /// Completes sums over the chunks of each block by those of other ranks. The same blocks have some on all ranks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
+    pub fn gather_sums<T: Numbers>(
+        &self,
+        blocks: &[Block],
+        sums: &mut [Option<Vec<T>>],
+    ) -> Result<()> {
+        let size = size_of::<T::Values>();
+        let chunks = |block: &Block, rank: usize| block.shards[rank].len().div_ceil(CHUNK);
+        let given = |rank: usize| {
+            let some = blocks.iter().zip(&*sums).filter(|(_, sums)| sums.is_some());
+            some.map(|(block, _)| chunks(block, rank)).sum::<usize>() * size
+        };
+        let parts: Vec<usize> = (0..self.world_size).map(given).collect();
+        let mut whole = Vec::with_capacity(parts.iter().sum());
+        whole.resize(parts[..self.rank].iter().sum(), 0);
+        for sums in sums.iter().flatten().flatten() {
+            whole.extend(sums.values().as_ref().iter().flat_map(|x| x.to_le_bytes()));
+        }
+        whole.resize(parts.iter().sum(), 0);
+        self.all_gather(&mut whole, &parts)?;
+
+        let mut rest = &whole[..];
+        let mut of_ranks = vec![];
+        for part in parts {
+            let (own, after) = rest.split_at(part);
+            of_ranks.push(own.chunks_exact(size));
+            rest = after;
+        }
+        for (block, sums) in blocks.iter().zip(sums) {
+            let Some(sums) = sums else { continue };
+            sums.clear();
+            for (rank, items) in of_ranks.iter_mut().enumerate() {
+                sums.extend(items.take(chunks(block, rank)).map(|bytes| {
+                    let mut values = T::Values::default();
+                    for (x, bytes) in values.as_mut().iter_mut().zip(bytes.as_chunks().0) {
+                        *x = f64::from_le_bytes(*bytes);
+                    }
+                    T::of(values)
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes the parameters that `moved` by the elements that other ranks have stepped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
+    pub fn gather_parameters(&self, blocks: &[Block], moved: impl Fn(usize) -> bool) -> Result<()> {
+        let size = |block: usize| moved(block).then(|| blocks[block].dtype.size_in_bytes());
+        for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
+            let bytes = |segments: &Vec<Segment>| {
+                segments.iter().map(|s| s.range.len() * blocks[s.block].dtype.size_in_bytes()).sum()
+            };
+            let parts: Vec<usize> = bucket.iter().map(bytes).collect();
+            let mut whole = Vec::with_capacity(parts.iter().sum());
+            whole.resize(parts[..self.rank].iter().sum(), 0);
+            for Segment { block, range } in &bucket[self.rank] {
+                let Block { var, dtype, .. } = &blocks[*block];
+                append(var, range.clone(), *dtype, &mut whole)?;
+            }
+            whole.resize(parts.iter().sum(), 0);
+            self.all_gather(&mut whole, &parts)?;
+
+            let mut rest = &whole[..];
+            for (rank, segments) in bucket.iter().enumerate() {
+                for Segment { block, range } in segments {
+                    let Block { var, dtype, .. } = &blocks[*block];
+                    let (own, after) = rest.split_at(range.len() * dtype.size_in_bytes());
+                    rest = after;
+                    if rank != self.rank {
+                        let own = of_bytes(own, *dtype)?.to_device(var.device())?;
+                        var.flatten_all()?.slice_set(&own, 0, range.start)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The sum of a tensor over all ranks, on the CPU, which is itself a sum of `count`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::agree`].
+    pub fn sum_of(&self, own: &Tensor, count: usize) -> Result<Tensor> {
+        let shape = format!("{:?} {:?}", own.dtype(), own.dims());
+        let claims = vec![
+            claim("what is called", "mean_over_ranks"),
+            claim("the number of micro-batches", count),
+            claim("the tensor whose mean is taken", shape),
+        ];
+        let stated = to_bytes(own).map(|own| Statement { claims, own });
+        let each = self.agree(stated)?;
+        let tensor = |bytes: &Vec<u8>| of_bytes(bytes, own.dtype())?.reshape(own.shape()).map(Some);
+        let sum = tree(each.iter().map(tensor).collect::<Result<_>>()?)?;
+        sum.map_or_else(|| bail!("there is no rank"), Ok)
+    }
+
+    /// Replaces parameters by those of rank 0.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
+    pub fn broadcast_parameters(&self, vars: &[Var]) -> Result<()> {
+        self.or_abort(vars.iter().try_for_each(|var| {
+            let mut whole = match self.rank {
+                0 => to_bytes(var)?,
+                _ => vec![0; var.elem_count() * var.dtype().size_in_bytes()],
+            };
+            self.broadcast(0, &mut whole)?;
+            if self.rank > 0 {
+                let value = of_bytes(&whole, var.dtype())?.reshape(var.shape())?;
+                var.set(&value.to_device(var.device())?)?;
+            }
+            Ok(())
+        }))
+    }
+
+    /// The masters of a sharded parameter, of which this rank has its `own`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
+    pub fn gather_masters(&self, block: &Block, own: Vec<f32>) -> Result<Vec<f32>> {
+        let parts: Vec<usize> = block.shards.iter().map(|shard| 4 * shard.len()).collect();
+        let mut whole = vec![0; parts.iter().sum()];
+        let own: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        whole[part(&parts, self.rank)].copy_from_slice(&own);
+        self.all_gather(&mut whole, &parts)?;
+        Ok(whole.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+
+    /// The sums of all ranks' gradients, in [`sum_dtype`]; of sharded parameters those of the elements that are stepped here.
+    /// `stated` has what each rank has, by [`given`].
+    ///
+    /// # Errors
+    ///
+    /// A transport or a device that fails. The training can't go on then, and all ranks are told if that is possible.
+    pub fn sum(
+        &self,
+        blocks: &[Block],
+        grads: &GradStore,
+        stated: &[Vec<u8>],
+    ) -> Result<GradStore> {
+        self.or_abort(self.try_sum(blocks, grads, stated))
+    }
+
+    fn try_sum(
+        &self,
+        blocks: &[Block],
+        grads: &GradStore,
+        stated: &[Vec<u8>],
+    ) -> Result<GradStore> {
+        let wires: Vec<Option<Wire>> =
+            (0..).zip(blocks).map(|(i, block)| Wire::new(block, i, stated)).collect();
+        let size = |block: usize| wires[block].as_ref().map(|wire| wire.sent.size_in_bytes());
+        let mut sums: Vec<Option<Gathered>> = vec![];
+        let mut done = GradStore::default();
+        for (block, wire) in blocks.iter().zip(&wires) {
+            let sum = wire.as_ref().map(|wire| Gathered::new(block, wire.sum));
+            sums.push(match sum {
+                Some(sum) if sum.missing == 0 => {
+                    done.insert_id(block.id, sum.finish(block)?);
+                    None
+                }
+                sum => sum,
+            });
+        }
+        let mut on_host = OnHost::default();
+        for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
+            let parts = |size: &dyn Fn(&Wire) -> DType| -> Vec<usize> {
+                let bytes = |segment: &Segment| {
+                    let wire = wires[segment.block].as_ref();
+                    wire.map_or(0, |wire| size(wire).size_in_bytes()) * segment.range.len()
+                };
+                bucket.iter().map(|segments| segments.iter().map(bytes).sum()).collect()
+            };
+            let own = self.sum_segments(
+                blocks,
+                grads,
+                &wires,
+                &bucket,
+                &parts(&|wire| wire.sent),
+                &mut on_host,
+            )?;
+            let mut deliver = |segments: &[Segment], mut bytes: &[u8]| -> Result<()> {
+                for segment in segments {
+                    let Some(sum) = &mut sums[segment.block] else { continue };
+                    bytes = sum.put(&segment.range, bytes);
+                    if sum.missing == 0
+                        && let Some(sum) = sums[segment.block].take()
+                    {
+                        let block = &blocks[segment.block];
+                        done.insert_id(block.id, sum.finish(block)?);
+                    }
+                }
+                Ok(())
+            };
+            if self.sharded {
+                deliver(&bucket[self.rank], &own)?;
+                continue;
+            }
+            let parts = parts(&|wire| wire.sum);
+            let mut whole = vec![0; parts.iter().sum()];
+            whole[part(&parts, self.rank)].copy_from_slice(&own);
+            drop(own);
+            self.all_gather(&mut whole, &parts)?;
+            for (rank, segments) in bucket.iter().enumerate() {
+                deliver(segments, &whole[part(&parts, rank)])?;
+            }
+        }
+        Ok(done)
+    }
+
+    /// The sums of those segments of a bucket that this rank adds up. `parts` are the bytes that are sent to each.
+    fn sum_segments(
+        &self,
+        blocks: &[Block],
+        grads: &GradStore,
+        wires: &[Option<Wire>],
+        bucket: &[Vec<Segment>],
+        parts: &[usize],
+        on_host: &mut OnHost,
+    ) -> Result<Vec<u8>> {
+        let mut sent = Vec::with_capacity(parts.iter().sum());
+        for Segment { block, range } in bucket.iter().flatten() {
+            let Some(wire) = &wires[*block] else { continue };
+            match grads.get_id(blocks[*block].id) {
+                Some(gradient) => {
+                    let gradient = on_host.get(*block, gradient, range.len())?;
+                    append(&gradient, range.clone(), wire.sent, &mut sent)?;
+                }
+                None => sent.resize(sent.len() + range.len() * wire.sent.size_in_bytes(), 0),
+            }
+        }
+        let own = parts[self.rank];
+        let mut received = vec![0; self.world_size * own];
+        self.all_to_all(&sent, parts, &mut received)?;
+        drop(sent);
+
+        let mut sums = vec![];
+        let mut start = 0;
+        for Segment { block, range } in &bucket[self.rank] {
+            let Some(wire) = &wires[*block] else { continue };
+            let len = range.len() * wire.sent.size_in_bytes();
+            let of_rank = |(rank, added): (usize, &Option<DType>)| {
+                let Some(added) = *added else { return Ok(None) };
+                let received = &received[rank * own + start..][..len];
+                of_bytes(received, wire.sent)?.to_dtype(added).map(Some)
+            };
+            let each = wire.added.iter().enumerate().map(of_rank).collect::<Result<_>>()?;
+            if let Some(total) = tree(each)? {
+                append(&total, 0..range.len(), wire.sum, &mut sums)?;
+            }
+            start += len;
+        }
+        Ok(sums)
+    }
+}
+
+/// How the gradients of a parameter are sent and added up, if any rank has one.
+struct Wire {
+    sent: DType,
+    sum: DType,
+    /// In which dtype each rank's gradient is added up, if there is one. (Those of several dtypes are sent in the widest.)
+    added: Vec<Option<DType>>,
+}
+
+impl Wire {
+    fn new(block: &Block, i: usize, stated: &[Vec<u8>]) -> Option<Self> {
+        let dtypes: Vec<_> = stated.iter().map(|given| dtype_of(given[i])).collect();
+        let added = |dtype: &Option<DType>| dtype.map(|dtype| sum_dtype(block.dtype, dtype));
+        let added: Vec<Option<DType>> = dtypes.iter().map(added).collect();
+        let sum = added.iter().flatten().max_by_key(|dtype| dtype.size_in_bytes()).copied()?;
+        let mut present = dtypes.into_iter().flatten();
+        let first = present.next()?;
+        let sent = if present.all(|dtype| dtype == first) { first } else { sum };
+        Some(Self { sent, sum, added })
+    }
+}
+
+/// A sum as it comes, segment by segment.
+struct Gathered {
+    /// The elements that it is of.
+    span: Range<usize>,
+    /// How many of them are missing.
+    missing: usize,
+    dtype: DType,
+    bytes: Vec<u8>,
+}
+
+impl Gathered {
+    fn new(block: &Block, dtype: DType) -> Self {
+        let span = if block.sharded { block.first..block.first + block.n } else { 0..block.whole };
+        Self { missing: span.len(), span, dtype, bytes: vec![] }
+    }
+
+    /// Puts the first of `bytes` in their place, and returns the others.
+    fn put<'b>(&mut self, range: &Range<usize>, bytes: &'b [u8]) -> &'b [u8] {
+        let size = self.dtype.size_in_bytes();
+        let (own, rest) = bytes.split_at(range.len() * size);
+        self.bytes.resize(self.span.len() * size, 0);
+        self.bytes[(range.start - self.span.start) * size..][..own.len()].copy_from_slice(own);
+        self.missing -= range.len();
+        rest
+    }
+
+    fn finish(self, block: &Block) -> Result<Tensor> {
+        let sum = of_bytes(&self.bytes, self.dtype)?;
+        let sum = if block.sharded { sum } else { sum.reshape(&block.shape)? };
+        sum.to_device(block.var.device())
+    }
+}
+
+/// Gradients of devices, copied to the host, until all of their elements have been sent.
+#[derive(Default)]
+struct OnHost(HashMap<usize, (Tensor, usize)>);
+
+impl OnHost {
+    /// The gradient of a block, of which `len` elements are sent now.
+    fn get(&mut self, block: usize, gradient: &Tensor, len: usize) -> Result<Tensor> {
+        if gradient.device().is_cpu() {
+            return Ok(gradient.clone());
+        }
+        let (copy, left) = match self.0.remove(&block) {
+            Some(copied) => copied,
+            None => (gradient.to_device(&Device::Cpu)?, gradient.elem_count()),
+        };
+        if left > len {
+            self.0.insert(block, (copy.clone(), left - len));
+        }
+        Ok(copy)
+    }
+}
+
+/// Elements of a parameter that are sent together.
+#[derive(Clone, Debug, PartialEq)]
+struct Segment {
+    block: usize,
+    range: Range<usize>,
+}
+
+/// The elements of the blocks that have a `size` in bytes, by what goes together and by rank: the shards side by side, so that
+/// each rank has as much to do.
+fn buckets(
+    blocks: &[Block],
+    world_size: usize,
+    bucket_bytes: usize,
+    size: impl Fn(usize) -> Option<usize>,
+) -> Vec<Vec<Vec<Segment>>> {
+    let most = bucket_bytes / world_size;
+    let mut buckets: Vec<Vec<Vec<Segment>>> = vec![];
+    for rank in 0..world_size {
+        let (mut bucket, mut filled) = (0, 0);
+        for (i, block) in blocks.iter().enumerate() {
+            let Some(size) = size(i) else { continue };
+            let Range { mut start, end } = block.shards[rank];
+            while start < end {
+                if filled > 0 && filled + size > most {
+                    (bucket, filled) = (bucket + 1, 0);
+                }
+                let len = ((most - filled.min(most)) / size).clamp(1, end - start);
+                if buckets.len() == bucket {
+                    buckets.push(vec![vec![]; world_size]);
+                }
+                buckets[bucket][rank].push(Segment { block: i, range: start..start + len });
+                (start, filled) = (start + len, filled + len * size);
+            }
+        }
+    }
+    buckets
+}
+
+/// What a rank states of its gradients: a byte for each parameter. Those of frozen ones are not sent.
+pub(crate) fn given(all: &Parameters, grads: &GradStore) -> Vec<u8> {
+    let byte = |block: &Block| match grads.get_id(block.id).map(Tensor::dtype) {
+        Some(_) if all.of(block).lr == 0. => FROZEN,
+        dtype => BYTES.iter().find(|(_, of)| Some(*of) == dtype).map_or(NONE, |(byte, _)| *byte),
+    };
+    all.blocks.iter().map(byte).collect()
+}
+
+/// The bytes of gradients of these dtypes.
+const BYTES: [(u8, DType); 4] =
+    [(b'f', DType::F32), (b'd', DType::F64), (b'b', DType::BF16), (b'h', DType::F16)];
+
+/// The byte of a parameter without a gradient.
+const NONE: u8 = b'-';
+
+/// The byte of a frozen parameter that has a gradient.
+const FROZEN: u8 = b'z';
+
+/// Whether a rank has a gradient of a frozen parameter, by its place.
+pub(crate) fn has_frozen(stated: &[Vec<u8>], place: usize) -> bool {
+    stated.iter().any(|given| given[place] == FROZEN)
+}
+
+fn dtype_of(given: u8) -> Option<DType> {
+    BYTES.iter().find(|(byte, _)| *byte == given).map(|(_, dtype)| *dtype)
+}
+
+/// Appends the bytes of some elements of a tensor, converted.
+pub(crate) fn append(
+    tensor: &Tensor,
+    range: Range<usize>,
+    dtype: DType,
+    bytes: &mut Vec<u8>,
+) -> Result<()> {
+    if tensor.dtype() != dtype {
+        let (start, len) = (range.start, range.len());
+        let part = tensor.flatten_all()?.narrow(0, start, len)?.to_dtype(dtype)?;
+        return append(&part, 0..len, dtype, bytes);
+    }
+    if !tensor.device().is_cpu() {
+        let (start, len) = (range.start, range.len());
+        let part = tensor.flatten_all()?.narrow(0, start, len)?.copy()?;
+        return append(&part.to_device(&Device::Cpu)?, 0..len, dtype, bytes);
+    }
+    let (storage, layout) = tensor.storage_and_layout();
+    append_elements(&storage, layout, range, bytes)
+}
+
+/// The elements of a tensor, as bytes.
+pub(crate) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = vec![];
+    append(tensor, 0..tensor.elem_count(), tensor.dtype(), &mut bytes)?;
+    Ok(bytes)
+}
+
+pub(crate) fn of_bytes(bytes: &[u8], dtype: DType) -> Result<Tensor> {
+    let shape = [bytes.len() / dtype.size_in_bytes()];
+    Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)
+}
