@@ -447,15 +447,15 @@ pub(crate) struct Beside<'a> {
 impl Saved {
     /// Leaves some elements, which begin with a unit.
     pub fn cut(&mut self, range: Range<usize>) {
-        let units = range.start / UNIT..range.end.div_ceil(UNIT);
+        let first = range.start / UNIT;
+        let units = first..first + range.len().div_ceil(UNIT);
         let size = self.format.dtype().size_in_bytes();
         for (part, bytes) in self.parts.iter_mut().enumerate() {
             let cut = match (self.format, part) {
                 (Format::Compact, 1) => units.clone(),
                 _ => range.start * size..range.end * size,
             };
-            // An empty range may begin behind the last unit.
-            *bytes = bytes.get(cut).unwrap_or_default().to_vec();
+            *bytes = bytes[cut].to_vec();
         }
     }
 

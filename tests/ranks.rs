@@ -68,7 +68,10 @@ fn train(
         };
         train_share(params, &shapes, seed, &[&Device::Cpu], &share)
     };
-    ranks(world_size, run).into_iter().collect()
+    let left = ranks(world_size, run);
+    // Whoever fails first says why.
+    left.iter().filter_map(|left| left.as_ref().err()).for_each(|e| eprintln!("{e}"));
+    left.into_iter().collect()
 }
 
 /// All of the suite that guards the bits: 8 micro-batches in one process, and over ranks; 12 too.
@@ -93,6 +96,23 @@ fn the_bits_of_one_process() -> Result<()> {
                         assert_same(&each, one, &format!("{name}, {share:?}, {how:?}"));
                     }
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Parameters whose elements threads share, and shards that begin in the middle.
+#[test]
+fn the_bits_of_one_process_of_large_parameters() -> Result<()> {
+    let sizes = [3, 5, 70_000, 7, 1025, 9, 131_072, 1, 200_001, 17, 31, 8192, 4097, 2];
+    let suite = suite();
+    for case in [1, 7, 20, suite.len() - 5, suite.len() - 3] {
+        let (name, params) = &suite[case];
+        let one = &train(params, &sizes, 3, (1, 2), (1, false))?[0];
+        for (world_size, bucket_bytes) in [(1, 1), (2, 1 << 16)] {
+            for each in train(params, &sizes, 3, (world_size, 2), (bucket_bytes, true))? {
+                assert_same(&each, one, name);
             }
         }
     }
@@ -173,12 +193,12 @@ fn other_numbers_of_micro_batches() -> Result<()> {
 /// A network of a user, with dropout, trained by closures: the losses and parameters of one process.
 fn network(
     rank: Option<Threads>,
-    micro_batches: usize,
+    (micro_batches, sharded): (usize, bool),
     params: &ParamsSrkl,
 ) -> Result<Vec<Vec<u64>>> {
     let varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
-    let (first, second) = (linear(8, 64, vb.pp("first"))?, linear(64, 1, vb.pp("second"))?);
+    let (first, second) = (linear(8, 400, vb.pp("first"))?, linear(400, 30, vb.pp("second"))?);
     let dropout = Dropout::new(0.3);
     let mut named: Vec<(String, Var)> =
         varmap.data().lock().unwrap().iter().map(|(n, v)| (n.clone(), v.clone())).collect();
@@ -191,7 +211,7 @@ fn network(
     }
     let builder = Srkl::builder().default_group(params.clone());
     let mut opt = match rank {
-        Some(rank) => builder.collective(rank).build_varmap(&varmap)?,
+        Some(rank) => builder.collective(rank).sharded(sharded).build_varmap(&varmap)?,
         None => builder.build_varmap(&varmap)?,
     };
     let each = micro_batches / opt.world_size();
@@ -220,12 +240,14 @@ fn a_network_with_dropout() -> Result<()> {
         ParamsSrkl { measure: often, ..ParamsSrkl::hessian() },
         ParamsSrkl { measure: often, ..ParamsSrkl::kinetic() },
         compact,
-        ParamsSrkl::braked_muon(),
+        ParamsSrkl { measure: often, ..ParamsSrkl::braked_muon() },
+        ParamsSrkl::braked_muon_averaged(),
     ] {
-        let one = network(None, 8, &params)?;
-        for world_size in [1, 2, 4, 8] {
-            for each in ranks(world_size, |rank| network(Some(rank), 8, &params)) {
-                assert!(each? == one, "{world_size} ranks, {params:?}");
+        let one = network(None, (8, false), &params)?;
+        for (world_size, sharded) in [1, 2, 4, 8].into_iter().flat_map(|n| [(n, false), (n, true)])
+        {
+            for each in ranks(world_size, |rank| network(Some(rank), (8, sharded), &params)) {
+                assert!(each? == one, "{world_size} ranks, sharded {sharded}, {params:?}");
             }
         }
     }
@@ -234,11 +256,15 @@ fn a_network_with_dropout() -> Result<()> {
 
 // -- What ranks must agree on --
 
-/// An optimizer of two parameters.
-fn pair(rank: Threads, params: &ParamsSrkl) -> Result<(Srkl, [Var; 2])> {
+/// Settings, and whether state is sharded.
+type Case = (ParamsSrkl, bool);
+
+/// An optimizer of two parameters. There are more ranks than chunks in some tests.
+fn pair(rank: Threads, (params, sharded): &Case) -> Result<(Srkl, [Var; 2])> {
     let vars = [var(&noise(5000, 1., 0), DType::F32)?, var(&noise(70, 1., 1), DType::F32)?];
     let named = ["a", "b"].map(String::from).into_iter().zip(vars.clone());
-    let opt = Srkl::builder().default_group(params.clone()).collective(rank).build(named)?;
+    let builder = Srkl::builder().default_group(params.clone());
+    let opt = builder.collective(rank).sharded(*sharded).build(named)?;
     Ok((opt, vars))
 }
 
@@ -250,7 +276,7 @@ fn pair_grads(vars: &[Var; 2], salt: u64) -> Result<candle_core::backprop::GradS
 /// Three ranks take a step together, then one in which rank 1 does something else; all must have this error, nothing may have
 /// moved, and a third step goes on.
 fn fails_on_rank_1(
-    params: &ParamsSrkl,
+    params: &Case,
     wrong: impl Fn(&mut Srkl, &[Var; 2]) -> Result<()> + Sync,
     mend: impl Fn(&mut Srkl) + Sync,
     words: &[&str],
@@ -287,7 +313,13 @@ fn fails_on_rank_1(
 
 #[test]
 fn what_is_wrong_on_one_rank_is_an_error_on_all() -> Result<()> {
-    let params = &ParamsSrkl::adamw(1e-2);
+    for sharded in [false, true] {
+        wrong_on_one_rank(&(ParamsSrkl::adamw(1e-2), sharded))?;
+    }
+    Ok(())
+}
+
+fn wrong_on_one_rank(params: &Case) -> Result<()> {
     let nothing = |_: &mut Srkl| {};
     let shape = |opt: &mut Srkl, vars: &[Var; 2]| {
         opt.step(&grads([(&vars[1], tensor(&[1.; 71], DType::F32)?)]))
@@ -357,9 +389,9 @@ fn what_is_wrong_on_one_rank_is_an_error_on_all() -> Result<()> {
 #[test]
 fn measurements_that_fail_on_one_rank() -> Result<()> {
     for params in [ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
-        for case in 0..3 {
+        for (case, sharded) in (0..3).flat_map(|case| [(case, false), (case, true)]) {
             let run = |rank: Threads| {
-                let (mut opt, vars) = pair(rank, &params)?;
+                let (mut opt, vars) = pair(rank, &(params.clone(), sharded))?;
                 let other = opt.rank() == 1;
                 let loss = |fails: bool| {
                     if fails {
@@ -410,6 +442,13 @@ fn measurements_that_fail_on_one_rank() -> Result<()> {
 /// changed on all of them is saved as by one process.
 #[test]
 fn saving_and_loading_by_several() -> Result<()> {
+    for sharded in [false, true] {
+        save_and_load(sharded)?;
+    }
+    Ok(())
+}
+
+fn save_and_load(sharded: bool) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("state");
     let params = ParamsSrkl { master_weights: MasterWeights::Auto, ..ParamsSrkl::adamw(1e-3) };
@@ -438,6 +477,7 @@ fn saving_and_loading_by_several() -> Result<()> {
         let mut opt = Srkl::builder()
             .default_group(params.clone())
             .collective(rank)
+            .sharded(sharded)
             .build([("w".to_string(), var.clone())])?;
         train(&mut opt, &var, 0)?;
         opt.save(&path)?;
@@ -474,6 +514,13 @@ fn saving_and_loading_by_several() -> Result<()> {
 /// Gradients whose memory is used again, and parameters of no elements, no parameters at all, frozen ones.
 #[test]
 fn unusual_parameters() -> Result<()> {
+    for sharded in [false, true] {
+        unusual(sharded)?;
+    }
+    Ok(())
+}
+
+fn unusual(sharded: bool) -> Result<()> {
     let run = |rank: Threads| {
         let vars = noisy_vars(&[0, 1, 3000], 1., DType::F32)?;
         let named = vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone()));
@@ -482,6 +529,7 @@ fn unusual_parameters() -> Result<()> {
             .default_group(ParamsSrkl::adamw(1e-2))
             .group("frozen", frozen, |name, _| name == "1")
             .collective(rank)
+            .sharded(sharded)
             .build(named)?;
         // One buffer for both micro-batches.
         let buffer = var(&[0.; 3000], DType::F32)?;
@@ -505,7 +553,7 @@ fn unusual_parameters() -> Result<()> {
     let after: Vec<Vec<f64>> = ranks(2, run).into_iter().collect::<Result<_>>()?;
     assert!(after[0] == after[1]);
     let none = |rank: Threads| {
-        let mut opt = Srkl::builder().collective(rank).build([])?;
+        let mut opt = Srkl::builder().collective(rank).sharded(sharded).build([])?;
         opt.step(&grads([]))
     };
     ranks(2, none).into_iter().collect::<Result<Vec<()>>>().map(|_| ())
@@ -538,8 +586,15 @@ fn a_model_of_each_ranks_own() -> Result<()> {
 /// A NaN, and a gradient that is missing, on one rank: what the policy says, on all.
 #[test]
 fn a_nan_or_no_gradient_on_one_rank() -> Result<()> {
+    for sharded in [false, true] {
+        nan_or_none(sharded)?;
+    }
+    Ok(())
+}
+
+fn nan_or_none(sharded: bool) -> Result<()> {
     let run = |rank: Threads| {
-        let (mut opt, vars) = pair(rank, &ParamsSrkl::adamw(1e-2))?;
+        let (mut opt, vars) = pair(rank, &(ParamsSrkl::adamw(1e-2), sharded))?;
         let before = all_values(&vars)?;
         let mut g = noise(5000, 1., 0);
         if opt.rank() == 1 {
@@ -614,7 +669,7 @@ fn what_differs_when_ranks_are_built() -> Result<()> {
 fn ranks_that_leave() {
     let run = |how: usize| {
         move |rank: Threads| -> Result<()> {
-            let (mut opt, vars) = pair(rank, &ParamsSrkl::adamw(1e-2))?;
+            let (mut opt, vars) = pair(rank, &(ParamsSrkl::adamw(1e-2), how % 2 == 0))?;
             for step in 0..3 {
                 if opt.rank() == 1 && step == 2 {
                     match how {
@@ -723,7 +778,7 @@ fn checkpoints_know_no_number_of_ranks() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let [state, model] = ["state", "model"].map(|name| folder.path().join(name));
     // Steps `steps`, by 4 micro-batches.
-    let train = |world_size: usize, steps: std::ops::Range<u64>| -> Result<Vec<Vec<u64>>> {
+    let train = |(world_size, sharded), steps: std::ops::Range<u64>| -> Result<Vec<Vec<u64>>> {
         let run = |rank: Threads| {
             let each = 4 / rank.world_size();
             let own = rank.rank() * each..(rank.rank() + 1) * each;
@@ -737,6 +792,7 @@ fn checkpoints_know_no_number_of_ranks() -> Result<()> {
             let mut opt = Srkl::builder()
                 .default_group(params.clone())
                 .collective(rank)
+                .sharded(sharded)
                 .build_varmap(&varmap)?;
             if steps.start > 0 {
                 opt.load(&state)?;
@@ -757,11 +813,14 @@ fn checkpoints_know_no_number_of_ranks() -> Result<()> {
         };
         ranks(world_size, run).into_iter().collect()
     };
-    let whole = train(1, 0..6)?;
-    for (before, after) in [(2, 4), (4, 1), (1, 2)] {
+    let whole = train((1, false), 0..6)?;
+    let same = [((2, false), (4, false)), ((4, false), (1, false)), ((1, false), (2, false))];
+    let shards = [((2, true), (4, true)), ((4, true), (1, false)), ((1, false), (4, true))];
+    let both = [((2, true), (2, false)), ((4, false), (2, true))];
+    for (before, after) in same.into_iter().chain(shards).chain(both) {
         train(before, 0..3)?;
         for each in train(after, 3..6)? {
-            assert!(each == whole[0], "{before} {after}");
+            assert!(each == whole[0], "{before:?} {after:?}");
         }
     }
     Ok(())
