@@ -102,16 +102,18 @@ typedef struct {
     unsigned long long dtype;
 } SrklGradient;
 
-// A parameter tensor. Written once.
+// A parameter tensor, or of a sharded one the elements that are stepped here. Written once.
 typedef struct {
-    unsigned long long w;           // the parameter, 16-byte aligned
+    unsigned long long w;           // its first element, 16-byte aligned
     unsigned long long master;      // its masters, 16-byte aligned, or 0
     unsigned long long m;           // its first moment, or 0
     unsigned long long v;           // its second moment, or 0
     unsigned long long average;     // of the parameter, or 0
     unsigned long long q;           // its squared row norms, or 0
     unsigned long long backup;      // room for the parameter as it was, or 0
-    unsigned long long n;           // elements
+    unsigned long long n;           // elements that are stepped here
+    unsigned long long first;       // the first of them among all of the parameter
+    unsigned long long whole;       // all elements of the parameter
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
     unsigned long long chunk_count;
     SrklGradient orthogonal; // of SRKL_MUON: what its matrices are orthogonalised in
@@ -305,7 +307,7 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 128 && offsetof(SrklBlock, place) == 116, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 144 && offsetof(SrklBlock, place) == 132, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 152 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");

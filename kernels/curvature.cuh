@@ -386,7 +386,8 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 8)
             if (threadIdx.x == 0) {
                 if (what == SRKL_SUM_DIRECTIONS || what == SRKL_SUM_MEASURING) {
                     const double scale = direction_scale(block_step);
-                    sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
+                    // If the host decides, it scales sums too.
+                    if (table.stages & SRKL_DECIDE) sums.a = __dmul_rn(sums.a, __dmul_rn(scale, scale));
                     if (what == SRKL_SUM_MEASURING)
                         ((SrklStepSums *)table.step_sums)[part.block].direction = sums.a;
                 }

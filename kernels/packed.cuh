@@ -77,7 +77,9 @@ template <typename P> struct PackedPart {
         : block(block), keys(keys), start(start) {}
 
     __device__ bool is_compact() const { return block.packs & SRKL_COMPACT; }
+    // The unit of an element, among those that are stepped here, and among all of the parameter.
     __device__ u64 unit(int at) const { return (start + at) / SRKL_UNIT; }
+    __device__ u64 unit_of_all(int at) const { return (block.first + start + at) / SRKL_UNIT; }
     __device__ Codes *codes(u64 address, int at) const { return (Codes *)(address + start + at); }
     __device__ u32 lane() const { return threadIdx.x % 32; }
 
@@ -121,7 +123,7 @@ template <typename P> struct PackedPart {
 #pragma unroll
             for (int e = 0; e < EIGHT; e++) most = max(most, v_magnitude(v[e]));
             const u32 exponent = v_exponent(warp_max(most));
-            const u32 base = offset_base(keys.moments, unit(at));
+            const u32 base = offset_base(keys.moments, unit_of_all(at));
             Codes code;
 #pragma unroll
             for (int e = 0; e < EIGHT; e++) {
@@ -186,7 +188,7 @@ template <typename P> struct PackedPart {
         } else if (block.master != 0) {
             store_eight<WIDE>((float *)block.master + start, at, len, x);
         } else if (stochastic) {
-            const u32 base = offset_base(keys.parameters, unit(at));
+            const u32 base = offset_base(keys.parameters, unit_of_all(at));
 #pragma unroll
             for (int e = 0; e < EIGHT; e++) round_to(x[e], offset(base, lane() * EIGHT + e) >> 16, stored[e]);
         } else {
@@ -211,7 +213,7 @@ template <typename P> struct PackedPart {
         bf16 *average = (bf16 *)block.average + start;
         bf16 kept[EIGHT];
         load_eight<WIDE>(kept, average, at, len);
-        const u32 base = offset_base(keys.averages, unit(at));
+        const u32 base = offset_base(keys.averages, unit_of_all(at));
 #pragma unroll
         for (int e = 0; e < EIGHT; e++) {
             const float a = lerp(widen(kept[e]), x[e], weight);
@@ -368,8 +370,8 @@ __device__ __forceinline__ void update_packed(const SrklBlock &block, const Keys
                                                    strips);
     if (!(block.packs & SRKL_SPLIT)) return;
     __syncthreads();
-    const u64 k_sample = threadIdx.x, i = sample(k_sample, block.n);
-    const bool here = k_sample < SRKL_MASTER_SAMPLES && k_sample < block.n && i >= start && i < start + len;
+    const u64 k_sample = threadIdx.x, i = sample(k_sample, block);
+    const bool here = i < block.n && i >= start && i < start + len;
     if (here) samples(block)[k_sample] = ((const bf16 *)block.w)[i].bits;
 }
 

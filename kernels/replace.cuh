@@ -31,7 +31,7 @@ __device__ inline void replace(const SrklTable &table, u32 what, u64 seed, u64 d
         backup[at] = part.w()[at];
         if (what == SRKL_PERTURB) {
             // `w <- w + size * z`
-            u64 bits = random_bits(seed, draw, block.place, i / 64);
+            u64 bits = random_bits(seed, draw, block.place, (block.first + i) / 64);
             C w = (C)widen(part.w()[at]);
             narrow(canonical(add(w, bits >> (i % 64) & 1 ? -by : by)), part.w()[at]);
         } else if (block.average != 0 && stepped) {

@@ -265,7 +265,8 @@ __device__ inline void add_up_step(const SrklTable &table, Work &work, Lanes &la
         SrklStepSums *step = &((SrklStepSums *)table.step_sums)[work.b];
         const double scale = __dmul_rn(direction_scale(work.block_step), momentum_scale(work.block_step));
         step->step = sums.a;
-        step->along = __dmul_rn(sums.b, scale);
+        // If the host decides, it scales sums too.
+        step->along = table.stages & SRKL_COUNT ? __dmul_rn(sums.b, scale) : sums.b;
     }
 }
 

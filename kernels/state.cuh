@@ -41,10 +41,14 @@ __device__ inline short *samples(const SrklBlock &block) {
     return (short *)block.master + (block.n + 7) / 8 * 8;
 }
 
-// The element that is sample `k` of a block of `n`.
-__device__ inline u64 sample(u64 k, u64 n) {
-    const u64 count = n < SRKL_MASTER_SAMPLES ? n : SRKL_MASTER_SAMPLES;
-    return count > 1 ? k * (n - 1) / (count - 1) : 0;
+// The element that is sample `k` of a parameter, among those that are stepped here; not below `block.n` if it
+// is none of them.
+__device__ inline u64 sample(u64 k, const SrklBlock &block) {
+    const u64 whole = block.whole;
+    const u64 count = whole < SRKL_MASTER_SAMPLES ? whole : SRKL_MASTER_SAMPLES;
+    if (k >= count) return block.n;
+    const u64 i = count > 1 ? k * (whole - 1) / (count - 1) : 0;
+    return i < block.first ? block.n : i - block.first;
 }
 
 // A chunk of a parameter and its state. P is the parameter's type, C its compute type. (In srkl_step and

@@ -103,9 +103,8 @@ __device__ inline SrklSums chunk_sums(const SrklGradient &g, u32 dtype, u64 star
     return sums;
 }
 
-// Whether sample `k` of a parameter is not what its f32 master rounds to.
-template <typename P> __device__ inline bool sample_differs(const SrklBlock &block, u64 k) {
-    const u64 i = sample(k, block.n);
+// Whether element `i` of a parameter is not what its f32 master rounds to.
+template <typename P> __device__ inline bool element_differs(const SrklBlock &block, u64 i) {
     const P w = ((const P *)block.w)[i];
     const float master = ((const float *)block.master)[i], value = widen(w);
     P rounded;
@@ -116,10 +115,10 @@ template <typename P> __device__ inline bool sample_differs(const SrklBlock &blo
 
 // Whether a parameter seems to have been overwritten as a whole, by sample `k` of up to SRKL_MASTER_SAMPLES.
 __device__ inline bool overwritten(const SrklBlock &block, u64 k) {
-    if (block.master == 0 || k >= SRKL_MASTER_SAMPLES || k >= block.n) return false;
-    if (block.packs & SRKL_SPLIT)
-        return ((const bf16 *)block.w)[sample(k, block.n)].bits != (unsigned short)samples(block)[k];
-    return block.dtype == SRKL_BF16 ? sample_differs<bf16>(block, k) : sample_differs<f16>(block, k);
+    const u64 i = sample(k, block);
+    if (block.master == 0 || i >= block.n) return false;
+    if (block.packs & SRKL_SPLIT) return ((const bf16 *)block.w)[i].bits != (unsigned short)samples(block)[k];
+    return block.dtype == SRKL_BF16 ? element_differs<bf16>(block, i) : element_differs<f16>(block, i);
 }
 
 // The statistics of a block, when the sums of all its chunks are there, to all threads.

@@ -374,9 +374,13 @@ impl Gathered {
     }
 
     fn finish(self, block: &Block) -> Result<Tensor> {
-        let sum = of_bytes(&self.bytes, self.dtype)?;
-        let sum = if block.sharded { sum } else { sum.reshape(&block.shape)? };
-        sum.to_device(block.var.device())
+        let device = block.var.device();
+        let sum = match self.bytes.is_empty() {
+            // Nothing can't be copied to a CUDA device.
+            true => Tensor::zeros(1, self.dtype, device)?.narrow(0, 0, 0)?,
+            false => of_bytes(&self.bytes, self.dtype)?.to_device(device)?,
+        };
+        if block.sharded { Ok(sum) } else { sum.reshape(&block.shape) }
     }
 }
 

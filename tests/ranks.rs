@@ -124,7 +124,10 @@ fn the_bits_of_one_process_of_large_parameters() -> Result<()> {
 #[test]
 fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
     let suite = suite();
-    for case in [5, 20, suite.len() - 3] {
+    let last = suite.len() - 1;
+    let replicated = [5, 20, last - 2].map(|case| (case, false));
+    let sharded = [7, 18, 38, 41, last - 5, last - 4, last - 2, last].map(|case| (case, true));
+    for (case, sharded) in replicated.into_iter().chain(sharded) {
         let (name, params) = &suite[case];
         let one = &train(params, sizes(params), 7, (1, 4), (1, false))?[0];
         let folder = tempfile::tempdir()?;
@@ -134,13 +137,13 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
                 micro_batches: 4,
                 rank: Some(Arc::new(Mutex::new(rank))),
                 bucket_bytes: 20_000,
-                sharded: false,
+                sharded,
                 folder: Some(folder.path().to_path_buf()),
             };
             train_share(params, &shapes, 7, &[&Device::new_cuda(0)?], &share)
         };
         for each in ranks(2, run) {
-            assert_same(&each?, one, name);
+            assert_same(&each?, one, &format!("{name}, {sharded}"));
         }
     }
     Ok(())

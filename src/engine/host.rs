@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, Var};
 
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{
     Backend, BlockGradient, GradSums, GradientPair, Last, Step, SumScales, Tracked, masters,
 };
-use crate::block::{Block, Parameters};
+use crate::block::{Backup, Block, Parameters};
 use crate::estimate::{
     Averaging, ChangeSums, Estimate, Left, Measured, Probe, ProbeSums, StepSums,
 };
@@ -324,6 +324,23 @@ impl Host {
         Ok(sums.into_iter().map(|sums| Some(Pair::fold(&sums?))).collect())
     }
 
+    /// Backs up whole parameters of devices, which back up by themselves only what is stepped here.
+    fn back_up(&self, all: &mut Parameters, wanted: impl Fn(usize) -> bool) -> Result<()> {
+        if self.ranks.is_none() {
+            return Ok(());
+        }
+        let on_devices = all.blocks.iter_mut().enumerate().filter(|(_, block)| !block.on_cpu);
+        for (_, block) in on_devices.filter(|(place, block)| wanted(*place) && block.whole > 0) {
+            let Backup { memory, valid } = &mut block.backup;
+            match memory {
+                Some(memory) => memory.set(&block.var)?,
+                None => *memory = Some(Var::from_tensor(&block.var.copy()?)?),
+            }
+            *valid = true;
+        }
+        Ok(())
+    }
+
     /// Completes sums over chunks by those of other ranks.
     fn gather_sums<T: Numbers>(&self, all: &Parameters, sums: &mut [Option<Vec<T>>]) -> Result<()> {
         self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.gather_sums(&all.blocks, sums))
@@ -456,6 +473,7 @@ impl Engine for Host {
         }
         let squares = self.read_sums(all, &wanted, squares)?;
         let size = rule::probe_size(delta, fold(&squares).a, n as f64);
+        self.back_up(all, |place| wanted[place].is_some())?;
         // The CPU first: if it fails, no device has been perturbed.
         let perturbed = self.backends.iter_mut().rev().try_for_each(|backend| {
             backend.upload_probe(size, Probe::Finite)?;
@@ -537,11 +555,12 @@ impl Engine for Host {
     fn swap(&mut self, all: &mut Parameters) -> Result<()> {
         self.release(all);
         self.upload_estimates()?;
+        let averages: Vec<bool> = self.tracked.iter().map(|t| t.powers.average != 1.).collect();
+        self.back_up(all, |place| averages[place])?;
         let tracked = &self.tracked;
         let swapped =
             self.backends.iter_mut().rev().try_for_each(|backend| backend.swap(all, tracked));
-        let averaged = |place: usize| self.tracked[place].powers.average != 1.;
-        let swapped = swapped.and_then(|()| self.gather_parameters(all, averaged));
+        let swapped = swapped.and_then(|()| self.gather_parameters(all, |place| averages[place]));
         if let Err(e) = swapped {
             let _ = self.restore(all);
             return Err(e);
@@ -553,6 +572,15 @@ impl Engine for Host {
         let mut restored = Ok(());
         for backend in &mut self.backends {
             restored = restored.and(backend.restore(all));
+        }
+        for block in all.blocks.iter_mut().filter(|block| !block.on_cpu) {
+            if let Some(old) = block.backup() {
+                let old = old
+                    .flatten_all()
+                    .and_then(|old| block.var.flatten_all()?.slice_set(&old, 0, 0));
+                restored = restored.and(old);
+            }
+            block.backup.valid = false;
         }
         restored
     }

@@ -82,6 +82,8 @@ pub struct SrklBlock {
     pub q: ::std::os::raw::c_ulonglong,
     pub backup: ::std::os::raw::c_ulonglong,
     pub n: ::std::os::raw::c_ulonglong,
+    pub first: ::std::os::raw::c_ulonglong,
+    pub whole: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
     pub orthogonal: SrklGradient,
@@ -95,7 +97,7 @@ pub struct SrklBlock {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 128usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 144usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
@@ -105,21 +107,23 @@ const _: () = {
     ["Offset of field: SrklBlock::q"][::std::mem::offset_of!(SrklBlock, q) - 40usize];
     ["Offset of field: SrklBlock::backup"][::std::mem::offset_of!(SrklBlock, backup) - 48usize];
     ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 56usize];
+    ["Offset of field: SrklBlock::first"][::std::mem::offset_of!(SrklBlock, first) - 64usize];
+    ["Offset of field: SrklBlock::whole"][::std::mem::offset_of!(SrklBlock, whole) - 72usize];
     ["Offset of field: SrklBlock::first_chunk"]
-        [::std::mem::offset_of!(SrklBlock, first_chunk) - 64usize];
+        [::std::mem::offset_of!(SrklBlock, first_chunk) - 80usize];
     ["Offset of field: SrklBlock::chunk_count"]
-        [::std::mem::offset_of!(SrklBlock, chunk_count) - 72usize];
+        [::std::mem::offset_of!(SrklBlock, chunk_count) - 88usize];
     ["Offset of field: SrklBlock::orthogonal"]
-        [::std::mem::offset_of!(SrklBlock, orthogonal) - 80usize];
+        [::std::mem::offset_of!(SrklBlock, orthogonal) - 96usize];
     ["Offset of field: SrklBlock::matrix_scale"]
-        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 96usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 104usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 108usize];
+        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 112usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 120usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 124usize];
     ["Offset of field: SrklBlock::from_end"]
-        [::std::mem::offset_of!(SrklBlock, from_end) - 112usize];
-    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 116usize];
-    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 120usize];
-    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 124usize];
+        [::std::mem::offset_of!(SrklBlock, from_end) - 128usize];
+    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 132usize];
+    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 136usize];
+    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

@@ -49,6 +49,10 @@ pub(crate) struct CudaBackend {
     table: abi::SrklTable,
     /// Gradients that later launches read: an update that the host decides, or a measurement.
     pub live_gradients: Vec<Tensor>,
+    /// Whether its blocks are sharded: sums are then read by chunk.
+    sharded: bool,
+    /// The sums of directions by chunk, if other ranks need them: an update that measures overwrites those on the device.
+    directions: Vec<Pair>,
     /// Which kind of `srkl_replace` restores the parameters, while they are perturbed or replaced.
     restores: Option<u32>,
     /// If there are matrices to orthogonalise.
@@ -104,6 +108,8 @@ impl CudaBackend {
             memory,
             captures,
             live_gradients: vec![],
+            sharded: all.blocks.iter().any(|block| block.sharded),
+            directions: vec![],
             restores: None,
             orthogonalizer,
             stream,
@@ -355,6 +361,24 @@ impl CudaBackend {
         self.upload(&[state], |memory| &mut memory.state)
     }
 
+    /// The numbers of a block's chunks among those of all blocks.
+    fn chunks(&self, i: usize) -> Range<usize> {
+        let first = self.blocks[i].first_chunk as usize;
+        first..first + self.blocks[i].chunk_count as usize
+    }
+
+    /// The sums of pairs: of each block, or if these are sharded of each chunk.
+    fn pairs(&self) -> Result<Vec<Pair>> {
+        let memory = &self.memory;
+        let pairs = if self.sharded { &memory.chunk_pairs } else { &memory.pairs };
+        Ok(self.device.clone_dtoh(pairs)?.into_iter().map(table::read_pair).collect())
+    }
+
+    /// Which of [`CudaBackend::pairs`] are those of a block.
+    fn items(&self, i: usize) -> Range<usize> {
+        if self.sharded { self.chunks(i) } else { i..i + 1 }
+    }
+
     /// What the kernels count.
     pub fn state(&self) -> Result<abi::SrklState> {
         if self.is_capturing()? {
@@ -399,12 +423,24 @@ impl Backend for CudaBackend {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
-        let found = self.places.iter().zip(&self.gradients).zip(statistics);
-        for ((&place, _), statistics) in found.filter(|((_, gradient), _)| gradient.address != 0) {
-            if let Some(gradient) = step.grads.get_id(all.blocks[place].id) {
-                let sums = table::sums(statistics.sums);
-                gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });
-            }
+        let chunk_sums = match self.sharded {
+            true => self.device.clone_dtoh(&self.memory.chunk_sums)?,
+            false => vec![],
+        };
+        for (i, (&place, statistics)) in self.places.iter().zip(statistics).enumerate() {
+            let block = &all.blocks[place];
+            // A rank may step no element of a parameter that has a gradient.
+            let is_given = self.gradients[i].address != 0 || self.sharded && all.of(block).lr != 0.;
+            let Some(gradient) = step.grads.get_id(block.id).filter(|_| is_given) else { continue };
+            let of_chunks = if self.sharded { self.chunks(i) } else { 0..0 };
+            gradients[place] = Some(BlockGradient {
+                gradient,
+                sums: table::sums(statistics.sums),
+                chunk_sums: chunk_sums[of_chunks].iter().map(|sums| table::sums(*sums)).collect(),
+                overwritten: self.sharded && statistics.reset_master != 0,
+                storage: 0,
+                elements: 0,
+            });
         }
         Ok(())
     }
@@ -458,12 +494,27 @@ impl Backend for CudaBackend {
         _: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
+        if self.sharded && step.measures {
+            self.directions = self.pairs()?;
+        }
         self.make_strips(step.measures)?;
         let sums_up = step.measures || step.records;
         self.launch_step(abi::SRKL_UPDATE, self.own_gradients(), sums_up, step.steps)
     }
 
     fn read_step_sums(&self, step_sums: &mut [Vec<StepSums>]) -> Result<()> {
+        if self.sharded {
+            let pairs = self.pairs()?;
+            for (i, &place) in self.places.iter().enumerate() {
+                let of_chunk = |chunk: usize| StepSums {
+                    step: pairs[chunk].a,
+                    direction: self.directions.get(chunk).map_or(0., |sums| sums.a),
+                    along: pairs[chunk].b,
+                };
+                step_sums[place] = self.chunks(i).map(of_chunk).collect();
+            }
+            return Ok(());
+        }
         let sums = self.device.clone_dtoh(&self.memory.step_sums)?;
         for (&place, sums) in self.places.iter().zip(sums) {
             step_sums[place] = vec![table::read_step_sums(sums)];
@@ -541,9 +592,9 @@ impl Backend for CudaBackend {
         wanted: &dyn Fn(usize) -> bool,
         sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()> {
-        let pairs = self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?);
-        for (&place, pair) in pairs.filter(|(place, _)| wanted(**place)) {
-            sums[place] = Some(vec![table::read_pair(pair)]);
+        let pairs = self.pairs()?;
+        for (i, &place) in self.places.iter().enumerate().filter(|(_, place)| wanted(**place)) {
+            sums[place] = Some(pairs[self.items(i)].to_vec());
         }
         Ok(())
     }
@@ -552,8 +603,9 @@ impl Backend for CudaBackend {
         self.refuse_capture("telemetry")?;
         self.check_addresses(all)?;
         self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PARAMETERS, 0., false)?;
-        for (&place, pair) in self.places.iter().zip(self.device.clone_dtoh(&self.memory.pairs)?) {
-            squares[place] = Some(vec![table::read_pair(pair)]);
+        let pairs = self.pairs()?;
+        for (i, &place) in self.places.iter().enumerate() {
+            squares[place] = Some(pairs[self.items(i)].to_vec());
         }
         Ok(())
     }
@@ -626,7 +678,8 @@ mod tests {
                     // No masters: a step looks at some of all elements of theirs.
                     let master_weights = MasterWeights::None;
                     let params = ParamsSrkl { lr: 0.1, master_weights, ..ParamsSrkl::reference() };
-                    let block = Block::new("w".to_string(), var.clone(), 0, &params)?;
+                    let all = 0..var.elem_count();
+                    let block = Block::new("w".to_string(), var.clone(), 0, &params, all)?;
                     let groups = vec![Group::new("all".to_string(), params)];
                     let mut all = Parameters::new(groups, vec![block]);
                     let mut cuda = CudaBackend::new(device.as_cuda_device()?, &mut all)?;
@@ -649,7 +702,7 @@ mod tests {
             let block = &self.blocks[0];
             let size = if block.dtype == abi::SRKL_F32 { 4 } else { 2 };
             let w = block.w.wrapping_sub(size * by);
-            let moved = abi::SrklBlock { w, n: block.n + by, ..*block };
+            let moved = abi::SrklBlock { w, n: block.n + by, whole: block.n + by, ..*block };
             self.device.memcpy_htod(&[moved], &mut self.memory.blocks)?;
             let chunk = abi::SrklChunk { start: by, block: 0 };
             self.device.memcpy_htod(&[chunk], &mut self.memory.chunks)

@@ -46,7 +46,7 @@ impl Orthogonalizer {
         // The number of a block among those of this device, and its place among all.
         let here = all.blocks.iter().enumerate().filter(|(_, block)| block.is_on(device));
         for (number, (place, block)) in here.enumerate() {
-            let Some(of) = block.matrices else { continue };
+            let Some(of) = block.matrices.filter(|_| block.n > 0) else { continue };
             let dtype = products(block, all.groups[block.group].params.direction);
             let key = (block.group, [of.rows, of.cols], dtype.as_str());
             alike.entry(key).or_default().push(place);

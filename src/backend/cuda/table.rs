@@ -134,6 +134,8 @@ impl Packed {
                 q: address(&state.q)?,
                 backup,
                 n: block.n as u64,
+                first: block.first as u64,
+                whole: block.whole as u64,
                 first_chunk: chunks.len() as u64,
                 chunk_count,
                 orthogonal,
@@ -461,10 +463,9 @@ pub(crate) fn numbers(tensor: &Tensor, stream: &CudaStream) -> Result<abi::SrklG
     Ok(abi::SrklGradient { address, dtype: dtype(tensor.dtype())? as u64 })
 }
 
-/// The device address of a block's first element.
+/// The device address of the first element of a block that is stepped here.
 pub(crate) fn parameter_address(block: &Block, stream: &CudaStream) -> Result<u64> {
-    let (storage, layout) = block.var.storage_and_layout();
-    address_of(&storage, layout.start_offset(), stream)
+    address_of(&block.var.storage_and_layout().0, block.layout.start_offset(), stream)
 }
 
 /// The device address of element `offset` of a storage.
