@@ -353,7 +353,7 @@ impl<'a> SrklBuilder<'a> {
             seed: 0,
             records: false,
             engine,
-            ranks: ranks.cloned(),
+            ranks: ranks.cloned().map(Box::new),
             step_count: 1,
             accumulated: Accumulated::default(),
         })

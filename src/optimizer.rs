@@ -64,7 +64,7 @@ pub struct Srkl {
     /// Decides steps and counts them, on the host or on a CUDA device.
     pub(crate) engine: Box<dyn Engine>,
     /// The other ranks, if there are any.
-    pub(crate) ranks: Option<Ranks>,
+    pub(crate) ranks: Option<Box<Ranks>>,
     /// How many micro-batches of this rank the gradients of the last step were summed over.
     pub(crate) step_count: u64,
     pub(crate) accumulated: Accumulated,
@@ -322,7 +322,7 @@ impl Srkl {
         let Self { all: Parameters { blocks, .. }, ranks, .. } = self;
         let mut overwritten =
             blocks.iter().map(masters::is_overwritten).collect::<Result<Vec<bool>>>()?;
-        if let Some(ranks) = ranks.as_ref().filter(|ranks| ranks.sharded) {
+        if let Some(ranks) = ranks.as_deref().filter(|ranks| ranks.sharded) {
             overwritten = ranks.any(&overwritten)?;
         }
         blocks.iter_mut().zip(overwritten).try_for_each(|(block, any)| masters::sync(block, any))
@@ -382,7 +382,7 @@ impl Srkl {
 
     /// The ranks, if each keeps the state of its shard alone.
     pub(crate) fn sharding_ranks(&self) -> Option<&Ranks> {
-        self.ranks.as_ref().filter(|ranks| ranks.sharded)
+        self.ranks.as_deref().filter(|ranks| ranks.sharded)
     }
 
     /// `local`, if no rank has an error, and all make this call with the same claims. Without other ranks nothing is claimed.

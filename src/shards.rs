@@ -90,7 +90,7 @@ mod tests {
                 let mut end = 0;
                 for own in shards {
                     prop_assert_eq!(own.start, end);
-                    prop_assert!(own.is_empty() || own.start % CHUNK == 0);
+                    prop_assert!(own.is_empty() || own.start.is_multiple_of(CHUNK));
                     end = own.end;
                 }
                 prop_assert_eq!(end, *n);

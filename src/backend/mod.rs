@@ -88,17 +88,21 @@ pub(crate) enum GradSums {
 }
 
 /// A block's gradient, after stage 1.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(crate) struct BlockGradient<'g> {
     pub gradient: &'g Tensor,
     pub sums: Sums,
-    /// In place of these, of a block of which other ranks have a part: the sums of its chunks here.
-    pub chunk_sums: Vec<Sums>,
-    /// Of such a block whether its parameter seems to have been overwritten.
-    pub overwritten: bool,
     /// On the CPU the addresses of its storage and of its first element, for prefetching.
     pub storage: usize,
     pub elements: usize,
+}
+
+/// What stage 1 finds of the shard of a block.
+#[derive(Clone)]
+pub(crate) struct ShardSums {
+    pub of_chunks: Vec<Sums>,
+    /// Whether its parameter seems to have been overwritten; the host looks at those on the CPU itself.
+    pub overwritten: bool,
 }
 
 /// What the host tracks of a block, if the host decides steps.
@@ -226,6 +230,15 @@ pub(crate) trait Backend: Send + Sync {
     ) -> Result<()> {
         Ok(())
     }
+
+    /// The sums of sharded blocks that have a gradient, by chunk, in place of those of [`Backend::statistics`].
+    fn shard_sums(
+        &mut self,
+        all: &mut Parameters,
+        asked: GradSums,
+        gradients: &[Option<BlockGradient>],
+        sums: &mut [Option<ShardSums>],
+    ) -> Result<()>;
 
     /// Receives the decisions of the host.
     fn upload_decisions(

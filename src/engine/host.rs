@@ -8,7 +8,8 @@ use candle_core::{Result, Tensor, Var};
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{
-    Backend, BlockGradient, GradSums, GradientPair, Last, Step, SumScales, Tracked, masters,
+    Backend, BlockGradient, GradSums, GradientPair, Last, ShardSums, Step, SumScales, Tracked,
+    masters,
 };
 use crate::block::{Backup, Block, Parameters};
 use crate::estimate::{
@@ -33,7 +34,7 @@ pub(crate) struct Host {
     /// The gradients of the last step by block, if it waits for its measurement.
     first: Vec<Option<Tensor>>,
     /// If other ranks step other elements.
-    ranks: Option<Ranks>,
+    ranks: Option<Box<Ranks>>,
     /// The sums of the last step, if ranks have exchanged them.
     step_sums: Option<Vec<StepSums>>,
     /// The size of the last perturbation.
@@ -56,7 +57,7 @@ impl Host {
             tracked: vec![Tracked::NEW; all.blocks.len()],
             counters: Counters::default(),
             first: vec![],
-            ranks,
+            ranks: ranks.map(Box::new),
             step_sums: None,
             probe_size: 0.,
         })
@@ -98,30 +99,41 @@ impl Host {
         for backend in &self.backends {
             backend.read_statistics(all, step, &mut gradients)?;
         }
-        let Some(ranks) = &self.ranks else { return Ok(gradients) };
-        if asked != GradSums::None {
-            let own = |found: &mut BlockGradient| std::mem::take(&mut found.chunk_sums);
-            let mut sums: Vec<_> =
-                gradients.iter_mut().map(|found| found.as_mut().map(own)).collect();
-            ranks.gather_sums(&all.blocks, &mut sums)?;
-            for (found, sums) in gradients.iter_mut().zip(sums) {
-                if let (Some(found), Some(sums)) = (found, sums) {
-                    found.sums = Sums::fold(&sums);
-                }
-            }
-        }
-        if all.blocks.iter().any(|block| block.state.master.is_some()) {
-            let overwritten = |found: &Option<BlockGradient>| {
-                found.as_ref().is_some_and(|found| found.overwritten)
-            };
-            let any = ranks.any(&gradients.iter().map(overwritten).collect::<Vec<_>>())?;
-            for (found, any) in gradients.iter_mut().zip(any) {
-                if let Some(found) = found {
-                    found.overwritten = any;
-                }
-            }
-        }
         Ok(gradients)
+    }
+
+    /// Stage 1 of sharded blocks: adds up what all ranks have found. Returns whose parameters seem to have been overwritten.
+    fn sum_shards(
+        &mut self,
+        all: &mut Parameters,
+        asked: GradSums,
+        gradients: &mut [Option<BlockGradient>],
+    ) -> Result<Vec<bool>> {
+        let Some(ranks) = &self.ranks else { return Ok(vec![]) };
+        let mut found = vec![None; gradients.len()];
+        for backend in &mut self.backends {
+            backend.shard_sums(all, asked, gradients, &mut found)?;
+        }
+        let mut overwritten = vec![false; gradients.len()];
+        let mut sums = vec![None; gradients.len()];
+        for (place, found) in found.into_iter().enumerate() {
+            let Some(ShardSums { of_chunks, overwritten: on_device }) = found else { continue };
+            let block = &all.blocks[place];
+            sums[place] = Some(of_chunks);
+            overwritten[place] = on_device || block.on_cpu && masters::is_overwritten(block)?;
+        }
+        if asked != GradSums::None {
+            ranks.gather_sums(&all.blocks, &mut sums)?;
+        }
+        for (found, sums) in gradients.iter_mut().zip(sums) {
+            if let (Some(found), Some(sums)) = (found, sums) {
+                found.sums = Sums::fold(&sums);
+            }
+        }
+        match all.blocks.iter().any(|block| block.state.master.is_some()) {
+            true => ranks.any(&overwritten),
+            false => Ok(overwritten),
+        }
     }
 
     /// Stage 2: the numbers of each block's step, `None` for a block that is not stepped; or `None`
@@ -153,8 +165,8 @@ impl Host {
         let mut decisions = Vec::with_capacity(blocks.len());
         for ((block, tracked), found) in blocks.iter().zip(tracked).zip(gradients) {
             let params = all.of(block);
-            let decision = found.as_ref().map(|BlockGradient { sums, .. }| {
-                rule::decide(params, scalars, sums, &total, &tracked.estimate)
+            let decision = found.map(|BlockGradient { sums, .. }| {
+                rule::decide(params, scalars, &sums, &total, &tracked.estimate)
             });
             match decision {
                 Some(decision) if !rule::may_step(&decision, params.nonfinite) => {
@@ -215,7 +227,7 @@ impl Host {
         let every = blocks.iter().zip(gradients).zip(&*decisions);
         let given: Vec<_> = every
             .map(|((block, found), decision)| {
-                let both = (found.as_ref()?.gradient, (*decision)?);
+                let both = ((*found)?.gradient, (*decision)?);
                 needs(block).then_some(both)
             })
             .collect();
@@ -262,15 +274,6 @@ impl Host {
         decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
-        let given = |(found, decision): (&Option<BlockGradient>, &Option<Decision>)| {
-            found.as_ref().filter(|_| decision.is_some()).map(|found| found.overwritten)
-        };
-        let moves: Vec<_> = gradients.iter().zip(decisions).map(given).collect();
-        for (block, overwritten) in all.blocks[run.clone()].iter_mut().zip(&moves) {
-            if *overwritten == Some(true) {
-                masters::reset(block)?;
-            }
-        }
         self.upload_decisions(all, decisions)?;
         for backend in &mut self.backends {
             let (all, tracked) = (&mut *all, &mut self.tracked);
@@ -405,7 +408,8 @@ impl Engine for Host {
         let mut first = vec![];
         let mut skipped = false;
         for run in runs {
-            let gradients = self.statistics(all, step, run.clone(), asked)?;
+            let mut gradients = self.statistics(all, step, run.clone(), asked)?;
+            let overwritten = self.sum_shards(all, asked, &mut gradients)?;
             let Some(mut decisions) = self.decide(all, run.clone(), &gradients, scalars) else {
                 // If any group skips steps there is one run, of all blocks, so nothing has moved.
                 self.tracked.iter_mut().for_each(|tracked| tracked.last = None);
@@ -426,6 +430,10 @@ impl Engine for Host {
             if measures {
                 // There is one run, of all blocks.
                 first = first_gradients(all, &gradients, &decisions);
+            }
+            let moved = all.blocks.iter_mut().zip(&decisions).zip(overwritten);
+            for ((block, _), _) in moved.filter(|((_, moves), reset)| *reset && moves.is_some()) {
+                masters::reset(block)?;
             }
             self.update(all, run, &gradients, &decisions, step)?;
             if self.ranks.is_some() {
@@ -736,7 +744,7 @@ fn first_gradients(
     every
         .map(|((block, found), decision)| {
             let moves = all.of(block).measures_steps() && decision.is_some();
-            found.as_ref().filter(|_| moves).map(|found| found.gradient.detach())
+            found.filter(|_| moves).map(|found| found.gradient.detach())
         })
         .collect()
 }

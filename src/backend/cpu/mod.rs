@@ -18,7 +18,7 @@ use self::pool::Pool;
 use self::simd::{Simd, prefetch};
 use self::statistics::{PIECE, Scratch};
 use self::update::BlockStep;
-use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked, masters};
+use super::{Backend, BlockGradient, GradSums, GradientPair, ShardSums, Step, Tracked};
 use crate::block::{Block, Parameters, storage_address};
 use crate::numerics::{LANES, Pair, Sums};
 use crate::params::{Direction, ParamsSrkl};
@@ -66,14 +66,14 @@ impl CpuBackend {
         Ok(Self { simd: Simd::detect(), pool })
     }
 
-    /// The gradient of every block of a run, with the sums that `read` makes of it, in all or by chunk; `None` for a block that has no
+    /// The gradient of every block of a run, with the sums that `read` makes of it; `None` for a block that has no
     /// gradient, or is frozen.
     fn gradients<'g>(
         &self,
         all: &Parameters,
         grads: &'g GradStore,
         run: Range<usize>,
-        read: impl Fn(&Block, &Gradient, &mut Scratch) -> (Sums, Vec<Sums>) + Sync,
+        read: impl Fn(&Block, &Gradient, &mut Scratch) -> Sums + Sync,
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         type Batch<'a, 'g> = (&'a [Block], &'a mut [Option<BlockGradient<'g>>]);
@@ -95,17 +95,9 @@ impl CpuBackend {
                 let address = storage_address(storage);
                 block.check_alias(address, &all.storages)?;
                 let g = Gradient::new(storage, layout)?;
-                let (sums, chunk_sums) = read(block, &g, scratch);
-                let (storage, elements) = (address, g.address());
-                let overwritten = block.sharded && masters::is_overwritten(block)?;
-                gradients[i] = Some(BlockGradient {
-                    gradient,
-                    sums,
-                    chunk_sums,
-                    overwritten,
-                    storage,
-                    elements,
-                });
+                let sums = read(block, &g, scratch);
+                let elements = g.address();
+                gradients[i] = Some(BlockGradient { gradient, sums, storage: address, elements });
             }
             Ok(())
         };
@@ -178,7 +170,7 @@ impl Backend for CpuBackend {
     fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()> {
         let every = 0..all.blocks.len();
         let mut gradients = vec![None; every.len()];
-        self.gradients(all, grads, every, |_, _, _| (Sums::ZERO, vec![]), &mut gradients)
+        self.gradients(all, grads, every, |_, _, _| Sums::ZERO, &mut gradients)
     }
 
     fn statistics<'g>(
@@ -190,13 +182,25 @@ impl Backend for CpuBackend {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         let read = |block: &Block, g: &Gradient, scratch: &mut Scratch| {
-            let wide = block.dtype == DType::F64;
-            match block.sharded {
-                true => (Sums::ZERO, statistics::chunk_sums(g, wide, asked, self.simd, scratch)),
-                false => (statistics::sums(g, wide, asked, self.simd, scratch), vec![]),
-            }
+            let asked = if block.sharded { GradSums::None } else { asked };
+            statistics::sums(g, block.dtype == DType::F64, asked, self.simd, scratch)
         };
         self.gradients(all, step.grads, run, read, gradients)
+    }
+
+    fn shard_sums(
+        &mut self,
+        all: &mut Parameters,
+        asked: GradSums,
+        gradients: &[Option<BlockGradient>],
+        sums: &mut [Option<ShardSums>],
+    ) -> Result<()> {
+        self.each(&mut all.blocks, gradients, sums, |scratch, block, _, found| {
+            let (storage, layout) = found.gradient.storage_and_layout();
+            let (g, wide) = (Gradient::new(&storage, layout)?, block.dtype == DType::F64);
+            let of_chunks = statistics::chunk_sums(&g, wide, asked, self.simd, scratch);
+            Ok(ShardSums { of_chunks, overwritten: false })
+        })
     }
 
     fn orthogonalize(
@@ -212,7 +216,7 @@ impl Backend for CpuBackend {
         let every = blocks.iter().zip(gradients).zip(decisions);
         let given: Vec<_> = every
             .map(|((block, found), decision)| {
-                let both = (found.as_ref()?.gradient, (*decision)?);
+                let both = ((*found)?.gradient, (*decision)?);
                 block.orthogonal.as_ref().map(|_| both)
             })
             .collect();

@@ -17,7 +17,7 @@ use self::capture::{Captures, SETTINGS_IN_CAPTURE, is_capturing};
 use self::launch::{Kernels, StepKernel};
 use self::orthogonal::Orthogonalizer;
 use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
-use super::{Backend, BlockGradient, GradSums, GradientPair, Step, Tracked};
+use super::{Backend, BlockGradient, GradSums, GradientPair, ShardSums, Step, Tracked};
 use crate::block::{Parameters, storage_address};
 use crate::estimate::{Probe, StepSums};
 use crate::numerics::{CHUNK, Pair, STRIP};
@@ -423,23 +423,31 @@ impl Backend for CudaBackend {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
-        let chunk_sums = match self.sharded {
-            true => self.device.clone_dtoh(&self.memory.chunk_sums)?,
-            false => vec![],
-        };
         for (i, (&place, statistics)) in self.places.iter().zip(statistics).enumerate() {
             let block = &all.blocks[place];
             // A rank may step no element of a parameter that has a gradient.
             let is_given = self.gradients[i].address != 0 || self.sharded && all.of(block).lr != 0.;
             let Some(gradient) = step.grads.get_id(block.id).filter(|_| is_given) else { continue };
-            let of_chunks = if self.sharded { self.chunks(i) } else { 0..0 };
-            gradients[place] = Some(BlockGradient {
-                gradient,
-                sums: table::sums(statistics.sums),
-                chunk_sums: chunk_sums[of_chunks].iter().map(|sums| table::sums(*sums)).collect(),
-                overwritten: self.sharded && statistics.reset_master != 0,
-                storage: 0,
-                elements: 0,
+            let sums = table::sums(statistics.sums);
+            gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });
+        }
+        Ok(())
+    }
+
+    fn shard_sums(
+        &mut self,
+        _: &mut Parameters,
+        _: GradSums,
+        gradients: &[Option<BlockGradient>],
+        sums: &mut [Option<ShardSums>],
+    ) -> Result<()> {
+        let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
+        let chunk_sums = self.device.clone_dtoh(&self.memory.chunk_sums)?;
+        for (i, (&place, found)) in self.places.iter().zip(statistics).enumerate() {
+            let of_chunks = chunk_sums[self.chunks(i)].iter().map(|sums| table::sums(*sums));
+            sums[place] = gradients[place].map(|_| ShardSums {
+                of_chunks: of_chunks.collect(),
+                overwritten: found.reset_master != 0,
             });
         }
         Ok(())
