@@ -220,7 +220,7 @@ impl<'a> SrklBuilder<'a> {
         let (bucket_bytes, sharded) = (self.bucket_bytes, self.sharded);
         let ranks = self.collective.take().map(|c| Ranks::new(c, bucket_bytes, sharded));
         let ranks = ranks.transpose()?.flatten();
-        let Some(ranks) = ranks else { return self.build_one(named, None) };
+        let Some(mut ranks) = ranks else { return self.build_one(named, None) };
         // The parameters first: masters are made from them.
         let named: Vec<_> = named.into_iter().filter(|(.., var)| var.dtype().is_float()).collect();
         let parameter = |(name, tied, var): &(String, Vec<String>, Var)| {
@@ -230,10 +230,16 @@ impl<'a> SrklBuilder<'a> {
                 shape,
             )
         };
-        let settings_of_ranks =
-            [claim("`bucket_bytes`", bucket_bytes), claim("`sharded`", sharded)];
-        let claims = named.iter().map(parameter).chain(settings_of_ranks).collect();
         let vars: Vec<Var> = named.iter().map(|(.., var)| var.clone()).collect();
+        let device = ranks.on_device(|devices| Ok(devices.device())).ok();
+        ranks.by_device = !vars.is_empty()
+            && device.is_some_and(|device| vars.iter().all(|v| v.device().same_device(&device)));
+        let settings_of_ranks = [
+            claim("`bucket_bytes`", bucket_bytes),
+            claim("`sharded`", sharded),
+            claim("whether gradients go from device to device", ranks.by_device),
+        ];
+        let claims = named.iter().map(parameter).chain(settings_of_ranks).collect();
         let stated = ranks.agree(Ok(Statement { claims, own: identities(&vars) }))?;
         refuse_shared(&stated)?;
         let statement = |opt: &Srkl| {

@@ -116,6 +116,11 @@ impl Ranks {
     pub fn gather_parameters(&self, blocks: &[Block], moved: impl Fn(usize) -> bool) -> Result<()> {
         let size = |block: usize| moved(block).then(|| blocks[block].dtype.size_in_bytes());
         for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
+            if self.by_device {
+                let of_block = |block: usize| blocks[block].var.flatten_all();
+                self.broadcast_on_device(&bucket, of_block)?;
+                continue;
+            }
             let bytes = |segments: &Vec<Segment>| {
                 segments.iter().map(|s| s.range.len() * blocks[s.block].dtype.size_in_bytes()).sum()
             };
@@ -210,21 +215,24 @@ impl Ranks {
         grads: &GradStore,
         stated: &[Vec<u8>],
     ) -> Result<GradStore> {
-        self.or_abort(self.try_sum(blocks, grads, stated))
+        let wires: Vec<Option<Wire>> =
+            (0..).zip(blocks).map(|(i, block)| Wire::new(block, i, stated)).collect();
+        self.or_abort(match self.by_device {
+            true => self.sum_on_device(blocks, grads, &wires),
+            false => self.sum_on_hosts(blocks, grads, &wires),
+        })
     }
 
-    fn try_sum(
+    fn sum_on_hosts(
         &self,
         blocks: &[Block],
         grads: &GradStore,
-        stated: &[Vec<u8>],
+        wires: &[Option<Wire>],
     ) -> Result<GradStore> {
-        let wires: Vec<Option<Wire>> =
-            (0..).zip(blocks).map(|(i, block)| Wire::new(block, i, stated)).collect();
         let size = |block: usize| wires[block].as_ref().map(|wire| wire.sent.size_in_bytes());
         let mut sums: Vec<Option<Gathered>> = vec![];
         let mut done = GradStore::default();
-        for (block, wire) in blocks.iter().zip(&wires) {
+        for (block, wire) in blocks.iter().zip(wires) {
             let sum = wire.as_ref().map(|wire| Gathered::new(block, wire.sum));
             sums.push(match sum {
                 Some(sum) if sum.missing == 0 => {
@@ -234,7 +242,7 @@ impl Ranks {
                 sum => sum,
             });
         }
-        let mut on_host = OnHost::default();
+        let mut on_host = Copies::default();
         for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
             let parts = |size: &dyn Fn(&Wire) -> DType| -> Vec<usize> {
                 let bytes = |segment: &Segment| {
@@ -246,7 +254,7 @@ impl Ranks {
             let own = self.sum_segments(
                 blocks,
                 grads,
-                &wires,
+                wires,
                 &bucket,
                 &parts(&|wire| wire.sent),
                 &mut on_host,
@@ -280,6 +288,107 @@ impl Ranks {
         Ok(done)
     }
 
+    /// The same from device to device, without waiting for one.
+    fn sum_on_device(
+        &self,
+        blocks: &[Block],
+        grads: &GradStore,
+        wires: &[Option<Wire>],
+    ) -> Result<GradStore> {
+        let size = |block: usize| wires[block].as_ref().map(|wire| wire.sent.size_in_bytes());
+        // Each sum, of as many elements as this rank needs.
+        let room = |(block, wire): (&Block, &Option<Wire>)| {
+            let Some(wire) = wire else { return Ok(None) };
+            let len = if block.sharded { block.n } else { block.whole };
+            nothing_or_zeros(len, wire.sum, block.var.device()).map(Some)
+        };
+        let sums: Vec<Option<Tensor>> =
+            blocks.iter().zip(wires).map(room).collect::<Result<_>>()?;
+        let mut in_order = Copies::default();
+        for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
+            let (mut send, mut receive, mut own) = (vec![], vec![], vec![]);
+            for (rank, segments) in bucket.iter().enumerate() {
+                for Segment { block, range } in segments {
+                    let (Some(wire), Some(gradient)) =
+                        (&wires[*block], grads.get_id(blocks[*block].id))
+                    else {
+                        continue;
+                    };
+                    let flat = in_order.get(*block, gradient, range.len(), |gradient| {
+                        gradient.detach().contiguous()?.flatten_all()
+                    })?;
+                    let part = flat.narrow(0, range.start, range.len())?.to_dtype(wire.sent)?;
+                    match rank == self.rank {
+                        true => own.push(part),
+                        false => send.push((rank, part)),
+                    }
+                }
+            }
+            let mut own = own.into_iter();
+            let mut terms: Vec<Vec<Option<Tensor>>> = vec![];
+            for Segment { block, range } in &bucket[self.rank] {
+                let Some(wire) = &wires[*block] else { continue };
+                let mut of_ranks = vec![];
+                for (rank, added) in wire.added.iter().enumerate() {
+                    of_ranks.push(match added {
+                        None => None,
+                        Some(_) if rank == self.rank => own.next(),
+                        Some(_) => {
+                            let device = blocks[*block].var.device();
+                            let room = Tensor::zeros(range.len(), wire.sent, device)?;
+                            receive.push((rank, room.clone()));
+                            Some(room)
+                        }
+                    });
+                }
+                terms.push(of_ranks);
+            }
+            self.on_device(|devices| devices.send_and_receive(&send, &receive))?;
+            for (Segment { block, range }, of_ranks) in bucket[self.rank].iter().zip(terms) {
+                let (Some(wire), Some(sum)) = (&wires[*block], &sums[*block]) else { continue };
+                let terms = of_ranks.into_iter().zip(&wire.added);
+                let terms = terms.map(|(term, added)| match (term, added) {
+                    (Some(term), Some(added)) => term.to_dtype(*added).map(Some),
+                    _ => Ok(None),
+                });
+                if let Some(total) = tree(terms.collect::<Result<_>>()?)? {
+                    let start = if blocks[*block].sharded { blocks[*block].first } else { 0 };
+                    sum.slice_set(&total.to_dtype(wire.sum)?, 0, range.start - start)?;
+                }
+            }
+            if !self.sharded {
+                let of_block = |block: usize| match &sums[block] {
+                    Some(sum) => Ok(sum.clone()),
+                    None => bail!("there is no sum"),
+                };
+                self.broadcast_on_device(&bucket, of_block)?;
+            }
+        }
+        let mut done = GradStore::default();
+        for (block, sum) in blocks.iter().zip(sums) {
+            if let Some(sum) = sum {
+                let sum = if block.sharded { sum } else { sum.reshape(&block.shape)? };
+                done.insert_id(block.id, sum);
+            }
+        }
+        Ok(done)
+    }
+
+    /// Completes flat tensors by the segments that other ranks have.
+    fn broadcast_on_device(
+        &self,
+        bucket: &[Vec<Segment>],
+        of_block: impl Fn(usize) -> Result<Tensor>,
+    ) -> Result<()> {
+        let mut parts = vec![];
+        for (rank, segments) in bucket.iter().enumerate() {
+            for Segment { block, range } in segments {
+                parts.push((rank, of_block(*block)?.narrow(0, range.start, range.len())?));
+            }
+        }
+        self.on_device(|devices| devices.broadcast(&parts))
+    }
+
     /// The sums of those segments of a bucket that this rank adds up. `parts` are the bytes that are sent to each.
     fn sum_segments(
         &self,
@@ -288,14 +397,19 @@ impl Ranks {
         wires: &[Option<Wire>],
         bucket: &[Vec<Segment>],
         parts: &[usize],
-        on_host: &mut OnHost,
+        on_host: &mut Copies,
     ) -> Result<Vec<u8>> {
         let mut sent = Vec::with_capacity(parts.iter().sum());
         for Segment { block, range } in bucket.iter().flatten() {
             let Some(wire) = &wires[*block] else { continue };
             match grads.get_id(blocks[*block].id) {
                 Some(gradient) => {
-                    let gradient = on_host.get(*block, gradient, range.len())?;
+                    let gradient = match gradient.device().is_cpu() {
+                        true => gradient.clone(),
+                        false => on_host.get(*block, gradient, range.len(), |gradient| {
+                            gradient.to_device(&Device::Cpu)
+                        })?,
+                    };
                     append(&gradient, range.clone(), wire.sent, &mut sent)?;
                 }
                 None => sent.resize(sent.len() + range.len() * wire.sent.size_in_bytes(), 0),
@@ -353,56 +467,87 @@ struct Gathered {
     span: Range<usize>,
     /// How many of them are missing.
     missing: usize,
-    dtype: DType,
-    bytes: Vec<u8>,
+    values: Values,
+}
+
+/// The numbers of a sum.
+enum Values {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
 }
 
 impl Gathered {
     fn new(block: &Block, dtype: DType) -> Self {
         let span = if block.sharded { block.first..block.first + block.n } else { 0..block.whole };
-        Self { missing: span.len(), span, dtype, bytes: vec![] }
+        let values = match dtype {
+            DType::F64 => Values::F64(vec![]),
+            _ => Values::F32(vec![]),
+        };
+        Self { missing: span.len(), span, values }
     }
 
     /// Puts the first of `bytes` in their place, and returns the others.
     fn put<'b>(&mut self, range: &Range<usize>, bytes: &'b [u8]) -> &'b [u8] {
-        let size = self.dtype.size_in_bytes();
-        let (own, rest) = bytes.split_at(range.len() * size);
-        self.bytes.resize(self.span.len() * size, 0);
-        self.bytes[(range.start - self.span.start) * size..][..own.len()].copy_from_slice(own);
+        fn put<T: Copy + Default, const N: usize>(
+            values: &mut Vec<T>,
+            (all, start, len): (usize, usize, usize),
+            bytes: &[u8],
+            of_bytes: impl Fn([u8; N]) -> T,
+        ) -> usize {
+            // Allocated when the first ones come.
+            values.resize(all, T::default());
+            let from = bytes[..len * N].as_chunks().0;
+            values[start..].iter_mut().zip(from).for_each(|(x, bytes)| *x = of_bytes(*bytes));
+            len * N
+        }
+        let place = (self.span.len(), range.start - self.span.start, range.len());
         self.missing -= range.len();
-        rest
+        let taken = match &mut self.values {
+            Values::F32(values) => put(values, place, bytes, f32::from_le_bytes),
+            Values::F64(values) => put(values, place, bytes, f64::from_le_bytes),
+        };
+        &bytes[taken..]
     }
 
     fn finish(self, block: &Block) -> Result<Tensor> {
-        let device = block.var.device();
-        let sum = match self.bytes.is_empty() {
-            // Nothing can't be copied to a CUDA device.
-            true => Tensor::zeros(1, self.dtype, device)?.narrow(0, 0, 0)?,
-            false => of_bytes(&self.bytes, self.dtype)?.to_device(device)?,
+        let (n, device) = (self.span.len(), block.var.device());
+        let sum = match self.values {
+            Values::F32(_) if n == 0 => nothing_or_zeros(0, DType::F32, device)?,
+            Values::F64(_) if n == 0 => nothing_or_zeros(0, DType::F64, device)?,
+            Values::F32(values) => Tensor::from_vec(values, n, &Device::Cpu)?.to_device(device)?,
+            Values::F64(values) => Tensor::from_vec(values, n, &Device::Cpu)?.to_device(device)?,
         };
         if block.sharded { Ok(sum) } else { sum.reshape(&block.shape) }
     }
 }
 
-/// Gradients of devices, copied to the host, until all of their elements have been sent.
+/// What was made of gradients, until all of their elements have been sent.
 #[derive(Default)]
-struct OnHost(HashMap<usize, (Tensor, usize)>);
+struct Copies(HashMap<usize, (Tensor, usize)>);
 
-impl OnHost {
-    /// The gradient of a block, of which `len` elements are sent now.
-    fn get(&mut self, block: usize, gradient: &Tensor, len: usize) -> Result<Tensor> {
-        if gradient.device().is_cpu() {
-            return Ok(gradient.clone());
-        }
+impl Copies {
+    /// What `copy` makes of the gradient of a block, of which `len` elements are sent now.
+    fn get(
+        &mut self,
+        block: usize,
+        gradient: &Tensor,
+        len: usize,
+        copy: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (copy, left) = match self.0.remove(&block) {
             Some(copied) => copied,
-            None => (gradient.to_device(&Device::Cpu)?, gradient.elem_count()),
+            None => (copy(gradient)?, gradient.elem_count()),
         };
         if left > len {
             self.0.insert(block, (copy.clone(), left - len));
         }
         Ok(copy)
     }
+}
+
+/// Zeros, or nothing: a CUDA device can't allocate 0 bytes.
+fn nothing_or_zeros(len: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    Tensor::zeros(len.max(1), dtype, device)?.narrow(0, 0, len)
 }
 
 /// Elements of a parameter that are sent together.

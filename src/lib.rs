@@ -47,6 +47,7 @@
 //! | feature | what |
 //! |---|---|
 //! | `cuda` | steps on CUDA devices; needs nvcc to build and a driver to run |
+//! | `nccl` | ranks whose CUDA devices talk by NCCL: `Nccl`; needs its library to build and run |
 //! | `mpi` | ranks that are processes started by `mpirun`: `Mpi`; needs an MPI library and libclang to build |
 //! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] |
 //!
@@ -95,7 +96,9 @@ pub use averages::Averaged;
 pub use builder::SrklBuilder;
 #[cfg(feature = "mpi")]
 pub use collective::Mpi;
-pub use collective::{Collective, Threads};
+#[cfg(feature = "nccl")]
+pub use collective::Nccl;
+pub use collective::{Collective, OnDevice, Tcp, Threads};
 pub use dropout::Dropout;
 pub use estimate::Measurements;
 pub use matrices::hidden_matrices;

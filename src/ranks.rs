@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Error, Result, bail};
 
-use crate::collective::Collective;
+use crate::collective::{Collective, OnDevice};
 
 /// The largest message of a rank, in bytes, unless set.
 pub(crate) const BUCKET_BYTES: usize = 4 << 20;
@@ -20,6 +20,8 @@ pub(crate) struct Ranks {
     pub bucket_bytes: usize,
     /// Whether each keeps the state of its shard alone.
     pub sharded: bool,
+    /// Whether gradients and parameters go from device to device.
+    pub by_device: bool,
 }
 
 /// What must be equal on all ranks: what it is called, and its value.
@@ -49,7 +51,8 @@ impl Ranks {
             bail!("`collective`: expected a rank below its `world_size` {world_size}, got {rank}")
         }
         let collective = Arc::new(Mutex::new(collective));
-        let ranks = Self { collective, rank, world_size, bucket_bytes, sharded };
+        let by_device = false;
+        let ranks = Self { collective, rank, world_size, bucket_bytes, sharded, by_device };
         Ok((world_size > 1).then_some(ranks))
     }
 
@@ -63,6 +66,18 @@ impl Ranks {
 
     pub fn all_gather(&self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
         self.collective().all_gather(whole, parts)
+    }
+
+    /// Runs `f` with what moves tensors from device to device.
+    ///
+    /// # Errors
+    ///
+    /// Those of `f`, and a transport that does not.
+    pub fn on_device<T>(&self, f: impl FnOnce(&mut dyn OnDevice) -> Result<T>) -> Result<T> {
+        match self.collective().on_device() {
+            Some(devices) => f(devices),
+            None => bail!("the ranks' transport does not go from device to device"),
+        }
     }
 
     /// For what can't be undone: all ranks are told of an error, if that is possible.

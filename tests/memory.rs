@@ -3,11 +3,15 @@
 
 mod common;
 
+use std::sync::Barrier;
+use std::thread;
+
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
     Average, AverageFormat, MasterWeights, NonFinite, ParamsSrkl, Rounding, Scope, Srkl,
-    StateFormat,
+    StateFormat, Threads,
 };
 use peak_alloc::PeakAlloc;
 
@@ -57,6 +61,7 @@ fn a_step_allocates_little() -> Result<()> {
     }
     products_alone()?;
     state_takes_what_the_docs_say()?;
+    a_shard_takes_its_part_of_the_state()?;
     a_checkpoint_is_written_by_tensors()
 }
 
@@ -108,6 +113,73 @@ fn state_takes_what_the_docs_say() -> Result<()> {
         drop(opt);
     }
     Ok(())
+}
+
+/// Of N ranks with sharded state each keeps an Nth of it, within a chunk; a step allocates the sums of its shard, and three
+/// buckets.
+fn a_shard_takes_its_part_of_the_state() -> Result<()> {
+    let n = 3_000_001;
+    for world_size in [2, 4] {
+        for params in [ParamsSrkl::adamw(1e-3), ParamsSrkl::braked_adam_averaged()] {
+            let state = if params.average.is_some() { 16. } else { 12. };
+            let kept = ranks_of(world_size, |rank| {
+                let var = Var::zeros(n, DType::BF16, &Device::Cpu)?;
+                let builder = Srkl::builder().default_group(params.clone()).sharded(true);
+                let builder = builder.collective(rank).bucket_bytes(1 << 18);
+                let store = grads([(&var, Tensor::ones(n, DType::BF16, &Device::Cpu)?)]);
+                Ok((builder.build([("w".to_string(), var)])?, store))
+            })?;
+            // `Threads` keep the last message.
+            let most = state * (n as f64 / world_size as f64 + 8192.) + f64::from(1 << 18);
+            assert!(kept.0 <= most, "{} of {most}: {world_size}, {params:?}", kept.0);
+            let most = 4. * n as f64 / world_size as f64 + 5. * f64::from(1 << 18) + 200_000.;
+            assert!(kept.1 <= most, "{} of {most}: {world_size}, {params:?}", kept.1);
+        }
+    }
+    Ok(())
+}
+
+/// The bytes that each of several ranks keeps for its optimizer, and takes at most in a step that does not measure, on average.
+fn ranks_of(
+    world_size: usize,
+    build: impl Fn(Threads) -> Result<(Srkl, GradStore)> + Sync,
+) -> Result<(f64, f64)> {
+    let together = Barrier::new(world_size + 1);
+    let run = &|rank| {
+        let train = || -> Result<()> {
+            let (mut opt, store) = build(rank)?;
+            for _ in 0..2 {
+                opt.skip_measurement();
+                opt.step(&store)?;
+                together.wait();
+                together.wait();
+            }
+            Ok(())
+        };
+        // Others would wait for it.
+        if let Err(e) = train() {
+            eprintln!("{e}");
+            std::process::abort();
+        }
+    };
+    thread::scope(|scope| {
+        let before = ALLOCATOR.current_usage();
+        let start = |rank| scope.spawn(move || run(rank));
+        let ranks: Vec<_> = Threads::new(world_size).into_iter().map(start).collect();
+        together.wait();
+        // Parameters and gradients.
+        let given = world_size * 4 * 3_000_001;
+        let kept = ALLOCATOR.current_usage() - before - given;
+        ALLOCATOR.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        together.wait();
+        together.wait();
+        let more = ALLOCATOR.peak_usage() - before;
+        together.wait();
+        ranks.into_iter().for_each(|rank| rank.join().expect("no panic"));
+        let count = world_size as f64;
+        Ok((kept as f64 / count, more as f64 / count))
+    })
 }
 
 /// With Muon a step allocates the products of one matrix at a time: two squares of the shorter side, and one matrix.

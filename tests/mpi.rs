@@ -59,7 +59,9 @@ fn the_bits_of_one_process() -> Result<()> {
     if is_rank() {
         let (builder, var) = build()?;
         let named = [("w".to_string(), var.clone())];
-        let mut opt = builder.collective(Mpi::new()?).bucket_bytes(10_000).build(named)?;
+        let sharded = env::var("HOW").unwrap() == "sharded";
+        let builder = builder.collective(Mpi::new()?).bucket_bytes(10_000).sharded(sharded);
+        let mut opt = builder.build(named)?;
         let folder = PathBuf::from(env::var_os("FOLDER").unwrap());
         let left = train(&mut opt, &var, &folder.join("state"))?;
         let bytes: Vec<u8> = left.iter().flat_map(|bits| bits.to_le_bytes()).collect();
@@ -72,15 +74,15 @@ fn the_bits_of_one_process() -> Result<()> {
     let left = train(&mut opt, &var, &folder.path().join("one"))?;
     let expected: Vec<u8> = left.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     let state = contents(&folder.path().join("one"))?;
-    for world_size in [2, 4] {
-        let output = mpirun("the_bits_of_one_process", world_size, folder.path(), "");
+    for (world_size, how) in [(2, ""), (4, ""), (2, "sharded"), (4, "sharded")] {
+        let output = mpirun("the_bits_of_one_process", world_size, folder.path(), how);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         for rank in 0..world_size {
             let path = folder.path().join(format!("rank {rank}"));
-            assert!(std::fs::read(&path)? == expected, "rank {rank} of {world_size}");
+            assert!(std::fs::read(&path)? == expected, "rank {rank} of {world_size} {how}");
             std::fs::remove_file(path)?;
         }
-        assert!(contents(&folder.path().join("state"))? == state, "{world_size}");
+        assert!(contents(&folder.path().join("state"))? == state, "{world_size} {how}");
     }
     Ok(())
 }
@@ -92,11 +94,13 @@ fn ranks_that_fail() -> Result<()> {
         let var = var(&[1.; 5000], DType::F32)?;
         let named = [("w".to_string(), var.clone())];
         let builder = Srkl::builder().default_group(ParamsSrkl::adamw(1e-2));
-        let mut opt = builder.collective(Mpi::new()?).build(named)?;
         let how = env::var("HOW").unwrap();
+        let (how, sharded) =
+            how.split_once(' ').map_or((how.as_str(), false), |(how, _)| (how, true));
+        let mut opt = builder.collective(Mpi::new()?).sharded(sharded).build(named)?;
         for step in 0..3 {
             let bad = step == 2 && opt.rank() == 1;
-            match how.as_str() {
+            match how {
                 "leaves" if bad => return Ok(()),
                 "panics" if bad => panic!("on purpose"),
                 "killed" if bad => std::process::abort(),
@@ -121,6 +125,9 @@ fn ranks_that_fail() -> Result<()> {
         ("leaves", "rank 1 has left", &[]),
         ("panics", "", &["on purpose", "MPI_ABORT"]),
         ("killed", "", &["signal"]),
+        ("shape sharded", "rank 1: gradient of `w`", &[]),
+        ("leaves sharded", "rank 1 has left", &[]),
+        ("panics sharded", "", &["on purpose", "MPI_ABORT"]),
     ] {
         let folder = tempfile::tempdir()?;
         let output = mpirun("ranks_that_fail", 3, folder.path(), how);

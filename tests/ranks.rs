@@ -61,7 +61,7 @@ fn train(
     let run = |rank| {
         let share = Share {
             micro_batches,
-            rank: Some(Arc::new(Mutex::new(rank))),
+            rank: Some(Arc::new(Mutex::new(Box::new(rank)))),
             bucket_bytes,
             sharded,
             folder: Some(folder.path().to_path_buf()),
@@ -135,7 +135,7 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
         let run = |rank| {
             let share = Share {
                 micro_batches: 4,
-                rank: Some(Arc::new(Mutex::new(rank))),
+                rank: Some(Arc::new(Mutex::new(Box::new(rank)))),
                 bucket_bytes: 20_000,
                 sharded,
                 folder: Some(folder.path().to_path_buf()),

@@ -14,7 +14,7 @@
 //! ```sh
 //! cargo run --release --example char_lm -- --accumulate 4 --ranks 2
 //! cargo build --release --example char_lm --features mpi
-//! mpirun -n 4 target/release/examples/char_lm --accumulate 4 --mpi
+//! mpirun -n 4 target/release/examples/char_lm --accumulate 4 --mpi --sharded
 //! ```
 
 mod checkpoint;
@@ -63,6 +63,9 @@ struct Options {
     #[cfg(feature = "mpi")]
     #[arg(long, conflicts_with = "ranks")]
     mpi: bool,
+    /// Each rank keeps the state of a part of the parameters alone
+    #[arg(long)]
+    sharded: bool,
     /// Print the losses every so many steps
     #[arg(long, value_name = "STEPS", default_value = "500", value_parser = value_parser!(u64).range(1..))]
     report_every: u64,
@@ -143,6 +146,7 @@ fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
     let text = Text::load()?;
     let prompt = text.encode(&options.prompt).context("--prompt")?;
     ensure!(!prompt.is_empty(), "--prompt: expected a character at least");
+    let rank = rank.map(|rank| (rank, options.sharded));
     let mut training = Training::new(&options.settings, &text, &device, rank)?;
     let leads = training.optimizer.rank() == 0;
     if let Some(out) = &options.out {
@@ -158,14 +162,16 @@ fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
     }
 
     train(&mut training, options)?;
-    if !leads {
-        return Ok(());
-    }
-    if let Some(out) = &options.out {
+    if let Some(out) = options.out.as_ref().filter(|_| leads || options.sharded) {
         // The averaged weights, if there are any; those of the checkpoint never are.
         let path = out.join("model.safetensors");
-        training.evaluate(|model| Ok(model.varmap.save(&path)?))?;
-        println!("wrote {}", path.display());
+        training.evaluate(|model| if leads { Ok(model.varmap.save(&path)?) } else { Ok(()) })?;
+        if leads {
+            println!("wrote {}", path.display());
+        }
+    }
+    if !leads && !options.sharded {
+        return Ok(());
     }
 
     let Settings { context, seed, .. } = options.settings;
@@ -175,7 +181,9 @@ fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
         let (count, temperature) = (options.sample, options.temperature);
         sample::extend(&mut tokens, count, model, context, temperature, &mut rng, &device)
     })?;
-    println!("\n{}", text.decode(&tokens));
+    if leads {
+        println!("\n{}", text.decode(&tokens));
+    }
     Ok(())
 }
 
@@ -205,18 +213,22 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
             bar.set_message(format!("loss {:.3}", loss.to_scalar::<f32>()?));
         }
         losses.push(loss);
-        // The parameters are the same on all.
-        if leads && (step.is_multiple_of(options.report_every) || step == steps) {
+        // The parameters are the same on all; but averages are sharded.
+        if (leads || options.sharded)
+            && (step.is_multiple_of(options.report_every) || step == steps)
+        {
             let loss = Tensor::stack(&losses, 0)?.mean_all()?.to_scalar::<f32>()?;
             losses.clear();
             let held_out = training.held_out()?;
-            if let Some(path) = &path {
+            if let Some(path) = path.as_ref().filter(|_| leads) {
                 let (gradients, loss) = (training.gradients()?, loss.into());
                 points.push(Point { step, gradients, seconds, loss, held_out });
                 curve::write(path, &points)?;
             }
             let phi = training.phi()?.map_or("-".into(), |phi| format!("{phi:.2e}"));
-            bar.suspend(|| println!("{step:>7}  {loss:>13.4}  {held_out:>13.4}  {phi:>9}"));
+            if leads {
+                bar.suspend(|| println!("{step:>7}  {loss:>13.4}  {held_out:>13.4}  {phi:>9}"));
+            }
             ensure!(held_out.is_finite(), "the training has diverged");
         }
         if let Some(out) = &options.out

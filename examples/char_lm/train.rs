@@ -197,7 +197,7 @@ impl<'a> Training<'a> {
         settings: &Settings,
         text: &'a Text,
         device: &Device,
-        rank: Option<Box<dyn Collective>>,
+        rank: Option<(Box<dyn Collective>, bool)>,
     ) -> Result<Self> {
         let &Settings { context, width, heads, layers, seed, dtype, .. } = settings;
         let vocabulary = text.alphabet.len();
@@ -278,13 +278,13 @@ impl<'a> Training<'a> {
 fn optimizer(
     settings: &Settings,
     model: &Transformer,
-    rank: Option<Box<dyn Collective>>,
+    rank: Option<(Box<dyn Collective>, bool)>,
 ) -> Result<Srkl> {
     let params = settings.params();
     let no_decay = ParamsSrkl { weight_decay: 0., ..params.clone() };
     let mut builder = Srkl::builder().default_group(params);
-    if let Some(rank) = rank {
-        builder = builder.collective(rank);
+    if let Some((rank, sharded)) = rank {
+        builder = builder.collective(rank).sharded(sharded);
     }
     Ok(builder.group("no_decay", no_decay, |_, var| var.rank() < 2).build_varmap(&model.varmap)?)
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{Collective, Curvature, ParamsSrkl, Srkl, Threads};
+use candle_srkl::{Collective, Curvature, OnDevice, ParamsSrkl, Srkl};
 
 use super::{FLOATS, bits, contents, grads, tensor};
 
@@ -111,7 +111,6 @@ fn gradients(
 }
 
 /// The part that a rank has of a training.
-#[derive(Debug)]
 pub struct Share {
     /// Of all ranks. If it is 1, gradients are not accumulated.
     pub micro_batches: u64,
@@ -124,7 +123,7 @@ pub struct Share {
 }
 
 /// A rank that may be put into several optimizers, one after the other.
-pub type Rank = Arc<Mutex<Threads>>;
+pub type Rank = Arc<Mutex<Box<dyn Collective>>>;
 
 impl Share {
     pub const ALL: Self =
@@ -162,6 +161,32 @@ impl Collective for Shared {
     }
     fn abort(&mut self, why: &str) {
         self.0.lock().unwrap().abort(why);
+    }
+    fn on_device(&mut self) -> Option<&mut dyn OnDevice> {
+        let goes = self.0.lock().unwrap().on_device().is_some();
+        goes.then_some(self)
+    }
+}
+
+impl Shared {
+    fn with_devices<T>(&self, f: impl FnOnce(&mut dyn OnDevice) -> T) -> T {
+        f(self.0.lock().unwrap().on_device().expect("it goes from device to device"))
+    }
+}
+
+impl OnDevice for Shared {
+    fn device(&self) -> Device {
+        self.with_devices(|devices| devices.device())
+    }
+    fn send_and_receive(
+        &mut self,
+        send: &[(usize, Tensor)],
+        receive: &[(usize, Tensor)],
+    ) -> Result<()> {
+        self.with_devices(|devices| devices.send_and_receive(send, receive))
+    }
+    fn broadcast(&mut self, parts: &[(usize, Tensor)]) -> Result<()> {
+        self.with_devices(|devices| devices.broadcast(parts))
     }
 }
 

@@ -1,0 +1,212 @@
+//! Ranks whose tensors go from device to device, by NCCL.
+
+use std::ffi::c_char;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDType;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, DType, Device, Error, InplaceOp1, Layout, Result, Tensor,
+    bail,
+};
+use cudarc::nccl::{Comm, Id, NcclType, group_end, group_start};
+use half::{bf16, f16};
+
+use super::{Collective, OnDevice};
+
+/// Ranks that have a CUDA device each, in processes or threads of their own, between whose devices NCCL moves gradients and
+/// parameters: feature `nccl`.
+///
+/// ```no_run
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap, linear};
+/// use candle_srkl::{Nccl, ParamsSrkl, Srkl, Tcp};
+///
+/// # let (rank, world_size) = (0, 2);
+/// let device = Device::new_cuda(rank)?;
+/// let varmap = VarMap::new();
+/// let model = linear(4, 2, VarBuilder::from_varmap(&varmap, DType::F32, &device))?;
+/// let hosts = Tcp::new("127.0.0.1:29400", rank, world_size)?;
+/// let mut opt = Srkl::builder()
+///     .default_group(ParamsSrkl::braked_adam())
+///     .collective(Nccl::new(hosts, &device)?)
+///     .build_varmap(&varmap)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// What ranks agree on goes between the hosts, by another [`Collective`]: [`Tcp`](crate::Tcp), [`Threads`](crate::Threads) or
+/// `Mpi`. So an error of one is an error of all before anything is launched, and no rank waits for a device to find that out.
+///
+/// All parameters must be on the device; if they are not, everything goes by way of the hosts.
+pub struct Nccl {
+    hosts: Box<dyn Collective>,
+    comm: Comm,
+    device: CudaDevice,
+}
+
+// SAFETY: a communicator may be used by any thread, one at a time, and all methods that use it take `&mut self`.
+unsafe impl Send for Nccl {}
+
+impl Nccl {
+    /// Waits until all ranks have come. They talk to each other by `hosts`; `device` is this one's own.
+    ///
+    /// # Errors
+    ///
+    /// A device that is no CUDA device, on any rank; what `hosts` or NCCL refuse, as two ranks on one device.
+    pub fn new(hosts: impl Collective + 'static, device: &Device) -> Result<Self> {
+        let mut hosts: Box<dyn Collective> = Box::new(hosts);
+        let (rank, world_size) = (hosts.rank(), hosts.world_size());
+        // Whoever could not begin would let the others wait.
+        let begun = device.as_cuda_device().map(CudaDevice::clone).and_then(|device| {
+            let id = if rank == 0 { Some(named("ncclGetUniqueId", Id::new())?) } else { None };
+            let bytes = id.map_or(vec![], |id| id.internal().map(|byte| byte as u8).to_vec());
+            Ok((device, bytes))
+        });
+        let told = match &begun {
+            Ok((_, id)) => hosts.exchange(&[&[1], &id[..]].concat()),
+            Err(e) => hosts.exchange(&[&[0], e.to_string().as_bytes()].concat()),
+        }?;
+        for (rank, told) in told.iter().enumerate() {
+            if told.first() != Some(&1) {
+                let why = String::from_utf8_lossy(told.get(1..).unwrap_or_default());
+                bail!("`Nccl::new`: rank {rank}: {why}")
+            }
+        }
+        let (device, _) = begun?;
+        let mut id = [0; 128];
+        for (to, from) in id.iter_mut().zip(&told[0][1..]) {
+            *to = *from as c_char;
+        }
+        let stream = device.cuda_stream();
+        let comm = Comm::from_rank(stream, rank, world_size, Id::uninit(id));
+        Ok(Self { hosts, comm: named("ncclCommInitRank", comm)?, device })
+    }
+
+    /// Runs calls as one group: they begin together.
+    fn group(&self, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        named("ncclGroupStart", group_start())?;
+        let called = calls();
+        let ended = named("ncclGroupEnd", group_end());
+        called.and(ended.map(|_| ()))
+    }
+}
+
+/// The result of a function of NCCL.
+fn named<T, E: std::fmt::Debug>(function: &str, result: std::result::Result<T, E>) -> Result<T> {
+    result.map_err(|e| Error::msg(format!("{function}: {e:?}")))
+}
+
+/// What happens to the elements of a tensor.
+#[derive(Clone, Copy)]
+enum Call {
+    SendTo(usize),
+    ReceiveFrom(usize),
+    BroadcastFrom(usize),
+}
+
+/// A call with a contiguous tensor, in place.
+struct InPlace<'a> {
+    comm: &'a Comm,
+    call: Call,
+}
+
+impl InPlace<'_> {
+    fn run<T: CudaDType + NcclType>(
+        &self,
+        storage: &mut CudaStorage,
+        layout: &Layout,
+    ) -> Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            bail!("expected a contiguous tensor")
+        };
+        if storage.device().cuda_stream().context() != self.comm.context() {
+            bail!("expected a tensor on the device of this rank")
+        }
+        let mut elements = storage.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
+        match self.call {
+            Call::SendTo(rank) => named("ncclSend", self.comm.send(&elements, rank as i32)),
+            Call::ReceiveFrom(rank) => {
+                named("ncclRecv", self.comm.recv(&mut elements, rank as i32)).map(|_| ())
+            }
+            Call::BroadcastFrom(rank) => {
+                let done = self.comm.broadcast_in_place(&mut elements, rank as i32);
+                named("ncclBroadcast", done).map(|_| ())
+            }
+        }
+    }
+}
+
+impl InplaceOp1 for InPlace<'_> {
+    fn name(&self) -> &'static str {
+        "srkl-nccl"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("expected a tensor on a CUDA device")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        match storage.dtype() {
+            DType::F32 => self.run::<f32>(storage, layout),
+            DType::F64 => self.run::<f64>(storage, layout),
+            DType::BF16 => self.run::<bf16>(storage, layout),
+            DType::F16 => self.run::<f16>(storage, layout),
+            dtype => bail!("expected a tensor of f32, f64, bf16 or f16, got {dtype:?}"),
+        }
+    }
+}
+
+impl OnDevice for Nccl {
+    fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    fn send_and_receive(
+        &mut self,
+        send: &[(usize, Tensor)],
+        receive: &[(usize, Tensor)],
+    ) -> Result<()> {
+        let comm = &self.comm;
+        self.group(|| {
+            for (rank, tensor) in send {
+                tensor.inplace_op1(&InPlace { comm, call: Call::SendTo(*rank) })?;
+            }
+            for (rank, tensor) in receive {
+                tensor.inplace_op1(&InPlace { comm, call: Call::ReceiveFrom(*rank) })?;
+            }
+            Ok(())
+        })
+    }
+
+    fn broadcast(&mut self, parts: &[(usize, Tensor)]) -> Result<()> {
+        let comm = &self.comm;
+        self.group(|| {
+            parts.iter().try_for_each(|(rank, tensor)| {
+                tensor.inplace_op1(&InPlace { comm, call: Call::BroadcastFrom(*rank) })
+            })
+        })
+    }
+}
+
+impl Collective for Nccl {
+    fn rank(&self) -> usize {
+        self.hosts.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.hosts.world_size()
+    }
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        self.hosts.all_to_all(from, parts, to)
+    }
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        self.hosts.all_gather(whole, parts)
+    }
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.hosts.exchange(own)
+    }
+    fn abort(&mut self, why: &str) {
+        self.hosts.abort(why);
+    }
+    fn on_device(&mut self) -> Option<&mut dyn OnDevice> {
+        Some(self)
+    }
+}
