@@ -76,6 +76,10 @@
 #define SRKL_SUM_AVERAGE 5    // its average
 #define SRKL_SUM_PARAMETERS 6 // the squares of all parameters, for telemetry
 
+// What else srkl_gather makes of the sums of all ranks.
+#define SRKL_SUM_UPDATE 7        // the sums over a step
+#define SRKL_STATISTICS_OF_ALL 8 // decisions
+
 // What a product with the Hessian comes to: `Probe` in src/estimate.rs.
 #define SRKL_FINITE 0
 #define SRKL_INFINITE 1
@@ -116,8 +120,10 @@ typedef struct {
     unsigned long long whole;       // all elements of the parameter
     unsigned long long first_chunk; // the number of its first chunk among those of all blocks
     unsigned long long chunk_count;
-    SrklGradient orthogonal; // of SRKL_MUON: what its matrices are orthogonalised in
-    double matrix_scale;     // and what they are multiplied by then
+    unsigned long long all_first; // where `order` has its chunks, of all ranks
+    unsigned long long all_count; // and their number
+    SrklGradient orthogonal;      // of SRKL_MUON: what its matrices are orthogonalised in
+    double matrix_scale;          // and what they are multiplied by then
     unsigned int dtype;
     unsigned int group;
     unsigned int from_end; // whether its last chunk is updated first
@@ -284,6 +290,12 @@ typedef struct {
     unsigned long long chunk_count;
     unsigned long long stages; // what this launch does
     unsigned long long steps;  // taken before, if the host decides; else `state` has them
+    // What ranks with sharded state exchange. Each has its own part of these, at `chunk_sums` and so on.
+    unsigned long long all_sums;       // SrklSums[]: by rank and chunk
+    unsigned long long all_pairs;      // SrklPair[]: likewise
+    unsigned long long all_statistics; // SrklStatistics[world_size * block_count]
+    unsigned long long order;      // unsigned long long[]: the places of the chunks of each block in these
+    unsigned long long world_size; // 0 if nothing is sharded
 } SrklTable;
 
 // A matrix of SRKL_MUON. Written once.
@@ -307,7 +319,7 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 144 && offsetof(SrklBlock, place) == 132, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 160 && offsetof(SrklBlock, place) == 148, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
 static_assert(sizeof(SrklGroup) == 152 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
@@ -322,5 +334,5 @@ static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72,
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
 static_assert(sizeof(SrklMatrix) == 40 && offsetof(SrklMatrix, chunk_count) == 32, "SrklMatrix");
 static_assert(sizeof(SrklMatrices) == 48 && offsetof(SrklMatrices, chunk_count) == 40, "SrklMatrices");
-static_assert(sizeof(SrklTable) == 200 && offsetof(SrklTable, steps) == 192, "SrklTable");
+static_assert(sizeof(SrklTable) == 240 && offsetof(SrklTable, steps) == 192, "SrklTable");
 #endif

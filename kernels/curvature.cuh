@@ -227,7 +227,7 @@ __device__ inline void finish_directions(const SrklTable &table, u32 what, u64 b
     const SrklPair total = {totals.sums.a, totals.sums.b};
     adjust(((SrklDecision *)table.decisions)[b], ((const SrklGroup *)table.groups)[block.group],
            *(const SrklScalars *)table.scalars, read_pair(&((const SrklPair *)table.pairs)[b]),
-           (double)block.n, total, totals.n, ((const SrklEstimate *)table.estimates)[b].still,
+           (double)block.whole, total, totals.n, ((const SrklEstimate *)table.estimates)[b].still,
            what == SRKL_SUM_MEASURING);
 }
 
@@ -274,7 +274,7 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         [&](u64 b) {
             SrklPair own = {0., 0.};
             if (!counts(table, what, b)) return own;
-            own.a = (double)((const SrklBlock *)table.blocks)[b].n;
+            own.a = (double)((const SrklBlock *)table.blocks)[b].whole;
             if (what == SRKL_SUM_STEP) own.b = step_metric(((const SrklStepSums *)table.step_sums)[b]);
             return own;
         },

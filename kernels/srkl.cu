@@ -31,6 +31,7 @@
 
 #include "curvature.cuh"
 #include "dropout.cuh"
+#include "gather.cuh"
 #include "orthogonal.cuh"
 #include "packed.cuh"
 #include "replace.cuh"
@@ -124,9 +125,6 @@ __device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.reset_master = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].reset_master);
     if (table.stages & SRKL_COUNT) {
         const bool found_inf = __ldcg(&((const SrklState *)table.state)->found_inf);
-        const bool present = work.gradient.address != 0 && work.block_step.group.lr > 0.;
-        if (work.start == 0 && present && !work.block_step.decision.moves && !found_inf)
-            ((u64 *)table.skipped)[work.b]++;
         if (found_inf) work.block_step.decision.moves = 0;
     }
     if (PACKED && is_packed(work.block, work.block_step.group)) {
@@ -208,12 +206,15 @@ __device__ inline void run_statistics(const SrklTable &table, Work &work, int le
     }
 }
 
-// Stores the products of decays after the step of block `b`, if it moved. Its decision may have been written
-// in this launch: bypasses L1.
-__device__ inline void take_powers(const SrklTable &table, u64 b) {
+// Counts the step of block `b`: stores the products of decays after it, if it moved. Its decision may have
+// been written in this launch: bypasses L1.
+__device__ inline void count_block(const SrklTable &table, u64 b) {
     const SrklDecision *decision = &((const SrklDecision *)table.decisions)[b];
     SrklPowers *powers = &((SrklPowers *)table.powers)[b];
-    if (!__ldcg(&decision->moves)) return;
+    if (!__ldcg(&decision->moves)) {
+        if (has_gradient(table, b)) ((u64 *)table.skipped)[b]++;
+        return;
+    }
     powers->first = __ldcg(&decision->powers.first);
     powers->second = __ldcg(&decision->powers.second);
     powers->average = __ldcg(&decision->powers.average);
@@ -229,7 +230,7 @@ __device__ inline void leave(const SrklTable &table, Work &work) {
     for (u64 b = thread_number(); b < flags; b += SRKL_THREADS) ((u32 *)table.ready)[b] = 0;
     if (table.stages & SRKL_COUNT)
         for (u64 b = thread_number(); b < table.block_count; b += SRKL_THREADS)
-            if (!state->found_inf) take_powers(table, b);
+            if (!state->found_inf) count_block(table, b);
     __syncthreads();
     if (threadIdx.x == 0) {
         state->next_statistics = 0;

@@ -228,6 +228,28 @@ impl Block {
         memory.as_deref().filter(|_| *valid)
     }
 
+    /// Backs up all of the parameter, by candle: for ranks on devices, whose kernels know of their shard alone.
+    pub fn back_up_whole(&mut self) -> Result<()> {
+        if self.whole > 0 {
+            match &self.backup.memory {
+                Some(memory) => memory.set(&self.var)?,
+                None => self.backup.memory = Some(Var::from_tensor(&self.var.copy()?)?),
+            }
+            self.backup.valid = true;
+        }
+        Ok(())
+    }
+
+    /// Restores all of the parameter, if there is a backup.
+    pub fn restore_whole(&mut self) -> Result<()> {
+        let restored = match self.backup() {
+            Some(old) => self.var.set(old),
+            None => Ok(()),
+        };
+        self.backup.valid = false;
+        restored
+    }
+
     /// What the orthogonal matrices of the block are multiplied by; 1 if there are none.
     pub fn matrix_scale(&self) -> f64 {
         self.matrices.as_ref().map_or(1., Matrices::scale)

@@ -420,8 +420,8 @@ fn engine_of(all: &mut Parameters, ranks: Option<&Ranks>) -> Result<Box<dyn Engi
     let devices = {
         let mut devices: Vec<Box<dyn Backend>> = vec![];
         for cuda in cuda::devices_of(all)? {
-            if cuda.has_all(all) && ranks.is_none() {
-                return Ok(Box::new(Device::new(cuda)));
+            if cuda.has_all(all) {
+                return Ok(Box::new(Device::new(cuda, ranks, all)?));
             }
             devices.push(Box::new(cuda));
         }

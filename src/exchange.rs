@@ -189,6 +189,38 @@ impl Ranks {
         }))
     }
 
+    /// Completes a flat tensor, of which each rank has a part: they lie one after the other, and `parts` has their numbers of
+    /// elements.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ranks::sum`].
+    #[cfg(feature = "cuda")]
+    pub fn gather_tensor(&self, whole: &Tensor, parts: &[usize]) -> Result<()> {
+        let ranges = (0..parts.len()).map(|rank| part(parts, rank)).enumerate();
+        let ranges = ranges.filter(|(_, range)| !range.is_empty());
+        if self.by_device {
+            let narrow = |(rank, range): (usize, Range<usize>)| {
+                Ok((rank, whole.narrow(0, range.start, range.len())?))
+            };
+            let parts: Vec<_> = ranges.map(narrow).collect::<Result<_>>()?;
+            return self.on_device(|devices| devices.broadcast(&parts));
+        }
+        let size = whole.dtype().size_in_bytes();
+        let bytes_of = |range: &Range<usize>| range.start * size..range.end * size;
+        let mut bytes = vec![0; parts.iter().sum::<usize>() * size];
+        let (own, mut own_bytes) = (part(parts, self.rank), vec![]);
+        append(whole, own.clone(), whole.dtype(), &mut own_bytes)?;
+        bytes[bytes_of(&own)].copy_from_slice(&own_bytes);
+        let sizes: Vec<usize> = parts.iter().map(|part| part * size).collect();
+        self.all_gather(&mut bytes, &sizes)?;
+        for (_, range) in ranges.filter(|(rank, _)| *rank != self.rank) {
+            let part = of_bytes(&bytes[bytes_of(&range)], whole.dtype())?;
+            whole.slice_set(&part.to_device(whole.device())?, 0, range.start)?;
+        }
+        Ok(())
+    }
+
     /// The masters of a sharded parameter, of which this rank has its `own`.
     ///
     /// # Errors

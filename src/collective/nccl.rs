@@ -56,7 +56,7 @@ impl Nccl {
         let mut hosts: Box<dyn Collective> = Box::new(hosts);
         let (rank, world_size) = (hosts.rank(), hosts.world_size());
         // Whoever could not begin would let the others wait.
-        let begun = device.as_cuda_device().map(CudaDevice::clone).and_then(|device| {
+        let begun = device.as_cuda_device().cloned().and_then(|device| {
             let id = if rank == 0 { Some(named("ncclGetUniqueId", Id::new())?) } else { None };
             let bytes = id.map_or(vec![], |id| id.internal().map(|byte| byte as u8).to_vec());
             Ok((device, bytes))

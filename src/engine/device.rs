@@ -8,24 +8,68 @@ use crate::backend::cuda::capture::SETTINGS_IN_CAPTURE;
 use crate::backend::cuda::table::{self, Settings};
 use crate::backend::cuda::{CudaBackend, GradientTable, abi};
 use crate::backend::{Backend, Last, Step};
-use crate::block::Parameters;
+use crate::block::{Block, Parameters};
 use crate::estimate::Estimate;
-use crate::numerics::Pair;
 use crate::params::ParamsSrkl;
+use crate::ranks::Ranks;
 use crate::rule::{Powers, StepScalars};
 
 pub(crate) struct Device {
     cuda: CudaBackend,
+    /// If other ranks step other elements.
+    ranks: Option<Box<Ranks>>,
 }
 
 impl Device {
-    pub fn new(cuda: CudaBackend) -> Self {
-        Self { cuda }
+    /// `ranks` step other elements of sharded parameters.
+    pub fn new(mut cuda: CudaBackend, ranks: Option<&Ranks>, all: &Parameters) -> Result<Self> {
+        if let Some(ranks) = ranks {
+            cuda.share(all, ranks.rank)?;
+        }
+        Ok(Self { cuda, ranks: ranks.cloned().map(Box::new) })
     }
 
     /// Launches the sums of the kind `what`, which the device itself uses.
     fn sum(&self, gradients: GradientTable, what: u32, delta: f64) -> Result<()> {
-        self.cuda.launch_sums(gradients, what, delta, true)
+        self.cuda.launch_sums(gradients, what, delta, self.ranks.is_none())?;
+        self.gather_pairs(gradients, what, delta)
+    }
+
+    /// Completes the sums of pairs that were launched last, and launches what uses them.
+    fn gather_pairs(&self, gradients: GradientTable, what: u32, delta: f64) -> Result<()> {
+        if let (Some(ranks), Some(shared)) = (&self.ranks, self.cuda.shared()) {
+            ranks.gather_tensor(&shared.pairs, &times(&shared.chunks, table::PAIR))?;
+            self.cuda.launch_gather(gradients, what, delta)?;
+        }
+        Ok(())
+    }
+
+    /// Completes the statistics that were launched last, and launches the decisions.
+    fn gather_statistics(&self, all: &Parameters, gradients: GradientTable) -> Result<()> {
+        if let (Some(ranks), Some(shared)) = (&self.ranks, self.cuda.shared()) {
+            ranks.gather_tensor(&shared.sums, &times(&shared.chunks, table::SUMS))?;
+            if all.blocks.iter().any(|block| block.state.master.is_some()) {
+                let count = vec![all.blocks.len(); ranks.world_size];
+                ranks.gather_tensor(&shared.statistics, &times(&count, table::STATISTICS))?;
+            }
+            self.cuda.launch_gather(gradients, abi::SRKL_STATISTICS_OF_ALL, 0.)?;
+        }
+        Ok(())
+    }
+
+    /// Completes parameters that `moved` by the elements that other ranks have stepped.
+    fn gather_parameters(&self, all: &Parameters, moved: impl Fn(&Block) -> bool) -> Result<()> {
+        let moved = |place: usize| moved(&all.blocks[place]);
+        self.ranks.as_ref().map_or(Ok(()), |ranks| ranks.gather_parameters(&all.blocks, moved))
+    }
+
+    /// Backs up whole parameters, if kernels back up a part of them.
+    fn back_up(&self, all: &mut Parameters, wanted: impl Fn(&Block) -> bool) -> Result<()> {
+        if self.ranks.is_none() {
+            return Ok(());
+        }
+        let mut wanted = all.blocks.iter_mut().filter(|block| wanted(block));
+        wanted.try_for_each(Block::back_up_whole)
     }
 
     /// What the last measurement did to the estimate of each block.
@@ -69,8 +113,14 @@ impl Engine for Device {
         };
         let is_muon = all.any(ParamsSrkl::is_muon);
         let needs_directions = measures || all.any(|params| params.trust.is_some());
-        if is_muon || needs_directions {
-            launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?;
+        if is_muon || needs_directions || self.ranks.is_some() {
+            match self.ranks {
+                Some(_) => {
+                    launch(abi::SRKL_STATISTICS)?;
+                    self.gather_statistics(all, gradients)?;
+                }
+                None => launch(abi::SRKL_STATISTICS | abi::SRKL_DECIDE)?,
+            }
             if is_muon && let Err(e) = self.cuda.launch_orthogonal(all, gradients) {
                 // For want of memory: as if the step had not begun.
                 if !captured {
@@ -91,6 +141,10 @@ impl Engine for Device {
             self.cuda.launch_decide(gradients)?;
             launch(abi::SRKL_UPDATE | abi::SRKL_COUNT)?;
         }
+        if measures || records {
+            self.gather_pairs(gradients, abi::SRKL_SUM_UPDATE, 0.)?;
+        }
+        self.gather_parameters(all, |block| grads.get_id(block.id).is_some())?;
         self.cuda.live_gradients = if measures { alive } else { vec![] };
         Ok(if captured { Outcome::Captured } else { Outcome::Counted })
     }
@@ -115,7 +169,10 @@ impl Engine for Device {
         self.release(all);
         self.cuda.live_gradients = alive;
         self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_SQUARES, delta)?;
-        self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw)
+        let perturbed = |block: &Block| step.grads.get_id(block.id).is_some();
+        self.back_up(all, perturbed)?;
+        self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw)?;
+        self.gather_parameters(all, perturbed)
     }
 
     fn observe_probe(
@@ -136,15 +193,21 @@ impl Engine for Device {
 
     fn swap(&mut self, all: &mut Parameters) -> Result<()> {
         self.release(all);
-        self.cuda.swap(all, &[])
+        let averaged = |block: &Block| block.state.average.is_some();
+        self.back_up(all, averaged)?;
+        self.cuda.swap(all, &[])?;
+        self.gather_parameters(all, averaged)
     }
 
     fn restore(&mut self, all: &mut Parameters) -> Result<()> {
-        self.cuda.restore(all)
+        let restored = self.cuda.restore(all);
+        let mut whole = all.blocks.iter_mut().filter(|block| block.sharded);
+        restored.and(whole.try_for_each(Block::restore_whole))
     }
 
     fn release(&mut self, all: &mut Parameters) {
         self.cuda.release(all);
+        all.blocks.iter_mut().for_each(|block| block.backup.valid = false);
     }
 
     fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()> {
@@ -209,10 +272,10 @@ impl Engine for Device {
         let norms = match state.recorded != 0 {
             true => {
                 let c = 1. / state.grad_scale;
-                let statistics = device.clone_dtoh(&memory.statistics)?;
+                let statistics = self.cuda.statistics()?;
                 let moved = device.clone_dtoh(&memory.step_sums)?.into_iter();
                 let moved = moved.map(|sums| table::read_step_sums(sums).step.sqrt());
-                let grads = statistics.into_iter().map(|s| table::sums(s.sums).norm(c));
+                let grads = statistics.into_iter().map(|sums| sums.norm(c));
                 grads.zip(moved).map(|(grad, moved)| Some([grad, moved])).collect()
             }
             false => vec![None; decisions.len()],
@@ -223,8 +286,15 @@ impl Engine for Device {
     }
 
     fn param_squares(&self, all: &Parameters) -> Result<Vec<Option<f64>>> {
-        let mut squares = vec![None; all.blocks.len()];
-        self.cuda.param_squares(all, &mut squares)?;
-        Ok(squares.into_iter().map(|squares| Some(Pair::fold(&squares?).a)).collect())
+        let gradients = self.cuda.own_gradients();
+        self.cuda.launch_param_squares(all)?;
+        self.gather_pairs(gradients, abi::SRKL_SUM_PARAMETERS, 0.)?;
+        let pairs = self.cuda.device.clone_dtoh(&self.cuda.memory.pairs)?;
+        Ok(pairs.into_iter().map(|pair| Some(table::read_pair(pair).a)).collect())
     }
+}
+
+/// So many numbers for each of these counts.
+fn times(counts: &[usize], numbers: usize) -> Vec<usize> {
+    counts.iter().map(|count| count * numbers).collect()
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Result, Tensor};
 
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
 use crate::backend::cpu::CpuBackend;
@@ -11,7 +11,7 @@ use crate::backend::{
     Backend, BlockGradient, GradSums, GradientPair, Last, ShardSums, Step, SumScales, Tracked,
     masters,
 };
-use crate::block::{Backup, Block, Parameters};
+use crate::block::{Block, Parameters};
 use crate::estimate::{
     Averaging, ChangeSums, Estimate, Left, Measured, Probe, ProbeSums, StepSums,
 };
@@ -333,15 +333,8 @@ impl Host {
             return Ok(());
         }
         let on_devices = all.blocks.iter_mut().enumerate().filter(|(_, block)| !block.on_cpu);
-        for (_, block) in on_devices.filter(|(place, block)| wanted(*place) && block.whole > 0) {
-            let Backup { memory, valid } = &mut block.backup;
-            match memory {
-                Some(memory) => memory.set(&block.var)?,
-                None => *memory = Some(Var::from_tensor(&block.var.copy()?)?),
-            }
-            *valid = true;
-        }
-        Ok(())
+        let mut wanted = on_devices.filter(|(place, _)| wanted(*place));
+        wanted.try_for_each(|(_, block)| block.back_up_whole())
     }
 
     /// Completes sums over chunks by those of other ranks.
@@ -582,13 +575,7 @@ impl Engine for Host {
             restored = restored.and(backend.restore(all));
         }
         for block in all.blocks.iter_mut().filter(|block| !block.on_cpu) {
-            if let Some(old) = block.backup() {
-                let old = old
-                    .flatten_all()
-                    .and_then(|old| block.var.flatten_all()?.slice_set(&old, 0, 0));
-                restored = restored.and(old);
-            }
-            block.backup.valid = false;
+            restored = restored.and(block.restore_whole());
         }
         restored
     }

@@ -46,6 +46,8 @@ pub const SRKL_SUM_SQUARES: u32 = 3;
 pub const SRKL_SUM_PROBE: u32 = 4;
 pub const SRKL_SUM_AVERAGE: u32 = 5;
 pub const SRKL_SUM_PARAMETERS: u32 = 6;
+pub const SRKL_SUM_UPDATE: u32 = 7;
+pub const SRKL_STATISTICS_OF_ALL: u32 = 8;
 pub const SRKL_FINITE: u32 = 0;
 pub const SRKL_INFINITE: u32 = 1;
 pub const SRKL_NOTHING: u32 = 2;
@@ -86,6 +88,8 @@ pub struct SrklBlock {
     pub whole: ::std::os::raw::c_ulonglong,
     pub first_chunk: ::std::os::raw::c_ulonglong,
     pub chunk_count: ::std::os::raw::c_ulonglong,
+    pub all_first: ::std::os::raw::c_ulonglong,
+    pub all_count: ::std::os::raw::c_ulonglong,
     pub orthogonal: SrklGradient,
     pub matrix_scale: f64,
     pub dtype: ::std::os::raw::c_uint,
@@ -97,7 +101,7 @@ pub struct SrklBlock {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 144usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 160usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
@@ -113,17 +117,21 @@ const _: () = {
         [::std::mem::offset_of!(SrklBlock, first_chunk) - 80usize];
     ["Offset of field: SrklBlock::chunk_count"]
         [::std::mem::offset_of!(SrklBlock, chunk_count) - 88usize];
+    ["Offset of field: SrklBlock::all_first"]
+        [::std::mem::offset_of!(SrklBlock, all_first) - 96usize];
+    ["Offset of field: SrklBlock::all_count"]
+        [::std::mem::offset_of!(SrklBlock, all_count) - 104usize];
     ["Offset of field: SrklBlock::orthogonal"]
-        [::std::mem::offset_of!(SrklBlock, orthogonal) - 96usize];
+        [::std::mem::offset_of!(SrklBlock, orthogonal) - 112usize];
     ["Offset of field: SrklBlock::matrix_scale"]
-        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 112usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 120usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 124usize];
+        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 128usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 136usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 140usize];
     ["Offset of field: SrklBlock::from_end"]
-        [::std::mem::offset_of!(SrklBlock, from_end) - 128usize];
-    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 132usize];
-    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 136usize];
-    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 140usize];
+        [::std::mem::offset_of!(SrklBlock, from_end) - 144usize];
+    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 148usize];
+    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 152usize];
+    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 156usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -468,10 +476,15 @@ pub struct SrklTable {
     pub chunk_count: ::std::os::raw::c_ulonglong,
     pub stages: ::std::os::raw::c_ulonglong,
     pub steps: ::std::os::raw::c_ulonglong,
+    pub all_sums: ::std::os::raw::c_ulonglong,
+    pub all_pairs: ::std::os::raw::c_ulonglong,
+    pub all_statistics: ::std::os::raw::c_ulonglong,
+    pub order: ::std::os::raw::c_ulonglong,
+    pub world_size: ::std::os::raw::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 200usize];
+    ["Size of SrklTable"][::std::mem::size_of::<SrklTable>() - 240usize];
     ["Alignment of SrklTable"][::std::mem::align_of::<SrklTable>() - 8usize];
     ["Offset of field: SrklTable::blocks"][::std::mem::offset_of!(SrklTable, blocks) - 0usize];
     ["Offset of field: SrklTable::gradients"]
@@ -510,6 +523,15 @@ const _: () = {
         [::std::mem::offset_of!(SrklTable, chunk_count) - 176usize];
     ["Offset of field: SrklTable::stages"][::std::mem::offset_of!(SrklTable, stages) - 184usize];
     ["Offset of field: SrklTable::steps"][::std::mem::offset_of!(SrklTable, steps) - 192usize];
+    ["Offset of field: SrklTable::all_sums"]
+        [::std::mem::offset_of!(SrklTable, all_sums) - 200usize];
+    ["Offset of field: SrklTable::all_pairs"]
+        [::std::mem::offset_of!(SrklTable, all_pairs) - 208usize];
+    ["Offset of field: SrklTable::all_statistics"]
+        [::std::mem::offset_of!(SrklTable, all_statistics) - 216usize];
+    ["Offset of field: SrklTable::order"][::std::mem::offset_of!(SrklTable, order) - 224usize];
+    ["Offset of field: SrklTable::world_size"]
+        [::std::mem::offset_of!(SrklTable, world_size) - 232usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

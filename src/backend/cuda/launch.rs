@@ -44,6 +44,7 @@ pub(crate) struct Kernels {
     step_packed_measuring: CudaFunction,
     decide: CudaFunction,
     sums: CudaFunction,
+    gather: CudaFunction,
     replace: CudaFunction,
     momentum: CudaFunction,
     normalize: CudaFunction,
@@ -68,6 +69,7 @@ impl Kernels {
             step_packed_measuring: load("srkl_step_packed_measuring")?,
             decide: load("srkl_decide")?,
             sums: load("srkl_sums")?,
+            gather: load("srkl_gather")?,
             replace: load("srkl_replace")?,
             momentum: load("srkl_momentum")?,
             normalize: load("srkl_normalize")?,
@@ -125,6 +127,19 @@ impl Kernels {
         launch.arg(table).arg(&what).arg(&delta);
         // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
         unsafe { launch.launch(self.grid(table.chunk_count)) }.w()?;
+        Ok(())
+    }
+
+    /// Uses the sums of all ranks, of the kind `what`.
+    ///
+    /// # Safety
+    ///
+    /// As [`Kernels::step`], by the contract at the top of kernels/gather.cuh.
+    pub unsafe fn gather(&self, table: &abi::SrklTable, what: u32, delta: f64) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.gather);
+        launch.arg(table).arg(&what).arg(&delta);
+        // SAFETY: the arguments are the kernel's, by value, and the caller keeps the contract.
+        unsafe { launch.launch(self.grid(table.block_count)) }.w()?;
         Ok(())
     }
 

@@ -16,11 +16,12 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
 use self::capture::{Captures, SETTINGS_IN_CAPTURE, is_capturing};
 use self::launch::{Kernels, StepKernel};
 use self::orthogonal::Orthogonalizer;
-use self::table::{Memory, NO_GRADIENT, Packed, Settings, address_of, parameter_address};
+use self::table::{Memory, NO_GRADIENT, NOTHING_HERE, Packed, Settings, Shared};
+use self::table::{address_of, parameter_address};
 use super::{Backend, BlockGradient, GradSums, GradientPair, ShardSums, Step, Tracked};
 use crate::block::{Parameters, storage_address};
 use crate::estimate::{Probe, StepSums};
-use crate::numerics::{CHUNK, Pair, STRIP};
+use crate::numerics::{CHUNK, Pair, STRIP, Sums};
 use crate::rule::{Decision, StepScalars};
 
 // Made by bindgen from kernels/abi.h.
@@ -49,6 +50,8 @@ pub(crate) struct CudaBackend {
     table: abi::SrklTable,
     /// Gradients that later launches read: an update that the host decides, or a measurement.
     pub live_gradients: Vec<Tensor>,
+    /// If the device decides steps of sharded blocks.
+    shared: Option<Shared>,
     /// Whether its blocks are sharded: sums are then read by chunk.
     sharded: bool,
     /// The sums of directions by chunk, if other ranks need them: an update that measures overwrites those on the device.
@@ -109,11 +112,35 @@ impl CudaBackend {
             captures,
             live_gradients: vec![],
             sharded: all.blocks.iter().any(|block| block.sharded),
+            shared: None,
             directions: vec![],
             restores: None,
             orthogonalizer,
             stream,
         })
+    }
+
+    /// Makes room for what ranks exchange whose devices decide steps of sharded blocks.
+    pub fn share(&mut self, all: &Parameters, rank: usize) -> Result<()> {
+        let Self { device, stream, places, blocks, table, .. } = self;
+        let shared = Shared::new(device, stream, all, rank, (blocks, places), table)?;
+        self.shared = Some(shared);
+        let blocks = self.blocks.clone();
+        self.upload(&blocks, |memory| &mut memory.blocks)?;
+        // As in `new`.
+        self.stream.synchronize().w()
+    }
+
+    /// What ranks exchange, if devices decide.
+    pub fn shared(&self) -> Option<&Shared> {
+        self.shared.as_ref()
+    }
+
+    /// Launches what uses the sums of all ranks, of the kind `what`.
+    pub fn launch_gather(&self, gradients: GradientTable, what: u32, delta: f64) -> Result<()> {
+        let table = self.table_for(0, gradients);
+        // SAFETY: as for `launch_step`; `shared` keeps what its part of the table points to, and callers have exchanged it.
+        unsafe { self.kernels.gather(&table, what, delta) }
     }
 
     /// Whether all of an optimizer's blocks are here.
@@ -273,7 +300,11 @@ impl CudaBackend {
             let (storage, layout) = gradient.storage_and_layout();
             let address = address_of(&storage, layout.start_offset(), &self.stream)?;
             drop(storage);
-            let address = if block.n == 0 { 0 } else { address };
+            let address = match block.n {
+                0 if block.sharded => NOTHING_HERE,
+                0 => 0,
+                _ => address,
+            };
             let dtype = table::dtype(gradient.dtype())? as u64;
             gradients.push(abi::SrklGradient { address, dtype });
             alive.push(gradient);
@@ -377,6 +408,22 @@ impl CudaBackend {
     /// Which of [`CudaBackend::pairs`] are those of a block.
     fn items(&self, i: usize) -> Range<usize> {
         if self.sharded { self.chunks(i) } else { i..i + 1 }
+    }
+
+    /// Launches the sums of the squares of all parameters.
+    pub fn launch_param_squares(&self, all: &Parameters) -> Result<()> {
+        self.refuse_capture("telemetry")?;
+        self.check_addresses(all)?;
+        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PARAMETERS, 0., false)
+    }
+
+    /// The sums of the last step's statistics, of each block.
+    pub fn statistics(&self) -> Result<Vec<Sums>> {
+        let Some(shared) = &self.shared else {
+            let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
+            return Ok(statistics.into_iter().map(|found| table::sums(found.sums)).collect());
+        };
+        shared.read_statistics(self.blocks.len())
     }
 
     /// What the kernels count.
@@ -608,9 +655,7 @@ impl Backend for CudaBackend {
     }
 
     fn param_squares(&self, all: &Parameters, squares: &mut [Option<Vec<Pair>>]) -> Result<()> {
-        self.refuse_capture("telemetry")?;
-        self.check_addresses(all)?;
-        self.launch_sums(self.own_gradients(), abi::SRKL_SUM_PARAMETERS, 0., false)?;
+        self.launch_param_squares(all)?;
         let pairs = self.pairs()?;
         for (i, &place) in self.places.iter().enumerate() {
             squares[place] = Some(pairs[self.items(i)].to_vec());

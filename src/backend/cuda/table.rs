@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{CudaDevice, DType, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, DType, Device, Error, Result, Storage, Tensor, bail};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, ValidAsZeroBits};
 
 use super::super::{Last, Tracked};
@@ -55,6 +55,9 @@ device_repr!(
 );
 
 pub(crate) const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
+
+/// The address of a gradient of which nothing is stepped here: it is there, and never read.
+pub(crate) const NOTHING_HERE: u64 = 16;
 
 /// The settings of an optimizer, as its kernels read them.
 #[derive(Clone, PartialEq)]
@@ -138,6 +141,8 @@ impl Packed {
                 whole: block.whole as u64,
                 first_chunk: chunks.len() as u64,
                 chunk_count,
+                all_first: 0,
+                all_count: 0,
                 orthogonal,
                 matrix_scale: block.matrix_scale(),
                 dtype: dtype(block.dtype)?,
@@ -221,9 +226,97 @@ impl Memory {
             chunk_count: self.chunks.len() as u64,
             stages: 0,
             steps: 0,
+            all_sums: 0,
+            all_pairs: 0,
+            all_statistics: 0,
+            order: 0,
+            world_size: 0,
         }
     }
 }
+
+/// What ranks with sharded state exchange: the sums and statistics of all of them, each rank's one after the other. They are
+/// tensors of f64, which the transport moves.
+pub(crate) struct Shared {
+    pub sums: Tensor,
+    pub pairs: Tensor,
+    pub statistics: Tensor,
+    /// How many chunks each rank has.
+    pub chunks: Vec<usize>,
+    rank: usize,
+    _order: CudaSlice<u64>,
+}
+
+impl Shared {
+    /// Makes room, and has the kernels write to this rank's part of it.
+    pub fn new(
+        device: &CudaDevice,
+        stream: &CudaStream,
+        all: &Parameters,
+        rank: usize,
+        (blocks, places): (&mut [abi::SrklBlock], &[usize]),
+        table: &mut abi::SrklTable,
+    ) -> Result<Self> {
+        let world_size = all.blocks.first().map_or(0, |block| block.shards.len());
+        let of = |block: &Block, rank: usize| block.shards[rank].len().div_ceil(CHUNK);
+        let of_rank = |rank| places.iter().map(|place| of(&all.blocks[*place], rank)).sum();
+        let chunks: Vec<usize> = (0..world_size).map(of_rank).collect();
+        let mut next: Vec<u64> =
+            (0..world_size).map(|rank| chunks[..rank].iter().sum::<usize>() as u64).collect();
+        let before = next.get(rank).copied().unwrap_or(0);
+        let mut order = vec![];
+        for (entry, place) in blocks.iter_mut().zip(places) {
+            entry.all_first = order.len() as u64;
+            for (rank, next) in next.iter_mut().enumerate() {
+                let count = of(&all.blocks[*place], rank) as u64;
+                order.extend(*next..*next + count);
+                *next += count;
+            }
+            entry.all_count = order.len() as u64 - entry.all_first;
+        }
+        let total = chunks.iter().sum::<usize>();
+        let numbers_of =
+            |count: usize| Tensor::zeros(count.max(1), DType::F64, &Device::Cuda(device.clone()));
+        let address = |tensor: &Tensor| Ok::<_, Error>(numbers(tensor, stream)?.address);
+        let statistics = world_size * blocks.len();
+        let shared = Self {
+            sums: numbers_of(total * SUMS)?,
+            pairs: numbers_of(total * PAIR)?,
+            statistics: numbers_of(statistics * STATISTICS)?,
+            chunks,
+            rank,
+            _order: device.clone_htod(&order)?,
+        };
+        table.all_sums = address(&shared.sums)?;
+        table.all_pairs = address(&shared.pairs)?;
+        table.all_statistics = address(&shared.statistics)?;
+        table.order = shared._order.device_ptr(stream).0;
+        table.world_size = world_size as u64;
+        let own = |all: u64, before: u64, numbers: usize| all + before * 8 * numbers as u64;
+        table.chunk_sums = own(table.all_sums, before, SUMS);
+        table.chunk_pairs = own(table.all_pairs, before, PAIR);
+        let before = (rank * blocks.len()) as u64;
+        table.statistics = own(table.all_statistics, before, STATISTICS);
+        Ok(shared)
+    }
+
+    /// The sums of this rank's statistics, which are those of all ranks when it has decided, of `count` blocks.
+    pub fn read_statistics(&self, count: usize) -> Result<Vec<Sums>> {
+        let own = self.statistics.narrow(0, self.rank * count * STATISTICS, count * STATISTICS)?;
+        let numbers: Vec<f64> = own.to_vec1()?;
+        let sums = |[sum2, sum4, exponent, _]: &[f64; STATISTICS]| Sums {
+            sum2: *sum2,
+            sum4: *sum4,
+            exponent: exponent.to_bits() as i32,
+        };
+        Ok(numbers.as_chunks().0.iter().map(sums).collect())
+    }
+}
+
+/// The numbers of 8 bytes in what is shared.
+pub(crate) const SUMS: usize = size_of::<abi::SrklSums>() / 8;
+pub(crate) const PAIR: usize = size_of::<abi::SrklPair>() / 8;
+pub(crate) const STATISTICS: usize = size_of::<abi::SrklStatistics>() / 8;
 
 impl Settings {
     pub fn new(groups: &[Group], scalars: StepScalars) -> Self {
