@@ -259,6 +259,7 @@ impl<'a> SrklBuilder<'a> {
         let (mut opt, _) = ranks.agree_on(built, statement)?;
         ranks.broadcast_parameters(&vars)?;
         opt.sync_master()?;
+        opt.upload_settings()?;
         Ok(opt)
     }
 

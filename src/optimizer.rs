@@ -346,7 +346,7 @@ impl Srkl {
 
     /// Sends changed settings to the engine, so that replays of captured steps use them.
     pub(crate) fn upload_settings(&mut self) -> Result<()> {
-        let scalars = self.scalars()?;
+        let scalars = self.of_replays(self.scalars()?);
         self.engine.upload_settings(&self.all, scalars)
     }
 
@@ -444,7 +444,7 @@ impl Srkl {
             for block in all.blocks.iter().filter(|block| all.of(block).lr != 0.) {
                 grads.get_id(block.id).map_or(Ok(()), |gradient| block.check_gradient(gradient))?;
             }
-            engine.check_ready(all)?;
+            engine.check_ready(all, ranks.by_device)?;
             Ok(scalars)
         });
         let statement = |scalars: &StepScalars| {
@@ -472,9 +472,15 @@ impl Srkl {
         Ok((Reduced::Sum(sum), of_sum(scalars, total)))
     }
 
-    /// After work by the scalars of a sum: replays of captured steps, each of one micro-batch, need those of a single one.
+    /// After work by the scalars of a sum: replays of captured steps need their own.
     pub(crate) fn after_sum(&mut self, scalars: StepScalars) -> Result<()> {
-        if scalars.grad_scale == self.grad_scale { Ok(()) } else { self.upload_settings() }
+        let own = StepScalars { grad_scale: self.grad_scale, ..scalars };
+        if scalars == self.of_replays(own) { Ok(()) } else { self.upload_settings() }
+    }
+
+    /// The scalars of captured steps, each of one micro-batch of each rank.
+    fn of_replays(&self, scalars: StepScalars) -> StepScalars {
+        StepScalars { grad_scale: scalars.grad_scale * self.world_size() as f64, ..scalars }
     }
 
     pub(crate) fn scalars(&self) -> Result<StepScalars> {

@@ -28,7 +28,7 @@ use crate::numerics::{Real, Sums, eighths, pow2};
 use crate::params::{Average, Curvature, Direction, NonFinite, ParamsSrkl, Scope};
 
 /// What a step uses that is neither a setting of a group nor a gradient.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct StepScalars {
     /// The schedule's multiplier `s`.
     pub schedule: f64,

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Collective, Nccl, ParamsSrkl, Srkl, Tcp, Threads};
@@ -16,6 +17,7 @@ use common::suite::{sizes, suite};
 use common::training::{Rank, Share, assert_same, train_share};
 
 use common::*;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 /// The number of this process and of all, if it is a rank.
 fn rank() -> Option<(usize, usize)> {
@@ -145,6 +147,64 @@ fn devices_of_one_process() -> Result<()> {
     });
     for each in each {
         assert!(each? == one);
+    }
+    Ok(())
+}
+
+/// A captured step: its exchange is part of each replay.
+#[test]
+fn captured_steps() -> Result<()> {
+    let n = 30_000;
+    let params = ParamsSrkl { max_grad_norm: Some(1.), ..ParamsSrkl::adamw(1e-2) };
+    let gradient = |rank: usize| tensor(&noise(n, 1., rank as u64), DType::BF16);
+    let start = tensor(&noise(n, 1., 9), DType::BF16)?;
+    let (before, replays) = (2, 3);
+    if let Some((number, _)) = rank() {
+        // One stream, and no events, which candle would wait for.
+        let device = Device::new_cuda_with_stream(0)?;
+        // SAFETY: all work on the device goes to its one stream.
+        unsafe { device.as_cuda_device()?.disable_event_tracking() };
+        let sharded = env::var("HOW").unwrap() == "sharded";
+        let var = Var::from_tensor(&start.to_device(&device)?)?;
+        let named = [("w".to_string(), var.clone())];
+        let builder = Srkl::builder().default_group(params).sharded(sharded);
+        let mut opt = builder.collective(of_processes(&device)?).build(named)?;
+        let given = grads([(&var, gradient(number)?.to_device(&device)?)]);
+        for _ in 0..before {
+            opt.step(&given)?;
+        }
+        let stream = device.as_cuda_device()?.cuda_stream();
+        stream.synchronize().w()?;
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+        let captured = opt.step(&given);
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).w()?.expect("a graph");
+        captured?;
+        for _ in 0..replays {
+            graph.launch().w()?;
+        }
+        stream.synchronize().w()?;
+        assert_eq!(opt.steps()?, before + replays);
+        // And a step that is not captured goes on.
+        opt.step(&given)?;
+        let bits = bits(&var.to_device(&Device::Cpu)?)?;
+        println!("left {bits:?}");
+        return Ok(());
+    }
+    let var = Var::from_tensor(&start)?;
+    let mut opt = Srkl::new(vec![var.clone()], params)?;
+    for _ in 0..before + replays + 1 {
+        for rank in 0..2 {
+            opt.accumulate(&grads([(&var, gradient(rank)?)]))?;
+        }
+        opt.step_accumulated()?;
+    }
+    let expected = format!("left {:?}", bits(&var)?);
+    for how in ["replicated", "sharded"] {
+        let (good, text) = processes("captured_steps", 2, how);
+        assert!(good, "{how}: {}", text.chars().take(5000).collect::<String>());
+        let left: Vec<&str> = text.lines().filter(|line| line.starts_with("left")).collect();
+        assert!(left.len() == 2 && left.iter().all(|left| *left == expected), "{how}");
     }
     Ok(())
 }

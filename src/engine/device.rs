@@ -231,8 +231,10 @@ impl Engine for Device {
         cuda.upload(&[state], |memory| &mut memory.state)
     }
 
-    fn check_ready(&self, all: &Parameters) -> Result<()> {
-        self.cuda.refuse_capture("a step of several ranks")?;
+    fn check_ready(&self, all: &Parameters, by_device: bool) -> Result<()> {
+        if !by_device {
+            self.cuda.refuse_capture("a step of several ranks that go by way of the host")?;
+        }
         self.cuda.check_addresses(all)
     }
 

@@ -99,8 +99,9 @@ pub(crate) trait Engine: Send + Sync {
     /// Continues from a checkpoint; the last step is forgotten.
     fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()>;
 
-    /// An error for what would make a step fail whatever its gradients are, if it can be known before.
-    fn check_ready(&self, _: &Parameters) -> Result<()> {
+    /// An error for what would make a step of several ranks fail whatever its gradients are, if it can be known before.
+    /// Such a step may be captured if gradients go `by_device`.
+    fn check_ready(&self, _: &Parameters, _by_device: bool) -> Result<()> {
         Ok(())
     }
 
