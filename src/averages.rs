@@ -29,6 +29,8 @@ impl Srkl {
     /// Replaces the parameters by their averages ([`ParamsSrkl::average`](crate::ParamsSrkl::average)), rounded to
     /// their dtype, until the guard is dropped. A parameter that has not been stepped yet stays as it is.
     ///
+    /// If state is sharded, all ranks must call it.
+    ///
     /// Numbers that a model computes besides its parameters are not averaged: the running statistics of batch norm stay
     /// those of the training weights, and should be computed anew for the averages, by some batches in training mode.
     /// (They are variables of the model, but have no gradient: [`Srkl::untrained`] lists them.)

@@ -149,26 +149,57 @@ impl<'a> SrklBuilder<'a> {
     ///
     /// Other methods are each rank's own. Those that change settings or state must be called by all (setters,
     /// `request_measurement`, `skip_measurement`, `sync_master`); those that only look (`telemetry`, `swap_averaged`, `master`)
-    /// need not. Steps of several ranks can't be part of a capture of a CUDA stream.
+    /// need not, unless state is [`sharded`](Self::sharded). A step of several ranks can be part of a capture of a CUDA stream with
+    /// `Nccl` alone.
     ///
     /// For the same micro-batches the bits are the same for any number of ranks, as long as each has a power of two of them
     /// ([`accumulate`](Srkl::accumulate)): one process with 8, two ranks with 4, eight with 1. Rank `r` has the `r`-th run of
     /// neighbouring ones.
     ///
-    /// [`Threads`](crate::Threads) has an example.
+    /// [`Threads`](crate::Threads) has an example; `docs/ranks.md` in the repository has more.
     pub fn collective(mut self, collective: impl Collective + 'static) -> Self {
         self.collective = Some(Box::new(collective));
         self
     }
 
-    /// The most bytes of gradients that ranks send each other at a time, 4 MiB unless set. A step allocates about three times as
-    /// much, and besides the sums of all gradients, 4 bytes a parameter.
+    /// The most bytes of gradients or parameters that a rank sends at a time, 4 MiB unless set. A step allocates about three
+    /// times as much, and besides the sums of gradients: 4 bytes for each parameter, or each that is stepped here.
     pub fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.bucket_bytes = bytes.max(1);
         self
     }
 
-    /// Whether each rank keeps the state of its shard alone: moments, masters, averages, squared row norms. Not unless set.
+    /// Whether each of several ranks keeps moments, masters, averages and squared row norms of its shard alone, and steps that:
+    /// an Nth of the memory and of the work. Not unless set.
+    ///
+    /// Shards are runs of whole chunks, of 8192 elements, of about equal bytes; a matrix that is orthogonalised
+    /// ([`Direction::Muon`](crate::Direction::Muon)) is one rank's. The bits are those of one process, as without.
+    ///
+    /// [`swap_averaged`](Srkl::swap_averaged), [`master`](Srkl::master) and, after [`record_norms`](Srkl::record_norms),
+    /// [`telemetry`](Srkl::telemetry) are calls of all ranks then. Parameters and gradients stay whole on every rank.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl, Threads};
+    ///
+    /// let train = |rank: Threads| -> candle_core::Result<f32> {
+    ///     let w = Var::ones(20_000, DType::F32, &Device::Cpu)?;
+    ///     let mut opt = Srkl::builder()
+    ///         .default_group(ParamsSrkl::adamw(0.1))
+    ///         .collective(rank)
+    ///         .sharded(true)
+    ///         .build([("w".to_string(), w.clone())])?;
+    ///     opt.backward_step(&w.sqr()?.sum_all()?)?;
+    ///     w.mean_all()?.to_scalar()
+    /// };
+    /// let after: Vec<f32> = std::thread::scope(|scope| {
+    ///     let ranks = Threads::new(2).into_iter().map(|rank| scope.spawn(move || train(rank)));
+    ///     ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect::<Result<_, _>>()
+    /// })?;
+    /// assert!(after[0] < 0.91 && after[0] == after[1]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn sharded(mut self, sharded: bool) -> Self {
         self.sharded = sharded;
         self

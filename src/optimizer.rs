@@ -329,11 +329,11 @@ impl Srkl {
     }
 
     /// A copy of the f32 master weights of a parameter, by any of its names, in the order of its elements.
-    /// `None` for a parameter without a master, or an unknown name.
+    /// `None` for a parameter without a master, or an unknown name. If state is sharded, all ranks must call it.
     ///
     /// # Errors
     ///
-    /// None on the CPU. (The master may live on a device.)
+    /// None on the CPU. (The master may live on a device, or on other ranks.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
         let block = self.all.blocks.iter().find(is_it);

@@ -46,11 +46,12 @@ pub struct BlockTelemetry {
 }
 
 impl Srkl {
-    /// What the last step did, for each parameter in order. Costs nothing until asked.
+    /// What the last step did, for each parameter in order. Costs nothing until asked. If norms were recorded and state is
+    /// sharded, all ranks must call it.
     ///
     /// # Errors
     ///
-    /// None on the CPU. (The numbers may live on a device.)
+    /// None on the CPU. (The numbers may live on a device, or on other ranks.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
         let now = self.steps()? + self.skipped_steps()?;
         let outcomes = self.engine.outcomes(&self.all)?;

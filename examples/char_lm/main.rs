@@ -9,12 +9,13 @@
 //! Where other programs keep the cores busy, `RAYON_NUM_THREADS=1` is faster.
 //!
 //! Several ranks train as one, with the same losses to the last bit: threads of one process, or with feature `mpi`
-//! processes that `mpirun` starts.
+//! processes that `mpirun` starts, or processes that you start.
 //!
 //! ```sh
 //! cargo run --release --example char_lm -- --accumulate 4 --ranks 2
 //! cargo build --release --example char_lm --features mpi
 //! mpirun -n 4 target/release/examples/char_lm --accumulate 4 --mpi --sharded
+//! for rank in 0 1; do cargo run --release --example char_lm -- --accumulate 4 --world-size 2 --rank $rank & done; wait
 //! ```
 
 mod checkpoint;
@@ -32,7 +33,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
-use candle_srkl::{Collective, Threads};
+use candle_srkl::{Collective, Tcp, Threads};
 use clap::{Parser, ValueEnum, value_parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::SeedableRng;
@@ -63,6 +64,16 @@ struct Options {
     #[cfg(feature = "mpi")]
     #[arg(long, conflicts_with = "ranks")]
     mpi: bool,
+    /// This process is one of several, each started with another number from 0 on; with feature nccl and --device cuda
+    /// their cards exchange by NCCL (CUDA_VISIBLE_DEVICES tells which card is whose)
+    #[arg(long, value_name = "NUMBER", requires = "world_size", conflicts_with = "ranks")]
+    rank: Option<usize>,
+    /// How many these processes are
+    #[arg(long, value_name = "PROCESSES", requires = "rank")]
+    world_size: Option<usize>,
+    /// Where the first of them listens
+    #[arg(long, default_value = "127.0.0.1:29400")]
+    address: String,
     /// Each rank keeps the state of a part of the parameters alone
     #[arg(long)]
     sharded: bool,
@@ -108,14 +119,22 @@ fn main() -> Result<()> {
     }
     #[cfg(feature = "mpi")]
     if options.mpi {
-        return run(&options, Some(Box::new(candle_srkl::Mpi::new()?)));
+        return run(&options, Some(Box::new(candle_srkl::Mpi::new()?)), 0);
+    }
+    if let (Some(rank), Some(world_size)) = (options.rank, options.world_size) {
+        let rank = Tcp::new(&options.address, rank, world_size).context("--rank, --address")?;
+        return run(&options, Some(Box::new(rank)), 0);
     }
     if options.ranks == 1 {
-        return run(&options, None);
+        return run(&options, None, 0);
     }
     let options = &options;
     thread::scope(|scope| {
-        let start = |rank| scope.spawn(move || run(options, Some(Box::new(rank))));
+        let start = |rank: Threads| {
+            // Threads that exchange by NCCL have a card each.
+            let card = if cfg!(feature = "nccl") { rank.rank() } else { 0 };
+            scope.spawn(move || run(options, Some(Box::new(rank)), card))
+        };
         let ranks: Vec<_> = Threads::new(options.ranks as usize).into_iter().map(start).collect();
         // Where one has failed, the others say so too, and it alone has the reason.
         let ended = ranks.into_iter().map(|rank| match rank.join() {
@@ -131,8 +150,8 @@ fn main() -> Result<()> {
     })
 }
 
-/// Trains, as one of several ranks or alone.
-fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
+/// Trains, as one of several ranks or alone; on this card, if on any.
+fn run(options: &Options, rank: Option<Box<dyn Collective>>, card: usize) -> Result<()> {
     let ranks = rank.as_ref().map_or(1, |rank| rank.world_size());
     let Settings { accumulate, .. } = options.settings;
     ensure!(
@@ -141,7 +160,14 @@ fn run(options: &Options, rank: Option<Box<dyn Collective>>) -> Result<()> {
     );
     let device = match options.device {
         DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Cuda => Device::new_cuda(0).context("--device cuda")?,
+        DeviceKind::Cuda => Device::new_cuda(card).context("--device cuda")?,
+    };
+    #[cfg(feature = "nccl")]
+    let rank = match rank {
+        Some(hosts) if device.is_cuda() => {
+            Some(Box::new(candle_srkl::Nccl::new(hosts, &device)?) as Box<dyn Collective>)
+        }
+        rank => rank,
     };
     let text = Text::load()?;
     let prompt = text.encode(&options.prompt).context("--prompt")?;
