@@ -18,17 +18,16 @@ __device__ inline u64 place_of(const SrklTable &table, const SrklBlock &block, u
     return ((const u64 *)table.order)[block.all_first + i];
 }
 
-// The statistics of a block: its masters are reset if any rank has found them overwritten.
-__device__ inline SrklStatistics gathered_statistics(const SrklTable &table, u64 b, Lanes &lanes) {
-    const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
-    const SrklSums *all = (const SrklSums *)table.all_sums;
-    SrklStatistics found = {};
-    found.sums = fold(
-        block.all_count, [&](u64 i) { return read_sums(&all[place_of(table, block, i)]); }, lanes);
+// Stores the statistics of a block, by one thread: its masters are reset if any rank has found them
+// overwritten.
+__device__ inline void store_statistics(const SrklTable &table, u64 b, const SrklSums &sums) {
+    SrklStatistics found = {sums, 0};
     for (u64 rank = 0; rank < table.world_size; rank++)
         found.reset_master |=
             ((const SrklStatistics *)table.all_statistics)[rank * table.block_count + b].reset_master;
-    return found;
+    // Where nothing is stepped here nobody would write it anew.
+    if (((const SrklBlock *)table.blocks)[b].chunk_count == 0) found.reset_master = 0;
+    ((SrklStatistics *)table.statistics)[b] = found;
 }
 
 // Stores the sums of pairs of a block where `finish`, a measurement or telemetry looks for them, by one
@@ -58,19 +57,19 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
     __shared__ BlockStep block_step;
     __shared__ bool last;
     const SrklScalars scalars = *(const SrklScalars *)table.scalars;
+    const SrklSums *sums = (const SrklSums *)table.all_sums;
     const SrklPair *pairs = (const SrklPair *)table.all_pairs;
     SrklState *state = (SrklState *)table.state;
     for (u64 b = blockIdx.x; b < table.block_count; b += gridDim.x) {
         const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
         if (what == SRKL_STATISTICS_OF_ALL) {
-            SrklStatistics found = gathered_statistics(table, b, lanes);
-            // Nobody here would write it anew.
-            if (block.chunk_count == 0) found.reset_master = 0;
-            if (threadIdx.x == 0) ((SrklStatistics *)table.statistics)[b] = found;
+            const SrklSums found = fold(
+                block.all_count, [&](u64 i) { return read_sums(&sums[place_of(table, block, i)]); }, lanes);
+            if (threadIdx.x == 0) store_statistics(table, b, found);
         } else {
-            const SrklPair sums = fold_pairs(
+            const SrklPair found = fold_pairs(
                 block.all_count, [&](u64 i) { return read_pair(&pairs[place_of(table, block, i)]); }, lanes);
-            if (threadIdx.x == 0) store_pair(table, what, b, sums, block_step);
+            if (threadIdx.x == 0) store_pair(table, what, b, found, block_step);
         }
         if (threadIdx.x == 0) last = arrives_last(&state->blocks_done, table.block_count);
         __syncthreads();

@@ -10,7 +10,8 @@ use std::time::Duration;
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear};
 use candle_srkl::{
-    Collective, Direction, Dropout, MasterWeights, Measure, ParamsSrkl, Srkl, StateFormat, Threads,
+    Average, Collective, Direction, Dropout, MasterWeights, Measure, ParamsSrkl, Srkl, StateFormat,
+    Threads,
 };
 use common::suite::{sizes, suite};
 use common::training::{Left, Share, assert_same, train_share};
@@ -144,6 +145,56 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
         };
         for each in ranks(2, run) {
             assert_same(&each?, one, &format!("{name}, {sharded}"));
+        }
+    }
+    Ok(())
+}
+
+/// Matrices of CUDA devices that are orthogonalised by their owners. (By one device's products, whose bits need not be those of
+/// the CPU.)
+#[cfg(feature = "cuda")]
+#[test]
+fn matrices_of_owners_on_cuda_devices() -> Result<()> {
+    let shape = |dims: &[usize]| dims.to_vec();
+    let shapes = [
+        shape(&[64, 32]),
+        shape(&[300]),
+        shape(&[32, 64]),
+        shape(&[64, 32]),
+        shape(&[9001]),
+        shape(&[3, 40, 40]),
+        shape(&[16, 16]),
+        shape(&[5]),
+        shape(&[24, 8]),
+        shape(&[128, 100]),
+        shape(&[1]),
+    ];
+    let measure = Measure { every: 3, ..Measure::default() };
+    for params in [
+        ParamsSrkl {
+            measure,
+            repeatable: candle_srkl::Repeatable::Assume,
+            ..ParamsSrkl::braked_muon_averaged()
+        },
+        ParamsSrkl { state: StateFormat::Compact, ..ParamsSrkl::muon(0.02) },
+    ] {
+        let run = |world_size| -> Result<Vec<Vec<Left>>> {
+            let folder = tempfile::tempdir()?;
+            let run = |rank| {
+                let share = Share {
+                    micro_batches: 4,
+                    rank: Some(Arc::new(Mutex::new(Box::new(rank)))),
+                    bucket_bytes: 20_000,
+                    sharded: true,
+                    folder: Some(folder.path().to_path_buf()),
+                };
+                train_share(&params, &shapes, 7, &[&Device::new_cuda(0)?], &share)
+            };
+            ranks(world_size, run).into_iter().collect()
+        };
+        let one = &run(1)?[0];
+        for each in run(2)? {
+            assert_same(&each, one, &format!("{params:?}"));
         }
     }
     Ok(())
@@ -664,6 +715,37 @@ fn what_differs_when_ranks_are_built() -> Result<()> {
         let error = built.expect_err("rank 1 can't be built").to_string();
         assert!(error.contains("rank 1") || error.contains("lr"), "{error}");
     }
+    Ok(())
+}
+
+/// With sharded state averages are swapped in by all ranks, or by none: a training goes on after an attempt of one.
+#[test]
+fn averages_of_all_ranks() -> Result<()> {
+    let average = Some(Average::Exponential(0.9));
+    let params = ParamsSrkl { average, ..ParamsSrkl::adamw(1e-2) };
+    let run = |rank: Threads| {
+        let (mut opt, vars) = pair(rank, &(params.clone(), true))?;
+        let step =
+            |opt: &mut Srkl, salt: u64| opt.step(&pair_grads(&vars, salt + opt.rank() as u64)?);
+        step(&mut opt, 0)?;
+        let before = all_values(&vars)?;
+        let failed = match opt.rank() {
+            0 => opt.swap_averaged().map(|_| ()),
+            _ => step(&mut opt, 10),
+        };
+        let error = failed.expect_err("rank 0 does something else").to_string();
+        assert!(error.contains("swap_averaged") && error.contains("step"), "{error}");
+        assert!(all_values(&vars)? == before);
+        step(&mut opt, 20)?;
+        let averaged = {
+            let _averaged = opt.swap_averaged()?;
+            all_values(&vars)?
+        };
+        assert!(all_values(&vars)? != averaged);
+        Ok((averaged, all_values(&vars)?))
+    };
+    let after: Vec<_> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+    assert!(after.iter().all(|other| *other == after[0]));
     Ok(())
 }
 
