@@ -217,9 +217,13 @@ impl Block {
         Ok(())
     }
 
-    /// The elements that are stepped here, in the variable's memory.
+    /// The elements that are stepped here: in the variable's memory, or if that is on a device and has others a copy.
     pub fn own(&self) -> Result<Tensor> {
-        self.var.flatten_all()?.narrow(0, self.first, self.n)
+        let own = self.var.flatten_all()?.narrow(0, self.first, self.n)?;
+        match !self.on_cpu && 0 < self.n && self.n < self.whole {
+            true => own.force_contiguous(),
+            false => Ok(own),
+        }
     }
 
     /// The copy of the parameter, while it is perturbed or replaced.
@@ -233,7 +237,7 @@ impl Block {
         if self.whole > 0 {
             match &self.backup.memory {
                 Some(memory) => memory.set(&self.var)?,
-                None => self.backup.memory = Some(Var::from_tensor(&self.var.copy()?)?),
+                None => self.backup.memory = Some(Var::from_tensor(&self.var.detach())?),
             }
             self.backup.valid = true;
         }

@@ -102,16 +102,18 @@ impl Srkl {
         // What `load` would refuse is refused.
         let ready = self.scalars().and_then(|_| self.refuse_pending());
         self.agree_on("save", ready, |(), blocks| Ok(vec![same_parameters(blocks)?]))?;
-        self.sync_master()?;
+        let synced = self.sync_master();
         let saved = match (self.rank(), self.sharding_ranks()) {
-            (0, None) => self.write(path),
+            (0, None) => synced.and_then(|()| self.write(path)),
+            // All ranks have that error.
+            (_, Some(_)) if synced.is_err() => return synced,
             (0, Some(ranks)) => {
                 let written = self.write(path);
                 ranks.broadcast(0, &mut END.to_le_bytes())?;
                 written
             }
             (_, Some(ranks)) => ranks.or_abort(self.serve(ranks)),
-            (_, None) => Ok(()),
+            (_, None) => synced,
         };
         self.agree_on("save, of a file that is written", saved, |(), _| Ok(vec![]))
     }

@@ -227,12 +227,16 @@ impl Ranks {
     ///
     /// As [`Ranks::sum`].
     pub fn gather_masters(&self, block: &Block, own: Vec<f32>) -> Result<Vec<f32>> {
-        let parts: Vec<usize> = block.shards.iter().map(|shard| 4 * shard.len()).collect();
-        let mut whole = vec![0; parts.iter().sum()];
-        let own: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
-        whole[part(&parts, self.rank)].copy_from_slice(&own);
-        self.all_gather(&mut whole, &parts)?;
-        Ok(whole.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+        let mut whole = vec![];
+        for (rank, shard) in block.shards.iter().enumerate() {
+            let mut bytes = match rank == self.rank {
+                true => own.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                false => vec![0; 4 * shard.len()],
+            };
+            self.broadcast(rank, &mut bytes)?;
+            whole.extend(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        }
+        Ok(whole)
     }
 
     /// The sums of all ranks' gradients, in [`sum_dtype`]; of sharded parameters those of the elements that are stepped here.
@@ -662,8 +666,12 @@ pub(crate) fn append(
     }
     if !tensor.device().is_cpu() {
         let (start, len) = (range.start, range.len());
-        let part = tensor.flatten_all()?.narrow(0, start, len)?.copy()?;
-        return append(&part.to_device(&Device::Cpu)?, 0..len, dtype, bytes);
+        // A copy to the host, as `copy`, is of all memory that a tensor is a part of.
+        let part = tensor.flatten_all()?.narrow(0, start, len)?;
+        return match len {
+            0 => Ok(()),
+            _ => append(&part.force_contiguous()?.to_device(&Device::Cpu)?, 0..len, dtype, bytes),
+        };
     }
     let (storage, layout) = tensor.storage_and_layout();
     append_elements(&storage, layout, range, bytes)

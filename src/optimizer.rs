@@ -319,13 +319,20 @@ impl Srkl {
     ///
     /// None on the CPU. (A copy from or to a device can fail.)
     pub fn sync_master(&mut self) -> Result<()> {
-        let Self { all: Parameters { blocks, .. }, ranks, .. } = self;
-        let mut overwritten =
-            blocks.iter().map(masters::is_overwritten).collect::<Result<Vec<bool>>>()?;
-        if let Some(ranks) = ranks.as_deref().filter(|ranks| ranks.sharded) {
-            overwritten = ranks.any(&overwritten)?;
+        let Some(ranks) = self.sharding_ranks().cloned() else {
+            return self.all.blocks.iter_mut().try_for_each(|block| masters::sync(block, None));
+        };
+        let overwritten = self.all.blocks.iter().map(masters::is_overwritten).collect();
+        let statement = |own: &Vec<bool>| {
+            let claims = vec![claim("what is called", "sync_master")];
+            Ok(Statement { claims, own: own.iter().map(|own| *own as u8).collect() })
+        };
+        let (_, stated) = ranks.agree_on(overwritten, statement)?;
+        for (place, block) in self.all.blocks.iter_mut().enumerate() {
+            let any = stated.iter().any(|own| own.get(place) == Some(&1));
+            ranks.or_abort(masters::sync(block, Some(any)))?;
         }
-        blocks.iter_mut().zip(overwritten).try_for_each(|(block, any)| masters::sync(block, any))
+        Ok(())
     }
 
     /// A copy of the f32 master weights of a parameter, by any of its names, in the order of its elements.
@@ -337,11 +344,16 @@ impl Srkl {
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
         let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
         let block = self.all.blocks.iter().find(is_it);
-        let Some(block) = block else { return Ok(None) };
-        match (masters::values(block)?, self.sharding_ranks()) {
-            (Some(own), Some(ranks)) => ranks.gather_masters(block, own).map(Some),
-            (own, _) => Ok(own),
-        }
+        let own = block.map_or(Ok(None), masters::values);
+        let Some(ranks) = self.sharding_ranks() else { return own };
+        let own = self.agree_on("master", own, |own, _| {
+            Ok(vec![
+                claim("the parameter whose master is asked for", name),
+                claim("has one", own.is_some()),
+            ])
+        })?;
+        let Some((block, own)) = block.zip(own) else { return Ok(None) };
+        ranks.or_abort(ranks.gather_masters(block, own)).map(Some)
     }
 
     /// Sends changed settings to the engine, so that replays of captured steps use them.
@@ -432,8 +444,8 @@ impl Srkl {
         local: Result<()>,
     ) -> Result<(Reduced<'g>, StepScalars)> {
         let scalars = local.and_then(|()| self.scalars());
-        let measuring = self.measuring();
-        let Self { all, ranks, measure_state, seed, engine, .. } = self;
+        let (measuring, probes) = (self.measuring(), self.probes());
+        let Self { all, ranks, measure_state, seed, engine, records, .. } = self;
         // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
         let of_sum = |scalars: StepScalars, count: u64| {
             let grad_scale = scalars.grad_scale * count as f64;
@@ -444,15 +456,23 @@ impl Srkl {
             for block in all.blocks.iter().filter(|block| all.of(block).lr != 0.) {
                 grads.get_id(block.id).map_or(Ok(()), |gradient| block.check_gradient(gradient))?;
             }
-            engine.check_ready(all, ranks.by_device)?;
-            Ok(scalars)
+            let step = Step {
+                grads: &grads,
+                scalars: of_sum(scalars, count * ranks.world_size as u64),
+                measures: call != "step" || measuring && !probes,
+                records: *records,
+                steps: 0,
+            };
+            Ok((scalars, engine.check_ready(all, step, ranks.by_device)?))
         });
-        let statement = |scalars: &StepScalars| {
+        let statement = |(scalars, captured): &(StepScalars, bool)| {
             let numbers = [
                 claim("what is called", call),
                 claim("the number of micro-batches", count),
                 claim("the number of steps before", measure_state.step_calls),
                 claim("whether this step measures", measuring),
+                claim("whether norms are recorded", *records && ranks.sharded),
+                claim("whether a CUDA stream is captured", captured),
                 claim("the learning rate's multiplier", scalars.schedule),
                 claim("the gradient scale", scalars.grad_scale),
                 claim("the seed", *seed),
@@ -461,7 +481,7 @@ impl Srkl {
             let claims = numbers.into_iter().chain(all.groups.iter().map(settings)).collect();
             Ok(Statement { claims, own: given(all, &grads) })
         };
-        let (scalars, stated) = ranks.agree_on(checked, statement)?;
+        let ((scalars, _), stated) = ranks.agree_on(checked, statement)?;
         let sum = ranks.sum(&all.blocks, &grads, &stated)?;
         let total = count * ranks.world_size as u64;
         if call == "step" {

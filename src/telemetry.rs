@@ -84,7 +84,8 @@ impl Srkl {
         Ok(all.into_iter().map(|(_, telemetry)| telemetry).collect())
     }
 
-    /// Turns the norms of [`BlockTelemetry`] on or off, from the next step on. Default off. (Those of parameters are
+    /// Turns the norms of [`BlockTelemetry`] on or off, from the next step on. Default off. If state is sharded, all ranks must
+    /// do so alike. (Those of parameters are
     /// computed when telemetry is asked for.)
     ///
     /// A step that records adds up two more sums in passes that it makes anyway. (If its settings need no sums over
@@ -114,7 +115,10 @@ impl Srkl {
         if !outcomes.iter().any(recorded) {
             return Ok(vec![None; outcomes.len()]);
         }
-        let squares = self.engine.param_squares(&self.all)?.into_iter().zip(outcomes);
+        if self.sharding_ranks().is_some() {
+            self.agree_on("telemetry", Ok(()), |(), _| Ok(vec![]))?;
+        }
+        let squares = self.done(self.engine.param_squares(&self.all))?.into_iter().zip(outcomes);
         Ok(squares.map(|(s, outcome)| Some(s?.sqrt()).filter(|_| recorded(outcome))).collect())
     }
 }

@@ -6,6 +6,7 @@ use std::env;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,21 @@ fn address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// Runs ranks in threads.
+/// Runs ranks in threads, and ends the process if they wait for each other for ever.
 fn ranks<T: Send>(world_size: usize, run: impl Fn(Tcp) -> Result<T> + Sync) -> Vec<Result<T>> {
+    let (ended, watched) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        if watched.recv_timeout(Duration::from_secs(100)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("the ranks wait for each other");
+            std::process::abort();
+        }
+    });
+    let results = run_ranks(world_size, run);
+    drop(ended);
+    results
+}
+
+fn run_ranks<T: Send>(world_size: usize, run: impl Fn(Tcp) -> Result<T> + Sync) -> Vec<Result<T>> {
     let address = address();
     thread::scope(|scope| {
         let start = |rank| {
@@ -114,15 +128,27 @@ fn the_bits_of_one_process() -> Result<()> {
 /// Whoever leaves, panics, or calls something else.
 #[test]
 fn ranks_that_fail() {
-    for (how, words) in [("leaves", "has left"), ("panics", "has panicked"), ("differs", "calls")] {
-        for large in [10, 5_000_000] {
+    let sizes = [10, 5_000_000].into_iter().flat_map(|large| [(2, large), (3, large), (4, large)]);
+    for (world_size, large) in sizes {
+        for (how, words) in [
+            ("leaves", "has left"),
+            ("panics", "has panicked"),
+            ("differs", "calls"),
+            ("differs much", "calls"),
+        ] {
             let run = |mut tcp: Tcp| -> Result<()> {
                 for call in 0..3 {
                     if tcp.rank() == 1 && call == 2 {
                         match how {
                             "leaves" => return Ok(()),
                             "panics" => panic!("on purpose"),
-                            _ => tcp.all_gather(&mut [1; 6], &[2, 2, 2])?,
+                            "differs" => {
+                                tcp.all_gather(&mut vec![1; 2 * world_size], &vec![2; world_size])?
+                            }
+                            _ => {
+                                let parts = vec![large; world_size];
+                                tcp.all_gather(&mut vec![1; large * world_size], &parts)?;
+                            }
                         }
                     }
                     tcp.exchange(&vec![1; large])?;
@@ -130,12 +156,13 @@ fn ranks_that_fail() {
                 Ok(())
             };
             let started = Instant::now();
-            let ended = ranks(3, run);
-            assert!(started.elapsed() < Duration::from_secs(20), "{how} {large}");
-            for rank in [0, 2] {
+            let ended = ranks(world_size, run);
+            let case = format!("{how} {large} {world_size}");
+            assert!(started.elapsed() < Duration::from_secs(20), "{case}");
+            for rank in (0..world_size).filter(|rank| *rank != 1) {
                 let error = ended[rank].as_ref().expect_err("rank 1 is gone").to_string();
-                let told = error.contains("rank 1") || how == "differs";
-                assert!(told && error.contains(words), "{how} {large}: {error}");
+                let told = error.contains("rank 1") || how.starts_with("differs");
+                assert!(told && error.contains(words), "{case}: {error}");
             }
         }
     }
@@ -168,7 +195,8 @@ fn ranks_that_do_not_fit() -> Result<()> {
                 assert!(error.contains("rank 0"), "{error}");
                 return Tcp::new(address, 1, 2).map(|_| ()).and(first.join().unwrap());
             }
-            let _ = Tcp::new(address, rank, world_size);
+            let told = Tcp::new(address, rank, world_size).expect_err("another world").to_string();
+            assert!(told.contains("expects 3"), "{told}");
             first.join().unwrap()
         });
         match failed {
@@ -200,18 +228,24 @@ fn a_process_that_is_killed() -> Result<()> {
         let mut opt = builder.collective(tcp).sharded(true).build(named)?;
         loop {
             opt.step(&grads([(&var, tensor(&[1.; 5000], DType::F32)?)]))?;
+            std::fs::write(env::var("STEPPED").unwrap(), "")?;
         }
     }
+    let folder = tempfile::tempdir()?;
+    let stepped = folder.path().join("stepped");
     let address = address().to_string();
     let start = |rank: usize| -> Child {
         let mut command = Command::new(env::current_exe().unwrap());
         command.args(["--exact", "a_process_that_is_killed", "--nocapture"]);
-        command.env("RANK", rank.to_string()).env("ADDRESS", &address);
+        command.env("RANK", rank.to_string()).env("ADDRESS", &address).env("STEPPED", &stepped);
         command.stderr(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
         command.spawn().unwrap()
     };
     let mut started: Vec<Child> = (0..3).map(start).collect();
-    thread::sleep(Duration::from_millis(700));
+    let until = Instant::now() + Duration::from_secs(60);
+    while !stepped.exists() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(10));
+    }
     started[1].kill()?;
     for (rank, process) in started.into_iter().enumerate() {
         let output = process.wait_with_output()?;

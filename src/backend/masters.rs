@@ -77,9 +77,9 @@ pub(crate) fn of_block(block: &Block, masters: MasterWeights) -> Result<Option<S
     }
 }
 
-/// Updates the masters of a block whose parameter was written outside of the optimizer: `overwritten` as a whole, or in
-/// some elements.
-pub(crate) fn sync(block: &mut Block, overwritten: bool) -> Result<()> {
+/// Updates the masters of a block whose parameter was written outside of the optimizer: `overwritten` as a whole, if that is
+/// known, or in some elements.
+pub(crate) fn sync(block: &mut Block, overwritten: Option<bool>) -> Result<()> {
     with_master(block, |master, block| sync_slot(master, block, overwritten))
 }
 
@@ -129,11 +129,12 @@ fn with_master(block: &mut Block, f: impl FnOnce(&mut Slot, &Block) -> Result<()
     done
 }
 
-fn sync_slot(master: &mut Slot, block: &Block, overwritten: bool) -> Result<()> {
+fn sync_slot(master: &mut Slot, block: &Block, overwritten: Option<bool>) -> Result<()> {
     if master.format() == Format::Split {
         let CpuStorage::I16(mut numbers) = master.to_cpu()?.into_owned() else { return Ok(()) };
         let (rests, noted) = Format::split_parts(&mut numbers, block.n);
         let w = bf16s(block)?;
+        let overwritten = overwritten.unwrap_or_else(|| Samples::of(block).differ(&w, noted));
         let mut any = overwritten;
         for (w, rest) in w.iter().zip(rests) {
             // A remainder of another parameter is a number of this one's precision, which must round to it.

@@ -39,7 +39,7 @@
 //! | order of blocks | runs of a million elements, so that a gradient is still in the caches | all at once; chunks are taken by tickets |
 //! | sums of two terms | a type for the terms of each sum, in `cpu/curvature.rs`, for loops in vectors | one loop with a switch: a kernel for each would be loaded, and few are launched |
 //! | finiteness alone | a pass without sums, which is faster | `sum4` as for the other policies: memory is what takes time |
-//! | overwritten masters | looked for at the update, which has the parameter's lock | at the statistics, so that an update reads one flag |
+//! | overwritten masters | looked for at the update, which has the parameter's lock; of sharded blocks before it | at the statistics, so that an update reads one flag |
 //! | no average, no second moment | `Option`, and no loop | a decay of 1, which changes nothing |
 //! | random bits | once for 64 elements | once an element: threads share nothing |
 //! | measuring steps | summed up in the update's own loop | element by element, by a kernel of its own: registers are few |

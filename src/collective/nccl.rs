@@ -1,13 +1,16 @@
 //! Ranks whose tensors go from device to device, by NCCL.
 
 use std::ffi::c_char;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, DType, Device, Error, InplaceOp1, Layout, Result, Tensor,
     bail,
 };
+use cudarc::nccl::result::NcclError;
 use cudarc::nccl::{Comm, Id, NcclType, group_end, group_start};
 use half::{bf16, f16};
 
@@ -41,6 +44,8 @@ pub struct Nccl {
     hosts: Box<dyn Collective>,
     comm: Comm,
     device: CudaDevice,
+    /// Whether its work may never end: another rank has failed.
+    failed: bool,
 }
 
 // SAFETY: a communicator may be used by any thread, one at a time, and all methods that use it take `&mut self`.
@@ -77,22 +82,49 @@ impl Nccl {
             *to = *from as c_char;
         }
         let stream = device.cuda_stream();
+        // It goes by the device of the thread.
+        stream.context().bind_to_thread().w()?;
         let comm = Comm::from_rank(stream, rank, world_size, Id::uninit(id));
-        Ok(Self { hosts, comm: named("ncclCommInitRank", comm)?, device })
+        Ok(Self { hosts, comm: named("ncclCommInitRank", comm)?, device, failed: false })
     }
 
-    /// Runs calls as one group: they begin together.
-    fn group(&self, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs calls with tensors as one group: they begin together.
+    fn group<'t>(&self, calls: impl Iterator<Item = (Call, &'t Tensor)>) -> Result<()> {
+        let comm = &self.comm;
         named("ncclGroupStart", group_start())?;
-        let called = calls();
+        let mut calls = calls;
+        let called =
+            calls.try_for_each(|(call, tensor)| tensor.inplace_op1(&InPlace { comm, call }));
         let ended = named("ncclGroupEnd", group_end());
         called.and(ended.map(|_| ()))
     }
 }
 
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        // The communicator ends what has been launched and is not done: parameters on their way.
+        if self.failed || thread::panicking() {
+            return;
+        }
+        if let Ok(event) = self.device.cuda_stream().record_event(None) {
+            let until = Instant::now() + PATIENCE;
+            while !event.is_complete() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+/// How long a rank that leaves waits for its device, which may wait for one that has left before.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How many broadcasts a group has at most: NCCL takes some thousands.
+const GROUP: usize = 1024;
+
 /// The result of a function of NCCL.
-fn named<T, E: std::fmt::Debug>(function: &str, result: std::result::Result<T, E>) -> Result<T> {
-    result.map_err(|e| Error::msg(format!("{function}: {e:?}")))
+fn named<T>(function: &str, result: std::result::Result<T, NcclError>) -> Result<T> {
+    // `NCCL_DEBUG=WARN` makes it say more.
+    result.map_err(|e| Error::msg(format!("{function}: {:?}", e.0)))
 }
 
 /// What happens to the elements of a tensor.
@@ -165,24 +197,15 @@ impl OnDevice for Nccl {
         send: &[(usize, Tensor)],
         receive: &[(usize, Tensor)],
     ) -> Result<()> {
-        let comm = &self.comm;
-        self.group(|| {
-            for (rank, tensor) in send {
-                tensor.inplace_op1(&InPlace { comm, call: Call::SendTo(*rank) })?;
-            }
-            for (rank, tensor) in receive {
-                tensor.inplace_op1(&InPlace { comm, call: Call::ReceiveFrom(*rank) })?;
-            }
-            Ok(())
-        })
+        let send = send.iter().map(|(rank, tensor)| (Call::SendTo(*rank), tensor));
+        let receive = receive.iter().map(|(rank, tensor)| (Call::ReceiveFrom(*rank), tensor));
+        self.group(send.chain(receive))
     }
 
     fn broadcast(&mut self, parts: &[(usize, Tensor)]) -> Result<()> {
-        let comm = &self.comm;
-        self.group(|| {
-            parts.iter().try_for_each(|(rank, tensor)| {
-                tensor.inplace_op1(&InPlace { comm, call: Call::BroadcastFrom(*rank) })
-            })
+        // The same groups on all ranks.
+        parts.chunks(GROUP).try_for_each(|parts| {
+            self.group(parts.iter().map(|(rank, tensor)| (Call::BroadcastFrom(*rank), tensor)))
         })
     }
 }
@@ -195,15 +218,19 @@ impl Collective for Nccl {
         self.hosts.world_size()
     }
     fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
-        self.hosts.all_to_all(from, parts, to)
+        let done = self.hosts.all_to_all(from, parts, to);
+        done.inspect_err(|_| self.failed = true)
     }
     fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
-        self.hosts.all_gather(whole, parts)
+        let done = self.hosts.all_gather(whole, parts);
+        done.inspect_err(|_| self.failed = true)
     }
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.hosts.exchange(own)
+        let done = self.hosts.exchange(own);
+        done.inspect_err(|_| self.failed = true)
     }
     fn abort(&mut self, why: &str) {
+        self.failed = true;
         self.hosts.abort(why);
     }
     fn on_device(&mut self) -> Option<&mut dyn OnDevice> {

@@ -1,7 +1,9 @@
 //! Ranks that are processes with a connection between each two of them.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,10 +33,12 @@ use super::{Collective, part};
 ///
 /// Nothing is encrypted, and whoever can connect can be a rank: for networks that are your own.
 ///
-/// A rank that returns, panics or is killed makes the calls of the others fail.
+/// A rank that returns, panics or is killed makes the calls of the others fail. A machine that loses its power or its network says
+/// nothing, and the others wait for it.
 #[derive(Debug)]
 pub struct Tcp {
     rank: usize,
+    world_size: usize,
     /// The connections to all ranks, but for the one to itself.
     links: Vec<Option<TcpStream>>,
     /// Why there are no more calls.
@@ -47,15 +51,25 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it looks for them.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What a connection begins with.
-const HELLO: &[u8; 8] = b"srkl-tcp";
+/// What a connection begins with: a name, and a version of what follows.
+const HELLO: &[u8; 8] = b"srkltcp1";
 
 /// Messages up to this length are written before any is read: the system has room for them.
 const SMALL: usize = 8 << 10;
 
-/// What a message is: for a call, or the last one.
-const CALL: u8 = 0;
-const LAST: u8 = 1;
+/// Bytes are sent in pieces: between two of them a rank may say that there are no more.
+const PIECE: usize = 64 << 10;
+
+/// The longest name of a call.
+const LONGEST: usize = 1 << 20;
+
+/// What comes next: a call, a piece of its bytes, or why there are no more calls.
+const CALL: u8 = b'c';
+const MORE: u8 = b'm';
+const LAST: u8 = b'l';
+
+/// How long a rank that has failed waits for others to say why.
+const REASONS: Duration = Duration::from_secs(1);
 
 /// A rank that comes: its number, how many it expects, and where it listens.
 #[derive(Clone, Copy, Debug)]
@@ -66,8 +80,8 @@ struct Arrival {
 }
 
 impl Tcp {
-    /// Waits until all ranks have come, up to a minute. Rank 0 listens at `address`, to which the others connect; these listen
-    /// at ports that the system chooses.
+    /// Waits until all ranks have come, up to a minute after rank 0. Rank 0 listens at `address`, to which the others connect;
+    /// these listen at ports that the system chooses, and must be able to reach each other.
     ///
     /// # Errors
     ///
@@ -77,19 +91,22 @@ impl Tcp {
             bail!("`Tcp::new`: expected a rank below its `world_size` {world_size}, got {rank}")
         }
         let links = (0..world_size).map(|_| None).collect();
-        let mut tcp = Self { rank, links, failed: None };
-        if world_size > 1 {
-            let deadline = Instant::now() + PATIENCE;
-            tcp.connect(address, deadline)
-                .map_err(|e| e.context(format!("`Tcp::new` of rank {rank}")))?;
+        let mut tcp = Self { rank, world_size, links, failed: None };
+        if world_size > 1
+            && let Err(e) = tcp.connect(address)
+        {
+            let why = format!("`Tcp::new` of rank {rank}: {e}");
+            tcp.end(why.clone());
+            bail!("{why}")
         }
         Ok(tcp)
     }
 
-    fn connect(&mut self, address: impl ToSocketAddrs, deadline: Instant) -> Result<()> {
-        let (rank, world_size) = (self.rank, self.links.len());
+    fn connect(&mut self, address: impl ToSocketAddrs) -> Result<()> {
+        let (rank, world_size) = (self.rank, self.world_size);
+        let deadline = Instant::now() + PATIENCE;
+        let addresses: Vec<SocketAddr> = address.to_socket_addrs()?.collect();
         if rank == 0 {
-            let addresses: Vec<SocketAddr> = address.to_socket_addrs()?.collect();
             let listener = TcpListener::bind(&addresses[..])?;
             let arrived = self.accept(&listener, 1..world_size, deadline)?;
             // Where each is, for those that come after it.
@@ -98,19 +115,22 @@ impl Tcp {
                 let ip = self.link(rank)?.peer_addr()?.ip();
                 list += &format!("{}\n", SocketAddr::new(ip, port));
             }
-            return (1..world_size)
-                .try_for_each(|rank| self.send(rank, CALL, "ranks", list.as_bytes()));
+            return (1..world_size).try_for_each(|rank| self.send(rank, "ranks", list.as_bytes()));
         }
-        let first = connect(address, deadline)?;
-        let local: IpAddr = first.local_addr()?.ip();
-        let listener = TcpListener::bind((local, 0))?;
+        let first = connect(&addresses, deadline)?;
+        let listener = TcpListener::bind((first.local_addr()?.ip(), 0))?;
         let own = Arrival { rank, world_size, port: listener.local_addr()?.port() };
         say_hello(&first, own)?;
+        // Rank 0 may wait for others as long as we have.
+        first.set_read_timeout(Some(2 * PATIENCE))?;
         self.links[0] = Some(first);
         let list = self.receive(0, "ranks")?;
+        self.link(0)?.set_read_timeout(None)?;
         let list = String::from_utf8_lossy(&list).into_owned();
+        // All others are there.
+        let deadline = Instant::now() + PATIENCE;
         for (other, address) in (1..rank).zip(list.lines()) {
-            let link = connect(address, deadline)?;
+            let link = connect(&address.to_socket_addrs()?.collect::<Vec<_>>(), deadline)?;
             say_hello(&link, own)?;
             self.links[other] = Some(link);
         }
@@ -121,7 +141,7 @@ impl Tcp {
     fn accept(
         &mut self,
         listener: &TcpListener,
-        expected: std::ops::Range<usize>,
+        expected: Range<usize>,
         deadline: Instant,
     ) -> Result<Vec<(usize, u16)>> {
         listener.set_nonblocking(true)?;
@@ -131,18 +151,12 @@ impl Tcp {
                 Ok((link, _)) => {
                     link.set_nonblocking(false)?;
                     let Ok(arrival) = hear_hello(&link) else { continue }; // Somebody else.
-                    let Arrival { rank, world_size, port } = arrival;
-                    if world_size != self.links.len() {
-                        bail!(
-                            "expected {} ranks, rank {rank} expects {world_size}",
-                            self.links.len()
-                        )
+                    if let Err(e) = self.fits(arrival, &expected) {
+                        let _ = write_last(&link, &e.to_string());
+                        return Err(e);
                     }
-                    if !expected.contains(&rank) || self.links[rank].is_some() {
-                        bail!("two processes are rank {rank}")
-                    }
-                    self.links[rank] = Some(link);
-                    arrived.push((rank, port));
+                    self.links[arrival.rank] = Some(link);
+                    arrived.push((arrival.rank, arrival.port));
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
                     thread::sleep(PAUSE);
@@ -159,6 +173,21 @@ impl Tcp {
         Ok(arrived)
     }
 
+    /// An error if a rank is not one of those that are missing.
+    fn fits(&self, arrival: Arrival, expected: &Range<usize>) -> Result<()> {
+        let Arrival { rank, world_size, .. } = arrival;
+        if world_size != self.world_size {
+            bail!("expected {} ranks, rank {rank} expects {world_size}", self.world_size)
+        }
+        if !expected.contains(&rank) {
+            bail!("expected ranks {expected:?}, got rank {rank}")
+        }
+        if self.links[rank].is_some() {
+            bail!("two processes are rank {rank}")
+        }
+        Ok(())
+    }
+
     fn link(&self, rank: usize) -> Result<&TcpStream> {
         match self.links.get(rank) {
             Some(Some(link)) => Ok(link),
@@ -166,52 +195,81 @@ impl Tcp {
         }
     }
 
-    fn send(&self, rank: usize, kind: u8, call: &str, bytes: &[u8]) -> Result<()> {
-        let mut message = vec![kind];
-        message.extend((call.len() as u64).to_le_bytes());
-        message.extend((bytes.len() as u64).to_le_bytes());
-        message.extend(call.as_bytes());
-        let mut link = self.link(rank)?;
-        if bytes.len() <= SMALL {
-            message.extend(bytes);
-        }
-        let written = link.write_all(&message);
-        let written = written.and_then(|()| match bytes.len() <= SMALL {
-            true => Ok(()),
-            false => link.write_all(bytes),
-        });
-        // Whoever has left may have said why.
-        match written {
-            Err(e) if kind == CALL => {
-                self.receive(rank, call)?;
-                bail!("rank {rank} has left: {e}")
-            }
-            _ => Ok(()),
+    /// Sends a rank its bytes of a call.
+    fn send(&self, rank: usize, call: &str, bytes: &[u8]) -> Result<()> {
+        match self.link(rank).and_then(|link| Ok(write_call(link, call, bytes, &|| false)?)) {
+            Ok(()) => Ok(()),
+            Err(e) => bail!("{}", self.why_left(rank, &e.to_string())),
         }
     }
 
-    /// The next message of a rank, which must be for the same call.
+    /// The next bytes of a rank, which must be for the same call.
     fn receive(&self, rank: usize, call: &str) -> Result<Vec<u8>> {
-        let read = |len: usize| -> Result<Vec<u8>> {
-            let mut bytes = vec![0; len];
-            match self.link(rank)?.read_exact(&mut bytes) {
-                Ok(()) => Ok(bytes),
-                Err(e) => bail!("rank {rank} has left: {e}"),
+        let mut link = self.link(rank)?;
+        let mut read = |bytes: &mut [u8]| match link.read_exact(bytes) {
+            Ok(()) => Ok(()),
+            Err(e) => bail!("rank {rank} has left: {e}"),
+        };
+        // What comes next, with the text of the last message.
+        let mut next = || -> Result<(u8, u64, String)> {
+            let mut kind = [0];
+            read(&mut kind)?;
+            if kind[0] == MORE {
+                return Ok((MORE, 0, String::new()));
             }
+            let (mut text, mut len) = ([0; 8], [0; 8]);
+            read(&mut text)?;
+            read(&mut len)?;
+            let text = u64::from_le_bytes(text) as usize;
+            if !matches!(kind[0], CALL | LAST) || text > LONGEST {
+                bail!("what rank {rank} should be is something else")
+            }
+            let mut bytes = vec![0; text];
+            read(&mut bytes)?;
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            Ok((kind[0], u64::from_le_bytes(len), text))
         };
-        let head = read(17)?;
-        let len = |at: usize| {
-            let bytes = head[at..].first_chunk().copied().unwrap_or_default();
-            u64::from_le_bytes(bytes) as usize
-        };
-        let other = String::from_utf8_lossy(&read(len(1))?).into_owned();
-        if head[0] == LAST {
+        let (kind, len, other) = next()?;
+        if kind == LAST {
             bail!("{other}")
         }
         if other != call {
             bail!("rank {} calls {call}, rank {rank} calls {other}", self.rank)
         }
-        read(len(9))
+        let mut bytes = vec![];
+        while (bytes.len() as u64) < len {
+            let (kind, _, why) = next()?;
+            if kind != MORE {
+                bail!("{why}")
+            }
+            let start = bytes.len();
+            bytes.resize(start + PIECE.min((len - start as u64) as usize), 0);
+            match self.link(rank)?.read_exact(&mut bytes[start..]) {
+                Ok(()) => {}
+                Err(e) => bail!("rank {rank} has left: {e}"),
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Why a rank takes no more, if it has said so: what it has sent is read to its end.
+    fn why_left(&self, rank: usize, error: &str) -> String {
+        let left = || -> Option<String> {
+            let link = self.link(rank).ok()?;
+            link.set_read_timeout(Some(REASONS)).ok()?;
+            let mut rest = vec![];
+            // As much as a connection holds.
+            let _ = link.take(16 << 20).read_to_end(&mut rest);
+            // The last message of all ends what there is.
+            let text = |at: usize| {
+                let len = u64::from_le_bytes(*rest.get(at + 1..)?.first_chunk()?);
+                let text = rest.get(at + 17..)?;
+                (rest[at] == LAST && text.len() as u64 == len).then_some(text)
+            };
+            let text = (0..rest.len()).rev().find_map(text)?;
+            Some(String::from_utf8_lossy(text).into_owned())
+        };
+        left().unwrap_or_else(|| format!("rank {rank} has left: {error}"))
     }
 
     /// Sends each rank its bytes, and returns what each has sent.
@@ -227,7 +285,7 @@ impl Tcp {
     }
 
     fn try_meet<'b>(&self, call: &str, to: impl Fn(usize) -> &'b [u8]) -> Result<Vec<Vec<u8>>> {
-        let world_size = self.links.len();
+        let world_size = self.world_size;
         let mut received = vec![vec![]; world_size];
         received[self.rank] = to(self.rank).to_vec();
         for round in 1..world_size {
@@ -235,48 +293,106 @@ impl Tcp {
             let target = (self.rank + round) % world_size;
             let source = (self.rank + world_size - round) % world_size;
             let bytes = to(target);
-            if bytes.len() <= SMALL {
-                self.send(target, CALL, call, bytes)?;
-                received[source] = self.receive(source, call)?;
-                continue;
-            }
-            let (sent, got) = thread::scope(|scope| {
-                let sending = scope.spawn(|| self.send(target, CALL, call, bytes));
-                let got = self.receive(source, call);
-                (sending.join(), got)
-            });
-            received[source] = got?;
-            match sent {
-                Ok(sent) => sent?,
-                Err(_) => bail!("sending to rank {target} has panicked"),
-            }
+            received[source] = if bytes.len() <= SMALL {
+                self.send(target, call, bytes)?;
+                self.receive(source, call)?
+            } else {
+                self.send_and_receive(call, (target, bytes), source)?
+            };
         }
         Ok(received)
     }
 
+    /// Sends many bytes to one rank while it receives those of another.
+    fn send_and_receive(
+        &self,
+        call: &str,
+        (target, bytes): (usize, &[u8]),
+        source: usize,
+    ) -> Result<Vec<u8>> {
+        let link = self.link(target)?;
+        let stop = AtomicBool::new(false);
+        let (sent, received) = thread::scope(|scope| {
+            let stops = || stop.load(Ordering::Relaxed);
+            let sending = scope.spawn(move || write_call(link, call, bytes, &stops));
+            let received = self.receive(source, call);
+            if received.is_err() {
+                // It ends with a piece, so that its reader can be told why; but nobody may read any more.
+                stop.store(true, Ordering::Relaxed);
+                let until = Instant::now() + REASONS;
+                while !sending.is_finished() && Instant::now() < until {
+                    thread::sleep(PAUSE);
+                }
+                if !sending.is_finished() {
+                    let _ = link.shutdown(Shutdown::Both);
+                }
+            }
+            (sending.join(), received)
+        });
+        match (sent, received) {
+            (Ok(Err(e)), Ok(_)) => bail!("{}", self.why_left(target, &e.to_string())),
+            (Err(_), Ok(_)) => bail!("sending to rank {target} has panicked"),
+            (_, received) => received,
+        }
+    }
+
     /// Tells all ranks why there are no more calls, and closes the connections, so that nobody waits for this rank.
     fn end(&mut self, why: String) {
-        for rank in (0..self.links.len()).filter(|rank| *rank != self.rank) {
+        for link in self.links.iter_mut().filter_map(Option::take) {
             // Whoever does not read it has failed too.
-            if let Ok(link) = self.link(rank)
-                && link.set_write_timeout(Some(Duration::from_secs(1))).is_ok()
-            {
-                let _ = self.send(rank, LAST, &why, &[]);
-            }
+            let _ = write_last(&link, &why);
         }
-        self.links.iter_mut().for_each(|link| *link = None);
         self.failed = Some(why);
     }
 }
 
+/// Writes a call and its bytes, unless it `stops` in between.
+fn write_call(
+    mut link: &TcpStream,
+    call: &str,
+    bytes: &[u8],
+    stops: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    let mut message = vec![CALL];
+    message.extend((call.len() as u64).to_le_bytes());
+    message.extend((bytes.len() as u64).to_le_bytes());
+    message.extend(call.as_bytes());
+    for piece in bytes.chunks(PIECE) {
+        if stops() {
+            break;
+        }
+        message.push(MORE);
+        message.extend(piece);
+        link.write_all(&message)?;
+        message.clear();
+    }
+    link.write_all(&message)
+}
+
+fn write_last(mut link: &TcpStream, why: &str) -> io::Result<()> {
+    link.set_write_timeout(Some(REASONS))?;
+    let mut message = vec![LAST];
+    message.extend((why.len() as u64).to_le_bytes());
+    message.extend(0u64.to_le_bytes());
+    message.extend(why.as_bytes());
+    link.write_all(&message)
+}
+
 /// Connects to a rank that listens, or will soon.
-fn connect(address: impl ToSocketAddrs, deadline: Instant) -> Result<TcpStream> {
-    let addresses: Vec<SocketAddr> = address.to_socket_addrs()?.collect();
+fn connect(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream> {
     loop {
-        match TcpStream::connect(&addresses[..]) {
-            Ok(link) => return Ok(link),
-            Err(_) if Instant::now() < deadline => thread::sleep(PAUSE),
-            Err(e) => bail!("nobody listens at {addresses:?}: {e}"),
+        let mut failed = None;
+        for address in addresses {
+            let left = deadline.saturating_duration_since(Instant::now()).max(PAUSE);
+            match TcpStream::connect_timeout(address, left) {
+                Ok(link) => return Ok(link),
+                Err(e) => failed = Some(e),
+            }
+        }
+        match failed {
+            Some(e) if Instant::now() >= deadline => bail!("nobody listens at {addresses:?}: {e}"),
+            Some(_) => thread::sleep(PAUSE),
+            None => bail!("the address is none"),
         }
     }
 }
@@ -292,14 +408,15 @@ fn say_hello(mut link: &TcpStream, Arrival { rank, world_size, port }: Arrival) 
 
 fn hear_hello(mut link: &TcpStream) -> Result<Arrival> {
     link.set_nodelay(true)?;
-    link.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut hello = [0; 32];
-    link.read_exact(&mut hello)?;
-    link.set_read_timeout(None)?;
-    let (said, numbers) = hello.split_at(HELLO.len());
-    if said != HELLO {
+    // It comes in one packet.
+    link.set_read_timeout(Some(REASONS))?;
+    let (mut said, mut numbers) = ([0; 8], [0; 24]);
+    link.read_exact(&mut said)?;
+    if said != *HELLO {
         bail!("expected another rank")
     }
+    link.read_exact(&mut numbers)?;
+    link.set_read_timeout(None)?;
     let numbers = numbers.as_chunks().0;
     let number = |i: usize| u64::from_le_bytes(numbers[i]) as usize;
     Ok(Arrival { rank: number(0), world_size: number(1), port: number(2) as u16 })
@@ -311,7 +428,7 @@ impl Collective for Tcp {
     }
 
     fn world_size(&self) -> usize {
-        self.links.len()
+        self.world_size
     }
 
     fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {

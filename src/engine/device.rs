@@ -1,10 +1,9 @@
 //! The engine for parameters that are all on one CUDA device, which decides and counts steps: the host does not wait.
 
+use candle_core::Result;
 use candle_core::backprop::GradStore;
-use candle_core::{Result, bail};
 
 use super::{Counters, Engine, Outcome, Perturbation, Progress, Remaining};
-use crate::backend::cuda::capture::SETTINGS_IN_CAPTURE;
 use crate::backend::cuda::table::{self, Settings};
 use crate::backend::cuda::{CudaBackend, GradientTable, abi};
 use crate::backend::{Backend, Last, Step};
@@ -72,6 +71,14 @@ impl Device {
         wanted.try_for_each(Block::back_up_whole)
     }
 
+    /// Restores parameters if what replaces them has failed.
+    fn or_restore(&mut self, all: &mut Parameters, done: Result<()>) -> Result<()> {
+        if done.is_err() && self.ranks.is_some() {
+            let _ = self.restore(all);
+        }
+        done
+    }
+
     /// What the last measurement did to the estimate of each block.
     fn remaining(&self) -> Result<Vec<Remaining>> {
         let remaining = self.cuda.device.clone_dtoh(&self.cuda.memory.remaining)?;
@@ -82,6 +89,9 @@ impl Device {
 impl Engine for Device {
     /// One launch; two if it needs no statistics; three if it needs the directions; with matrices those of their
     /// products besides. No synchronisation, and nothing is copied to the host.
+    ///
+    /// With sharded state statistics, sums and updates are launches of their own, each with an exchange behind it, which waits if
+    /// it goes by way of the hosts.
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
         let Step { grads, scalars, measures, records, .. } = step;
         let cuda = &mut self.cuda;
@@ -90,15 +100,7 @@ impl Engine for Device {
         let settings = Settings::new(&all.groups, scalars);
         let captured = cuda.is_capturing()?;
         let gradients = if captured {
-            if measures {
-                bail!(
-                    "a step that measures the curvature can't be captured: capture one where `measuring()` is \
-                     false, and take the others outside of the graph, after `request_measurement`"
-                )
-            }
-            if settings != cuda.settings {
-                bail!("{SETTINGS_IN_CAPTURE}")
-            }
+            cuda.refuse_in_capture(measures, &settings)?;
             cuda.record_gradients(&gradients)?
         } else {
             cuda.make_strips(measures)?;
@@ -171,8 +173,9 @@ impl Engine for Device {
         self.sum(self.cuda.own_gradients(), abi::SRKL_SUM_SQUARES, delta)?;
         let perturbed = |block: &Block| step.grads.get_id(block.id).is_some();
         self.back_up(all, perturbed)?;
-        self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw)?;
-        self.gather_parameters(all, perturbed)
+        let done = self.cuda.launch_replace(abi::SRKL_PERTURB, seed, draw);
+        let done = done.and_then(|()| self.gather_parameters(all, perturbed));
+        self.or_restore(all, done)
     }
 
     fn observe_probe(
@@ -195,8 +198,9 @@ impl Engine for Device {
         self.release(all);
         let averaged = |block: &Block| block.state.average.is_some();
         self.back_up(all, averaged)?;
-        self.cuda.swap(all, &[])?;
-        self.gather_parameters(all, averaged)
+        let done = self.cuda.swap(all, &[]);
+        let done = done.and_then(|()| self.gather_parameters(all, averaged));
+        self.or_restore(all, done)
     }
 
     fn restore(&mut self, all: &mut Parameters) -> Result<()> {
@@ -231,11 +235,17 @@ impl Engine for Device {
         cuda.upload(&[state], |memory| &mut memory.state)
     }
 
-    fn check_ready(&self, all: &Parameters, by_device: bool) -> Result<()> {
-        if !by_device {
-            self.cuda.refuse_capture("a step of several ranks that go by way of the host")?;
+    fn check_ready(&self, all: &Parameters, step: Step, by_device: bool) -> Result<bool> {
+        let captured = self.cuda.is_capturing()?;
+        if captured {
+            if !by_device {
+                self.cuda.refuse_capture("a step of several ranks that go by way of the host")?;
+            }
+            self.cuda
+                .refuse_in_capture(step.measures, &Settings::new(&all.groups, step.scalars))?;
         }
-        self.cuda.check_addresses(all)
+        self.cuda.check_addresses(all)?;
+        Ok(captured)
     }
 
     fn may_reorder(&self) -> bool {

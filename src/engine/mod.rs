@@ -58,7 +58,8 @@ pub(crate) trait Engine: Send + Sync {
     ///
     /// # Errors
     ///
-    /// A gradient that does not fit, or a step that a capture does not allow. Nothing has changed then.
+    /// A gradient that does not fit, or a step that a capture does not allow. Nothing has changed then. (With several ranks what
+    /// fails after they have agreed ends their training.)
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome>;
 
     /// Measures the curvature along the last step, with second gradients.
@@ -99,10 +100,10 @@ pub(crate) trait Engine: Send + Sync {
     /// Continues from a checkpoint; the last step is forgotten.
     fn set_progress(&mut self, all: &mut Parameters, progress: Progress) -> Result<()>;
 
-    /// An error for what would make a step of several ranks fail whatever its gradients are, if it can be known before.
-    /// Such a step may be captured if gradients go `by_device`.
-    fn check_ready(&self, _: &Parameters, _by_device: bool) -> Result<()> {
-        Ok(())
+    /// An error for what would make work of several ranks fail whatever its gradients are, if it can be known before. A step
+    /// that goes `by_device` may be captured. Returns whether it will be.
+    fn check_ready(&self, _: &Parameters, _: Step, _by_device: bool) -> Result<bool> {
+        Ok(false)
     }
 
     /// Whether blocks may be brought into another order before [`Engine::set_progress`].

@@ -118,7 +118,8 @@ impl CpuBackend {
         let items = blocks.iter_mut().zip(given).zip(results).enumerate();
         let items = items.filter_map(|(place, ((block, given), result))| {
             let given = given.as_ref().filter(|_| block.on_cpu)?;
-            Some((block.n > PIECE, (block, place, given, result)))
+            // Backups are of whole parameters, sharded or not.
+            Some((block.whole > PIECE, (block, place, given, result)))
         });
         self.for_each_item(items.collect(), |scratch, (block, place, given, result)| {
             *result = Some(work(scratch, block, place, given)?);

@@ -120,7 +120,7 @@ pub(crate) fn back_up(block: &mut Block) -> Result<()> {
     let Backup { memory, valid } = &mut block.backup;
     match memory {
         Some(memory) => copy(&block.var, memory)?,
-        None => *memory = Some(Var::from_tensor(&block.var.copy()?)?),
+        None => *memory = Some(Var::from_tensor(&block.var.detach())?),
     }
     *valid = true;
     Ok(())

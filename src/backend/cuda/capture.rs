@@ -61,16 +61,23 @@ impl Captures {
         Ok(())
     }
 
+    /// An error if there is no room for another capture.
+    pub fn refuse_another(&self) -> Result<()> {
+        if self.spare.is_none() {
+            bail!(
+                "two steps of one optimizer captured without one outside of a capture between them"
+            )
+        }
+        Ok(())
+    }
+
     /// Records a copy of `gradients`, and returns the address that they are copied to.
     pub fn record(&mut self, gradients: &[abi::SrklGradient]) -> Result<u64> {
         if gradients.len() != self.gradients.len() {
             bail!("expected {} gradients, got {}", self.gradients.len(), gradients.len())
         }
-        let Some(pinned) = self.spare.take() else {
-            bail!(
-                "two steps of one optimizer captured without one outside of a capture between them"
-            )
-        };
+        self.refuse_another()?;
+        let Some(pinned) = self.spare.take() else { bail!("no room for another capture") };
         let (to, _guard) = self.gradients.device_ptr_mut(&self.stream);
         // SAFETY:
         // 1. `address` points to as many entries as there are blocks, as `gradients` has;

@@ -238,6 +238,20 @@ impl CudaBackend {
         is_capturing(&self.stream)
     }
 
+    /// An error for a step that a capture does not allow.
+    pub fn refuse_in_capture(&self, measures: bool, settings: &Settings) -> Result<()> {
+        if measures {
+            bail!(
+                "a step that measures the curvature can't be captured: capture one where `measuring()` is \
+                 false, and take the others outside of the graph, after `request_measurement`"
+            )
+        }
+        if *settings != self.settings {
+            bail!("{SETTINGS_IN_CAPTURE}")
+        }
+        self.captures.refuse_another()
+    }
+
     pub fn refuse_capture(&self, what: &str) -> Result<()> {
         if self.is_capturing()? {
             bail!("{what} can't be part of a capture: a replay would not know of it")
@@ -472,8 +486,7 @@ impl Backend for CudaBackend {
         let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
         for (i, (&place, statistics)) in self.places.iter().zip(statistics).enumerate() {
             let block = &all.blocks[place];
-            // A rank may step no element of a parameter that has a gradient.
-            let is_given = self.gradients[i].address != 0 || self.sharded && all.of(block).lr != 0.;
+            let is_given = self.gradients[i].address != 0;
             let Some(gradient) = step.grads.get_id(block.id).filter(|_| is_given) else { continue };
             let sums = table::sums(statistics.sums);
             gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });

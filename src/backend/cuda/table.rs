@@ -54,6 +54,9 @@ device_repr!(
     abi::SrklTable
 );
 
+/// What is uploaded where there is no chunk.
+const NO_CHUNK: abi::SrklChunk = abi::SrklChunk { start: 0, block: 0 };
+
 pub(crate) const NO_GRADIENT: abi::SrklGradient = abi::SrklGradient { address: 0, dtype: 0 };
 
 /// The address of a gradient of which nothing is stepped here: it is there, and never read.
@@ -73,6 +76,7 @@ pub(crate) struct Memory {
     pub groups: CudaSlice<abi::SrklGroup>,
     pub scalars: CudaSlice<abi::SrklScalars>,
     pub chunks: CudaSlice<abi::SrklChunk>,
+    chunk_count: usize,
     pub chunk_sums: CudaSlice<abi::SrklSums>,
     pub chunks_done: CudaSlice<u32>,
     pub ready: CudaSlice<u32>,
@@ -173,14 +177,16 @@ impl Packed {
 impl Memory {
     pub fn new(device: &CudaDevice, packed: Packed, settings: &Settings) -> Result<Self> {
         let Packed { blocks, chunks, backup, .. } = packed;
-        let count = blocks.len();
+        let (count, chunk_count) = (blocks.len(), chunks.len());
         Ok(Self {
             blocks: device.clone_htod(&blocks)?,
             gradients: device.clone_htod(&vec![NO_GRADIENT; count])?,
             groups: device.clone_htod(&settings.groups)?,
             scalars: device.clone_htod(&[settings.scalars])?,
-            chunk_sums: device.alloc_zeros(chunks.len())?,
-            chunks: device.clone_htod(&chunks)?,
+            // There is something to allocate where no chunk is stepped.
+            chunk_sums: device.alloc_zeros(chunks.len().max(1))?,
+            chunk_count,
+            chunks: device.clone_htod(if chunks.is_empty() { &[NO_CHUNK] } else { &chunks[..] })?,
             chunks_done: device.alloc_zeros(count)?,
             ready: device.alloc_zeros(count)?,
             statistics: device.alloc_zeros(count)?,
@@ -188,7 +194,7 @@ impl Memory {
             powers: device.clone_htod(&vec![powers(&Powers::NONE); count])?,
             estimates: device.clone_htod(&vec![estimate(&Estimate::NONE); count])?,
             again: device.clone_htod(&vec![NO_GRADIENT; count])?,
-            chunk_pairs: device.alloc_zeros(chunks.len())?,
+            chunk_pairs: device.alloc_zeros(chunk_count.max(1))?,
             pairs: device.alloc_zeros(count)?,
             step_sums: device.alloc_zeros(count)?,
             strips: None,
@@ -223,7 +229,7 @@ impl Memory {
             state: self.state.device_ptr(stream).0,
             block_count: self.blocks.len() as u64,
             live_count: live_count as u64,
-            chunk_count: self.chunks.len() as u64,
+            chunk_count: self.chunk_count as u64,
             stages: 0,
             steps: 0,
             all_sums: 0,
@@ -285,7 +291,7 @@ impl Shared {
             statistics: numbers_of(statistics * STATISTICS)?,
             chunks,
             rank,
-            _order: device.clone_htod(&order)?,
+            _order: device.clone_htod(if order.is_empty() { &[0] } else { &order[..] })?,
         };
         table.all_sums = address(&shared.sums)?;
         table.all_pairs = address(&shared.pairs)?;
