@@ -200,6 +200,132 @@ fn matrices_of_owners_on_cuda_devices() -> Result<()> {
     Ok(())
 }
 
+/// Ranks that step nothing.
+#[cfg(feature = "cuda")]
+#[test]
+fn ranks_without_a_chunk_on_cuda_devices() -> Result<()> {
+    let run = |rank: Threads| {
+        let device = Device::new_cuda(0)?;
+        let vars = [(5000, DType::BF16), (1, DType::F32)].map(|(n, dtype)| {
+            Var::from_tensor(&tensor(&noise(n, 1., n as u64), dtype)?.to_device(&device)?)
+        });
+        let [a, b] = vars;
+        let (a, b) = (a?, b?);
+        let named = [("a".to_string(), a.clone()), ("b".to_string(), b.clone())];
+        let params = ParamsSrkl { max_grad_norm: Some(1.), ..ParamsSrkl::braked_adam_averaged() };
+        let builder = Srkl::builder().default_group(params).collective(rank).sharded(true);
+        let mut opt = builder.build(named)?;
+        opt.record_norms(true);
+        let mut told = vec![];
+        for step in 0..3 {
+            let loss = || {
+                (a.to_dtype(DType::F32)?.sqr()?.sum_all()? + b.sqr()?.sum_all()?)?
+                    * (1. + step as f64)
+            };
+            opt.backward_step_with(loss)?;
+            told.push(format!("{:?} {:?}", opt.telemetry()?, opt.grad_norm()?));
+            drop(opt.swap_averaged()?);
+        }
+        let bits = [bits(&a.to_device(&Device::Cpu)?)?, bits(&b.to_device(&Device::Cpu)?)?];
+        Ok((told, bits, opt.master("a")?))
+    };
+    let one = ranks(1, run).remove(0)?;
+    for each in ranks(4, run) {
+        // The mean of four equal losses.
+        assert_eq!(each?, one);
+    }
+    Ok(())
+}
+
+/// Fails in a call after some others, and leaves it to the rest to notice.
+struct Failing(Threads, Arc<AtomicU64>);
+
+impl Failing {
+    fn count(&mut self) -> Result<()> {
+        match self.1.fetch_sub(1, Ordering::Relaxed) {
+            0 => candle_core::bail!("the network is gone"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Collective for Failing {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.0.world_size()
+    }
+    fn all_to_all(&mut self, from: &[u8], parts: &[usize], to: &mut [u8]) -> Result<()> {
+        self.count().and_then(|()| self.0.all_to_all(from, parts, to))
+    }
+    fn all_gather(&mut self, whole: &mut [u8], parts: &[usize]) -> Result<()> {
+        self.count().and_then(|()| self.0.all_gather(whole, parts))
+    }
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.count().and_then(|()| self.0.exchange(own))
+    }
+    fn abort(&mut self, why: &str) {
+        self.0.abort(why);
+    }
+}
+
+/// Parameters that are perturbed or averaged are restored, whatever call of the transport fails.
+fn restored_after_failures(device: &(dyn Fn() -> Result<Device> + Sync)) -> Result<()> {
+    for swaps in [true, false] {
+        let mut failures = 0;
+        for calls in 0..12 {
+            let run = |rank: Threads| {
+                let device = device()?;
+                let left = Arc::new(AtomicU64::new(u64::MAX));
+                let failing = rank.rank() == 1;
+                let start = tensor(&noise(40_000, 1., 0), DType::F32)?.to_device(&device)?;
+                let var = Var::from_tensor(&start)?;
+                let params = match swaps {
+                    true => ParamsSrkl {
+                        average: Some(Average::Exponential(0.9)),
+                        ..ParamsSrkl::adamw(1e-2)
+                    },
+                    false => ParamsSrkl::hessian(),
+                };
+                let builder = Srkl::builder().default_group(params).sharded(true);
+                let builder = builder.collective(Failing(rank, left.clone())).bucket_bytes(60_000);
+                let mut opt = builder.build([("w".to_string(), var.clone())])?;
+                let gradient = tensor(&noise(40_000, 1., 1), DType::F32)?.to_device(&device)?;
+                let gradients = grads([(&var, gradient)]);
+                opt.skip_measurement();
+                opt.step(&gradients)?;
+                let bits_of = |var: &Var| bits(&var.to_device(&Device::Cpu)?);
+                let before = bits_of(&var)?;
+                if failing {
+                    left.store(calls, Ordering::Relaxed);
+                }
+                let failed = match swaps {
+                    true => opt.swap_averaged().map(|_| ()).is_err(),
+                    false => opt.perturb(&gradients).map(|_| ()).is_err(),
+                };
+                assert!(bits_of(&var)? == before, "{swaps} {calls}");
+                Ok(failed)
+            };
+            let failed: Vec<bool> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+            failures += failed.iter().all(|failed| *failed) as u64;
+        }
+        assert!(failures > 2, "{swaps}: {failures}");
+    }
+    Ok(())
+}
+
+#[test]
+fn restored_whatever_fails() -> Result<()> {
+    restored_after_failures(&|| Ok(Device::Cpu))
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn restored_whatever_fails_on_cuda_devices() -> Result<()> {
+    restored_after_failures(&|| Device::new_cuda(0))
+}
+
 /// Numbers of micro-batches that are no power of two a rank: the ranks agree with each other, and with one process but for
 /// the order of additions.
 #[test]
@@ -432,6 +558,18 @@ fn wrong_on_one_rank(params: &Case) -> Result<()> {
     fails_on_rank_1(params, seed, |opt| opt.set_seed(0), &["seed", "7 on rank 1"])?;
     let none = |opt: &mut Srkl, _: &[Var; 2]| opt.mean_over_ranks(&[]).map(|_| ());
     fails_on_rank_1(params, none, nothing, &["rank 1", "mean_over_ranks"])?;
+    if params.1 {
+        let records = |opt: &mut Srkl, vars: &[Var; 2]| {
+            opt.record_norms(true);
+            opt.step(&pair_grads(vars, 1)?)
+        };
+        let mend = |opt: &mut Srkl| opt.record_norms(false);
+        fails_on_rank_1(params, records, mend, &["norms", "rank 1"])?;
+        let syncs = |opt: &mut Srkl, _: &[Var; 2]| opt.sync_master();
+        fails_on_rank_1(params, syncs, nothing, &["sync_master", "step"])?;
+        let masters = |opt: &mut Srkl, _: &[Var; 2]| opt.master("a").map(|_| ());
+        fails_on_rank_1(params, masters, nothing, &["master", "step"])?;
+    }
     let saves = |opt: &mut Srkl, _: &[Var; 2]| opt.save("never written");
     fails_on_rank_1(params, saves, nothing, &["rank 0", "step", "save", "rank 1"])?;
     let folder = tempfile::tempdir()?;

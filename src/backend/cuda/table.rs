@@ -186,7 +186,7 @@ impl Memory {
             // There is something to allocate where no chunk is stepped.
             chunk_sums: device.alloc_zeros(chunks.len().max(1))?,
             chunk_count,
-            chunks: device.clone_htod(if chunks.is_empty() { &[NO_CHUNK] } else { &chunks[..] })?,
+            chunks: device.clone_htod(if chunks.is_empty() { &[NO_CHUNK][..] } else { &chunks })?,
             chunks_done: device.alloc_zeros(count)?,
             ready: device.alloc_zeros(count)?,
             statistics: device.alloc_zeros(count)?,
@@ -291,7 +291,7 @@ impl Shared {
             statistics: numbers_of(statistics * STATISTICS)?,
             chunks,
             rank,
-            _order: device.clone_htod(if order.is_empty() { &[0] } else { &order[..] })?,
+            _order: device.clone_htod(if order.is_empty() { &[0][..] } else { &order })?,
         };
         table.all_sums = address(&shared.sums)?;
         table.all_pairs = address(&shared.pairs)?;
