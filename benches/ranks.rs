@@ -4,7 +4,7 @@
 //! cargo bench --bench ranks
 //! ```
 //!
-//! The ranks share the machine's cores, so that N steps take N times as long; what is more than that is the exchange.
+//! The ranks share the machine's cores, so that N whole steps take N times as long; what is more than that is the exchange.
 
 #[allow(dead_code)] // Other benches use more of it.
 mod lists;
@@ -25,13 +25,13 @@ fn main() -> Result<()> {
     if std::env::args().any(|arg| arg == "--test") {
         return Ok(());
     }
-    println!("| list | ranks | ms a step, median | of one rank, times their number |");
-    println!("|---|---|---|---|");
+    println!("| list | ranks | state | ms a step, median | steps without an exchange |");
+    println!("|---|---|---|---|---|");
     for name in ["16M f32", "16M bf16", "4 layers of 256 f32"] {
         let mut alone = 0.;
-        for world_size in [1, 2, 4] {
+        for (world_size, sharded) in [(1, false), (2, false), (2, true), (4, false), (4, true)] {
             let ranks: Vec<Result<Vec<f64>>> = thread::scope(|scope| {
-                let start = |rank| scope.spawn(move || time(name, rank));
+                let start = |rank| scope.spawn(move || time(name, rank, sharded));
                 let ranks: Vec<_> = Threads::new(world_size).into_iter().map(start).collect();
                 ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect()
             });
@@ -41,19 +41,25 @@ fn main() -> Result<()> {
             if world_size == 1 {
                 alone = median;
             }
-            println!("| {name} | {world_size} | {median:.1} | {:.1} |", alone * world_size as f64);
+            // Sharded ranks step each parameter once.
+            let (state, steps) = match sharded {
+                true => ("sharded", alone),
+                false => ("replicated", alone * world_size as f64),
+            };
+            println!("| {name} | {world_size} | {state} | {median:.1} | {steps:.1} |");
         }
     }
     Ok(())
 }
 
 /// Milliseconds of each step of a rank.
-fn time(name: &str, rank: Threads) -> Result<Vec<f64>> {
+fn time(name: &str, rank: Threads, sharded: bool) -> Result<Vec<f64>> {
     let list = List::all().into_iter().find(|list| list.name == name).expect("a list");
     let (vars, grads) = list.tensors(&Device::Cpu)?;
     let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..ParamsSrkl::adamw(1e-3) };
     let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var));
-    let mut opt = Srkl::builder().default_group(params).collective(rank).build(named)?;
+    let mut opt =
+        Srkl::builder().default_group(params).collective(rank).sharded(sharded).build(named)?;
     opt.step(&grads)?;
     let step = |_| -> Result<f64> {
         let start = Instant::now();

@@ -4,7 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Error, Result, Tensor, bail};
 
 use crate::measuring::Perturbed;
-use crate::micro_batches::{Accumulated, leaf, tree};
+use crate::micro_batches::{Accumulated, add, leaf, tree};
 use crate::optimizer::{Reduced, Srkl};
 
 impl Srkl {
@@ -109,10 +109,11 @@ impl Srkl {
     /// No numbers, or others than on other ranks in number, shape or dtype.
     pub fn mean_over_ranks(&mut self, own: &[Tensor]) -> Result<Tensor> {
         let count = (own.len() * self.world_size()) as f64;
-        let sum = tree(own.iter().map(|x| Some(x.detach())).collect()).and_then(|sum| match sum {
-            Some(sum) => Ok(sum),
-            None => bail!("`mean_over_ranks`: expected at least one tensor, got none"),
-        });
+        let sum =
+            tree(own.iter().map(|x| Some(x.detach())).collect(), add).and_then(|sum| match sum {
+                Some(sum) => Ok(sum),
+                None => bail!("`mean_over_ranks`: expected at least one tensor, got none"),
+            });
         match (sum, &self.ranks) {
             (Ok(sum), None) => sum / count,
             (Ok(sum), Some(ranks)) => {

@@ -14,8 +14,8 @@ use crate::backend::cpu::gradient::append_elements;
 use crate::block::{Block, Parameters};
 use crate::collective::part;
 use crate::estimate::StepSums;
-use crate::micro_batches::{sum_dtype, tree};
-use crate::numerics::{CHUNK, Pair, Sums};
+use crate::micro_batches::{add, sum_dtype, tree};
+use crate::numerics::{CHUNK, Pair, Sums, bf16_to_f32, f16_to_f32};
 use crate::ranks::{Ranks, Statement, claim};
 
 /// Sums that ranks exchange.
@@ -165,7 +165,7 @@ impl Ranks {
         let stated = to_bytes(own).map(|own| Statement { claims, own });
         let each = self.agree(stated)?;
         let tensor = |bytes: &Vec<u8>| of_bytes(bytes, own.dtype())?.reshape(own.shape()).map(Some);
-        let sum = tree(each.iter().map(tensor).collect::<Result<_>>()?)?;
+        let sum = tree(each.iter().map(tensor).collect::<Result<_>>()?, add)?;
         sum.map_or_else(|| bail!("there is no rank"), Ok)
     }
 
@@ -278,7 +278,7 @@ impl Ranks {
                 sum => sum,
             });
         }
-        let mut on_host = Copies::default();
+        let mut room = Room::default();
         for bucket in buckets(blocks, self.world_size, self.bucket_bytes, size) {
             let parts = |size: &dyn Fn(&Wire) -> DType| -> Vec<usize> {
                 let bytes = |segment: &Segment| {
@@ -293,7 +293,7 @@ impl Ranks {
                 wires,
                 &bucket,
                 &parts(&|wire| wire.sent),
-                &mut on_host,
+                &mut room,
             )?;
             let mut deliver = |segments: &[Segment], mut bytes: &[u8]| -> Result<()> {
                 for segment in segments {
@@ -387,7 +387,7 @@ impl Ranks {
                     (Some(term), Some(added)) => term.to_dtype(*added).map(Some),
                     _ => Ok(None),
                 });
-                if let Some(total) = tree(terms.collect::<Result<_>>()?)? {
+                if let Some(total) = tree(terms.collect::<Result<_>>()?, add)? {
                     let start = if blocks[*block].sharded { blocks[*block].first } else { 0 };
                     sum.slice_set(&total.to_dtype(wire.sum)?, 0, range.start - start)?;
                 }
@@ -433,9 +433,10 @@ impl Ranks {
         wires: &[Option<Wire>],
         bucket: &[Vec<Segment>],
         parts: &[usize],
-        on_host: &mut Copies,
+        room: &mut Room,
     ) -> Result<Vec<u8>> {
-        let mut sent = Vec::with_capacity(parts.iter().sum());
+        let Room { on_host, sent, received } = room;
+        sent.clear();
         for Segment { block, range } in bucket.iter().flatten() {
             let Some(wire) = &wires[*block] else { continue };
             match grads.get_id(blocks[*block].id) {
@@ -446,15 +447,14 @@ impl Ranks {
                             gradient.to_device(&Device::Cpu)
                         })?,
                     };
-                    append(&gradient, range.clone(), wire.sent, &mut sent)?;
+                    append(&gradient, range.clone(), wire.sent, sent)?;
                 }
                 None => sent.resize(sent.len() + range.len() * wire.sent.size_in_bytes(), 0),
             }
         }
         let own = parts[self.rank];
-        let mut received = vec![0; self.world_size * own];
-        self.all_to_all(&sent, parts, &mut received)?;
-        drop(sent);
+        received.resize(self.world_size * own, 0);
+        self.all_to_all(sent, parts, received)?;
 
         let mut sums = vec![];
         let mut start = 0;
@@ -462,13 +462,11 @@ impl Ranks {
             let Some(wire) = &wires[*block] else { continue };
             let len = range.len() * wire.sent.size_in_bytes();
             let of_rank = |(rank, added): (usize, &Option<DType>)| {
-                let Some(added) = *added else { return Ok(None) };
-                let received = &received[rank * own + start..][..len];
-                of_bytes(received, wire.sent)?.to_dtype(added).map(Some)
+                Some(Values::of(&received[rank * own + start..][..len], wire.sent, (*added)?))
             };
-            let each = wire.added.iter().enumerate().map(of_rank).collect::<Result<_>>()?;
-            if let Some(total) = tree(each)? {
-                append(&total, 0..range.len(), wire.sum, &mut sums)?;
+            let each = wire.added.iter().enumerate().map(of_rank).collect();
+            if let Some(total) = tree(each, |a, b| Ok(Values::add(a, b)))? {
+                total.append(wire.sum, &mut sums);
             }
             start += len;
         }
@@ -506,10 +504,82 @@ struct Gathered {
     values: Values,
 }
 
+/// What is used again for the next bucket.
+#[derive(Default)]
+struct Room {
+    on_host: Copies,
+    sent: Vec<u8>,
+    received: Vec<u8>,
+}
+
 /// The numbers of a sum.
 enum Values {
     F32(Vec<f32>),
     F64(Vec<f64>),
+}
+
+impl Values {
+    /// Numbers of dtype `sent`, in that in which they are added.
+    fn of(bytes: &[u8], sent: DType, added: DType) -> Self {
+        fn numbers<T, const N: usize>(bytes: &[u8], of_bytes: impl Fn([u8; N]) -> T) -> Vec<T> {
+            bytes.as_chunks().0.iter().map(|bytes| of_bytes(*bytes)).collect()
+        }
+        let values = match sent {
+            DType::F64 => Self::F64(numbers(bytes, f64::from_le_bytes)),
+            DType::BF16 => Self::F32(numbers(bytes, |b| bf16_to_f32(u16::from_le_bytes(b)))),
+            DType::F16 => Self::F32(numbers(bytes, |b| f16_to_f32(u16::from_le_bytes(b)))),
+            _ => Self::F32(numbers(bytes, f32::from_le_bytes)),
+        };
+        match (values, added) {
+            (Self::F32(values), DType::F64) => {
+                Self::F64(values.into_iter().map(f64::from).collect())
+            }
+            // A rank with narrower gradients than others.
+            (Self::F64(values), DType::F32) => {
+                Self::F32(values.into_iter().map(|x| x as f32).collect())
+            }
+            (values, _) => values,
+        }
+    }
+
+    fn wide(self) -> Vec<f64> {
+        match self {
+            Self::F32(values) => values.into_iter().map(f64::from).collect(),
+            Self::F64(values) => values,
+        }
+    }
+
+    fn add(a: Self, b: Self) -> Self {
+        match (a, b) {
+            (Self::F32(mut a), Self::F32(b)) => {
+                a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+                Self::F32(a)
+            }
+            (a, b) => {
+                let (mut a, b) = (a.wide(), b.wide());
+                a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+                Self::F64(a)
+            }
+        }
+    }
+
+    /// Appends their bytes, as numbers of dtype `sum`.
+    fn append(self, sum: DType, bytes: &mut Vec<u8>) {
+        fn append<T, const N: usize>(
+            values: &[T],
+            bytes: &mut Vec<u8>,
+            to_bytes: impl Fn(&T) -> [u8; N],
+        ) {
+            let first = bytes.len();
+            bytes.resize(first + values.len() * N, 0);
+            let to = bytes[first..].as_chunks_mut().0;
+            to.iter_mut().zip(values).for_each(|(to, x)| *to = to_bytes(x));
+        }
+        match (self, sum) {
+            (Self::F32(values), DType::F32) => append(&values, bytes, |x| x.to_le_bytes()),
+            (values, _) => append(&values.wide(), bytes, |x| x.to_le_bytes()),
+        }
+    }
 }
 
 impl Gathered {

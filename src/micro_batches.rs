@@ -51,7 +51,7 @@ impl Accumulated {
 }
 
 fn add_all(a: &[Option<Tensor>], b: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
-    a.iter().zip(b).map(|(a, b)| add(a.clone(), b)).collect()
+    a.iter().zip(b).map(|(a, b)| add_present(a.clone(), b, add)).collect()
 }
 
 /// The gradients of a micro-batch, as they are added up. They are copied if their memory may be `reused`.
@@ -78,22 +78,40 @@ pub(crate) fn sum_dtype(parameter: DType, gradient: DType) -> DType {
 
 /// The sum of all that are there: of neighbours, then of neighbours among these sums, and so on; what has no neighbour is
 /// taken along. So the sum of an aligned power of two of them is a node of the tree, and may have been computed before.
-pub(crate) fn tree(mut items: Vec<Option<Tensor>>) -> Result<Option<Tensor>> {
+pub(crate) fn tree<T>(
+    mut items: Vec<Option<T>>,
+    add: impl Fn(T, T) -> Result<T>,
+) -> Result<Option<T>> {
     while items.len() > 1 {
-        let sums = items.chunks(2).map(|pair| match pair {
-            [a, b] => add(a.clone(), b.clone()),
-            alone => Ok(alone[0].clone()),
-        });
-        items = sums.collect::<Result<_>>()?;
+        let mut left = items.into_iter();
+        let mut sums = vec![];
+        while let Some(first) = left.next() {
+            sums.push(match left.next() {
+                Some(second) => add_present(first, second, &add)?,
+                None => first,
+            });
+        }
+        items = sums;
     }
     Ok(items.pop().flatten())
 }
 
 /// The sum of two; what is not there is not a 0, which would turn -0 into +0.
-fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
+fn add_present<T>(
+    a: Option<T>,
+    b: Option<T>,
+    add: impl Fn(T, T) -> Result<T>,
+) -> Result<Option<T>> {
     match (a, b) {
-        (Some(a), Some(b)) if a.dtype() == b.dtype() => Ok(Some((a + b)?)),
-        (Some(a), Some(b)) => Ok(Some((a.to_dtype(DType::F64)? + b.to_dtype(DType::F64)?)?)),
+        (Some(a), Some(b)) => add(a, b).map(Some),
         (a, b) => Ok(a.or(b)),
     }
+}
+
+/// The sum of two tensors, in the wider of their dtypes.
+pub(crate) fn add(a: Tensor, b: Tensor) -> Result<Tensor> {
+    if a.dtype() == b.dtype() {
+        return a + b;
+    }
+    a.to_dtype(DType::F64)? + b.to_dtype(DType::F64)?
 }
