@@ -13,11 +13,6 @@
 
 #include "curvature.cuh"
 
-// The place of chunk `i` of a block among the sums of all ranks.
-__device__ inline u64 place_of(const SrklTable &table, const SrklBlock &block, u64 i) {
-    return ((const u64 *)table.order)[block.all_first + i];
-}
-
 // Stores the statistics of a block, by one thread: its masters are reset if any rank has found them
 // overwritten.
 __device__ inline void store_statistics(const SrklTable &table, u64 b, const SrklSums &sums) {
@@ -51,7 +46,7 @@ __device__ inline void store_pair(const SrklTable &table, u32 what, u64 b, SrklP
     ((SrklPair *)table.pairs)[b] = sums;
 }
 
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, 4)
     srkl_gather(const SrklTable table, const u32 what, const double delta) {
     __shared__ Lanes lanes;
     __shared__ BlockStep block_step;
@@ -62,13 +57,15 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS)
     SrklState *state = (SrklState *)table.state;
     for (u64 b = blockIdx.x; b < table.block_count; b += gridDim.x) {
         const SrklBlock &block = ((const SrklBlock *)table.blocks)[b];
+        // Where the sums of its chunks are among those of all ranks.
+        const u64 *place = (const u64 *)table.order + block.all_first;
         if (what == SRKL_STATISTICS_OF_ALL) {
             const SrklSums found = fold(
-                block.all_count, [&](u64 i) { return read_sums(&sums[place_of(table, block, i)]); }, lanes);
+                block.all_count, [=](u64 i) { return read_sums(&sums[place[i]]); }, lanes);
             if (threadIdx.x == 0) store_statistics(table, b, found);
         } else {
             const SrklPair found = fold_pairs(
-                block.all_count, [&](u64 i) { return read_pair(&pairs[place_of(table, block, i)]); }, lanes);
+                block.all_count, [=](u64 i) { return read_pair(&pairs[place[i]]); }, lanes);
             if (threadIdx.x == 0) store_pair(table, what, b, found, block_step);
         }
         if (threadIdx.x == 0) last = arrives_last(&state->blocks_done, table.block_count);

@@ -67,6 +67,7 @@ struct Options {
     /// This process is one of several, each started with another number from 0 on; with feature nccl and --device cuda
     /// their cards exchange by NCCL (CUDA_VISIBLE_DEVICES tells which card is whose)
     #[arg(long, value_name = "NUMBER", requires = "world_size", conflicts_with = "ranks")]
+    #[cfg_attr(feature = "mpi", arg(conflicts_with = "mpi"))]
     rank: Option<usize>,
     /// How many these processes are
     #[arg(long, value_name = "PROCESSES", requires = "rank")]
