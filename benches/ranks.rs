@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo bench --bench ranks
+//! mpirun -n 2 --bind-to none cargo bench --features mpi --bench ranks -- sharded   # without this word replicated
 //! ```
 //!
 //! The ranks share the machine's cores, so that N whole steps take N times as long; what is more than that is the exchange.
@@ -15,7 +16,7 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::Device;
 use candle_nn::Optimizer;
-use candle_srkl::{NonFinite, ParamsSrkl, Srkl, Threads};
+use candle_srkl::{Collective, NonFinite, ParamsSrkl, Srkl, Threads};
 use lists::List;
 
 /// Steps that are timed.
@@ -23,6 +24,19 @@ const STEPS: usize = 10;
 
 fn main() -> Result<()> {
     if std::env::args().any(|arg| arg == "--test") {
+        return Ok(());
+    }
+    #[cfg(feature = "mpi")]
+    if std::env::var_os("OMPI_COMM_WORLD_RANK").is_some() {
+        let (rank, sharded) =
+            (candle_srkl::Mpi::new()?, std::env::args().any(|arg| arg == "sharded"));
+        let (number, world_size) = (rank.rank(), rank.world_size());
+        let mut times = time("16M f32", rank, sharded)?;
+        times.sort_by(f64::total_cmp);
+        if number == 0 {
+            let median = times[times.len() / 2];
+            println!("16M f32, {world_size} processes, sharded {sharded}: {median:.1} ms a step");
+        }
         return Ok(());
     }
     println!("| list | ranks | state | ms a step, median | steps without an exchange |");
@@ -53,7 +67,7 @@ fn main() -> Result<()> {
 }
 
 /// Milliseconds of each step of a rank.
-fn time(name: &str, rank: Threads, sharded: bool) -> Result<Vec<f64>> {
+fn time(name: &str, rank: impl Collective + 'static, sharded: bool) -> Result<Vec<f64>> {
     let list = List::all().into_iter().find(|list| list.name == name).expect("a list");
     let (vars, grads) = list.tensors(&Device::Cpu)?;
     let params = ParamsSrkl { nonfinite: NonFinite::Propagate, ..ParamsSrkl::adamw(1e-3) };

@@ -5,6 +5,7 @@ mod common;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Result, Var};
 use candle_nn::Optimizer;
@@ -123,14 +124,17 @@ fn ranks_that_fail() -> Result<()> {
     for (how, told, words) in [
         ("shape", "rank 1: gradient of `w`", &[][..]),
         ("leaves", "rank 1 has left", &[]),
-        ("panics", "", &["on purpose", "MPI_ABORT"]),
+        ("panics", "", &["on purpose"]),
         ("killed", "", &["signal"]),
         ("shape sharded", "rank 1: gradient of `w`", &[]),
         ("leaves sharded", "rank 1 has left", &[]),
-        ("panics sharded", "", &["on purpose", "MPI_ABORT"]),
+        ("panics sharded", "", &["on purpose"]),
     ] {
         let folder = tempfile::tempdir()?;
+        let started = Instant::now();
         let output = mpirun("ranks_that_fail", 3, folder.path(), how);
+        // Not by the time that is allowed: somebody has told the others. (What mpirun says of it varies.)
+        assert!(started.elapsed() < Duration::from_secs(60), "{how}");
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text);
         assert!(!output.status.success(), "{how}: {text}");
