@@ -86,6 +86,7 @@ mod optimizer;
 mod params;
 pub mod random;
 mod ranks;
+mod reduce;
 mod rule;
 mod schedule;
 mod shards;
