@@ -62,6 +62,7 @@ fn a_step_allocates_little() -> Result<()> {
     products_alone()?;
     state_takes_what_the_docs_say()?;
     a_shard_takes_its_part_of_the_state()?;
+    a_checkpoint_of_shards_is_written_by_tensors()?;
     a_checkpoint_is_written_by_tensors()
 }
 
@@ -137,6 +138,48 @@ fn a_shard_takes_its_part_of_the_state() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Rank 0 takes the memory of one tensor to save what several have, and each that of a shard of one.
+fn a_checkpoint_of_shards_is_written_by_tensors() -> Result<()> {
+    let n = 1_000_000;
+    let file = tempfile::NamedTempFile::new()?;
+    let together = Barrier::new(3);
+    let run = &|rank| {
+        let save = || -> Result<()> {
+            let vars = noisy_vars(&[n; 4], 1., DType::BF16)?;
+            let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var));
+            let builder = Srkl::builder().default_group(ParamsSrkl::braked_adam_averaged());
+            let builder = builder.collective(rank).sharded(true).bucket_bytes(1 << 18);
+            let mut opt = builder.build(named)?;
+            together.wait();
+            together.wait();
+            opt.save(file.path())?;
+            together.wait();
+            together.wait();
+            Ok(())
+        };
+        if let Err(e) = save() {
+            eprintln!("{e}");
+            std::process::abort();
+        }
+    };
+    thread::scope(|scope| {
+        let start = |rank| scope.spawn(move || run(rank));
+        let ranks: Vec<_> = Threads::new(2).into_iter().map(start).collect();
+        together.wait();
+        ALLOCATOR.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        together.wait();
+        together.wait();
+        let more = ALLOCATOR.peak_usage() - before;
+        together.wait();
+        ranks.into_iter().for_each(|rank| rank.join().expect("no panic"));
+        // In f32: the whole tensor, two shards as they are read, and one that comes.
+        assert!(more < 4 * n + 3 * 2 * n + 3_500_000, "{more} bytes");
+        assert!(file.path().metadata()?.len() > 4 * 4 * 4 * n as u64);
+        Ok(())
+    })
 }
 
 /// The bytes that each of several ranks keeps for its optimizer, and takes at most in a step that does not measure, on average.

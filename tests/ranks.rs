@@ -3,9 +3,8 @@
 mod common;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap, linear};
@@ -20,16 +19,7 @@ use common::*;
 
 /// Runs every rank in a thread of its own, and ends the process if they wait for each other for ever.
 fn ranks<T: Send>(world_size: usize, run: impl Fn(Threads) -> Result<T> + Sync) -> Vec<Result<T>> {
-    let (ended, watched) = mpsc::channel::<()>();
-    thread::spawn(move || {
-        if watched.recv_timeout(Duration::from_secs(300)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("the ranks wait for each other");
-            std::process::abort();
-        }
-    });
-    let results = run_ranks(world_size, run);
-    drop(ended);
-    results
+    unless_they_wait(|| run_ranks(world_size, run))
 }
 
 fn run_ranks<T: Send>(
@@ -334,7 +324,9 @@ fn restored_whatever_fails_on_cuda_devices() -> Result<()> {
 #[test]
 fn other_numbers_of_micro_batches() -> Result<()> {
     let params = ParamsSrkl::adamw(1e-2);
-    for (world_size, each) in [(2, 3), (3, 1), (4, 3), (5, 1), (3, 5)] {
+    let cases =
+        [(2, 3, false), (3, 1, true), (4, 3, true), (5, 1, false), (5, 1, true), (3, 5, true)];
+    for (world_size, each, sharded) in cases {
         let n = 9001;
         let start = noise(n, 1., 0);
         let gradient = |step: u64, i: usize| noise(n, 1., 100 * step + i as u64);
@@ -344,6 +336,7 @@ fn other_numbers_of_micro_batches() -> Result<()> {
             let mut opt = Srkl::builder()
                 .default_group(params.clone())
                 .collective(rank)
+                .sharded(sharded)
                 .build([("w".to_string(), var.clone())])?;
             for step in 0..4 {
                 for i in first..first + each {
@@ -703,6 +696,42 @@ fn save_and_load(sharded: bool) -> Result<()> {
     for after in ranks(2, run) {
         assert!(after? == alone);
     }
+    Ok(())
+}
+
+/// A rank that fails while others save leaves the old file, or rank 0 has written the new one.
+#[test]
+fn failures_while_saving() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state");
+    let mut failures = 0;
+    for calls in 0..25 {
+        for failing in [0, 1] {
+            let run = |rank: Threads| {
+                let left = Arc::new(AtomicU64::new(u64::MAX));
+                let own = rank.rank();
+                let var = var(&noise(40_000, 1., 0), DType::BF16)?;
+                let builder = Srkl::builder().default_group(ParamsSrkl::adamw(1e-2)).sharded(true);
+                let builder = builder.collective(Failing(rank, left.clone())).bucket_bytes(60_000);
+                let mut opt = builder.build([("w".to_string(), var.clone())])?;
+                opt.save(&path)?;
+                let old = contents(&path)?;
+                opt.step(&grads([(&var, tensor(&noise(40_000, 1., 1), DType::BF16)?)]))?;
+                if own == failing {
+                    left.store(calls, Ordering::Relaxed);
+                }
+                Ok((old, opt.save(&path).is_err()))
+            };
+            let ended: Vec<_> = ranks(3, run).into_iter().collect::<Result<_>>()?;
+            let file = contents(&path)?;
+            let is_old = file == ended[0].0;
+            let (steps, failed) = (&file.0["steps"], ended.iter().any(|(_, failed)| *failed));
+            assert!(is_old || steps == "1", "{calls} {failing}");
+            assert!(!is_old || failed, "{calls} {failing}");
+            failures += (failed && is_old) as u64;
+        }
+    }
+    assert!(failures > 10, "{failures}");
     Ok(())
 }
 

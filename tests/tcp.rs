@@ -6,7 +6,6 @@ use std::env;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command};
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,16 +22,7 @@ fn address() -> SocketAddr {
 
 /// Runs ranks in threads, and ends the process if they wait for each other for ever.
 fn ranks<T: Send>(world_size: usize, run: impl Fn(Tcp) -> Result<T> + Sync) -> Vec<Result<T>> {
-    let (ended, watched) = mpsc::channel::<()>();
-    thread::spawn(move || {
-        if watched.recv_timeout(Duration::from_secs(100)) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("the ranks wait for each other");
-            std::process::abort();
-        }
-    });
-    let results = run_ranks(world_size, run);
-    drop(ended);
-    results
+    unless_they_wait(|| run_ranks(world_size, run))
 }
 
 fn run_ranks<T: Send>(world_size: usize, run: impl Fn(Tcp) -> Result<T> + Sync) -> Vec<Result<T>> {

@@ -9,6 +9,9 @@ pub mod training;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use approx::abs_diff_eq;
 use candle_core::backprop::GradStore;
@@ -356,4 +359,18 @@ pub fn model(dtype: DType) -> Result<VarMap> {
         }
     }
     Ok(varmap)
+}
+
+/// Runs ranks, and ends the process if they wait for each other for ever.
+pub fn unless_they_wait<T>(run: impl FnOnce() -> T) -> T {
+    let (ended, watched) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        if watched.recv_timeout(Duration::from_secs(300)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("the ranks wait for each other");
+            std::process::abort();
+        }
+    });
+    let result = run();
+    drop(ended);
+    result
 }
