@@ -408,9 +408,7 @@ impl Srkl {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
         let remaining = self.engine.observe(&mut self.all, &again, scalars);
-        let remaining = self.done(remaining);
-        self.after_sum(scalars)?;
-        let remaining = remaining?;
+        let remaining = self.after_sum(remaining, scalars)?;
         self.measure_state.awaiting_observe = false;
         self.note_estimates(remaining);
         Ok(())
@@ -485,9 +483,10 @@ impl Srkl {
         let step = probe_step(&grads, scalars);
         let (delta, seed) = self.measure_schedule.and_then(|plan| plan.probe).unwrap_or_default();
         let done = self.engine.perturb(&mut self.all, step, Perturbation { delta, seed, draw });
-        let done = self.done(done);
-        self.after_sum(scalars)?;
-        done?;
+        if let Err(e) = self.after_sum(done, scalars) {
+            let _ = self.engine.restore(&mut self.all);
+            return Err(e);
+        }
         self.measure_state.probe_count += 1;
         Ok(Perturbed { opt: self, grads, count, again: Accumulated::default(), done: false })
     }
@@ -697,9 +696,7 @@ impl Perturbed<'_> {
         let step = probe_step(&self.grads, scalars);
         let Srkl { engine, all, .. } = &mut *self.opt;
         let remaining = engine.observe_probe(all, step, &again);
-        let remaining = self.opt.done(remaining);
-        self.opt.after_sum(scalars)?;
-        let remaining = remaining?;
+        let remaining = self.opt.after_sum(remaining, scalars)?;
         self.opt.note_estimates(remaining);
         self.opt.measure_state.measured = true;
         Ok(())

@@ -176,9 +176,7 @@ impl Srkl {
         let measures = self.measuring() && !self.probes();
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         let outcome = self.engine.step(&mut self.all, step);
-        let outcome = self.done(outcome);
-        self.after_sum(scalars)?;
-        if outcome? == Outcome::Counted {
+        if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = count;
             self.count_step(measures);
             self.note_gradients(grads, measures);
@@ -492,10 +490,12 @@ impl Srkl {
         Ok((Reduced::Sum(sum), of_sum(scalars, total)))
     }
 
-    /// After work by the scalars of a sum: replays of captured steps need their own.
-    pub(crate) fn after_sum(&mut self, scalars: StepScalars) -> Result<()> {
+    /// What the engine has done by the scalars of a sum. Replays of captured steps get their own then.
+    pub(crate) fn after_sum<T>(&mut self, done: Result<T>, scalars: StepScalars) -> Result<T> {
         let own = StepScalars { grad_scale: self.grad_scale, ..scalars };
-        if scalars == self.of_replays(own) { Ok(()) } else { self.upload_settings() }
+        let same = scalars == self.of_replays(own);
+        let after = if same { Ok(()) } else { self.upload_settings() };
+        self.done(done.and_then(|done| after.map(|()| done)))
     }
 
     /// The scalars of captured steps, each of one micro-batch of each rank.

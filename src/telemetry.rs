@@ -53,8 +53,11 @@ impl Srkl {
     ///
     /// None on the CPU. (The numbers may live on a device, or on other ranks.)
     pub fn telemetry(&self) -> Result<Vec<BlockTelemetry>> {
-        let now = self.steps()? + self.skipped_steps()?;
-        let outcomes = self.engine.outcomes(&self.all)?;
+        let own = || Ok((self.steps()? + self.skipped_steps()?, self.engine.outcomes(&self.all)?));
+        let (now, outcomes) = match self.sharding_ranks() {
+            Some(_) if self.records => self.agree_on("telemetry", own(), |_, _| Ok(vec![]))?,
+            _ => own()?,
+        };
         let param_norms = self.param_norms(&outcomes)?;
         let estimates = self.engine.estimates()?;
         let numbers = outcomes.into_iter().zip(param_norms).zip(estimates);
@@ -114,9 +117,6 @@ impl Srkl {
         let recorded = |(last, _): &(Option<Last>, u64)| last.is_some_and(|l| l.norms.is_some());
         if !outcomes.iter().any(recorded) {
             return Ok(vec![None; outcomes.len()]);
-        }
-        if self.sharding_ranks().is_some() {
-            self.agree_on("telemetry", Ok(()), |(), _| Ok(vec![]))?;
         }
         let squares = self.done(self.engine.param_squares(&self.all))?.into_iter().zip(outcomes);
         Ok(squares.map(|(s, outcome)| Some(s?.sqrt()).filter(|_| recorded(outcome))).collect())

@@ -37,7 +37,8 @@ use super::{Collective, OnDevice};
 /// ```
 ///
 /// What ranks agree on goes between the hosts, by another [`Collective`]: [`Tcp`](crate::Tcp), [`Threads`](crate::Threads) or
-/// `Mpi`. So an error of one is an error of all before anything is launched, and no rank waits for a device to find that out.
+/// `Mpi`. So what is wrong on one is an error of all before anything is launched, and no rank waits for a device to find that
+/// out. A rank that fails after that, for want of memory, leaves the devices of others waiting, as one that dies.
 ///
 /// All parameters must be on the device; if they are not, everything goes by way of the hosts.
 pub struct Nccl {
@@ -62,6 +63,8 @@ impl Nccl {
         let (rank, world_size) = (hosts.rank(), hosts.world_size());
         // Whoever could not begin would let the others wait.
         let begun = device.as_cuda_device().cloned().and_then(|device| {
+            // NCCL goes by the device of the thread.
+            device.cuda_stream().context().bind_to_thread().w()?;
             let id = if rank == 0 { Some(named("ncclGetUniqueId", Id::new())?) } else { None };
             let bytes = id.map_or(vec![], |id| id.internal().map(|byte| byte as u8).to_vec());
             Ok((device, bytes))
@@ -82,8 +85,6 @@ impl Nccl {
             *to = *from as c_char;
         }
         let stream = device.cuda_stream();
-        // It goes by the device of the thread.
-        stream.context().bind_to_thread().w()?;
         let comm = Comm::from_rank(stream, rank, world_size, Id::uninit(id));
         Ok(Self { hosts, comm: named("ncclCommInitRank", comm)?, device, failed: false })
     }

@@ -48,6 +48,9 @@ pub struct Tcp {
 /// How long `new` waits for others.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long one attempt to connect takes at most: a name may have other addresses.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
 /// How often it looks for them.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -150,7 +153,12 @@ impl Tcp {
             match listener.accept() {
                 Ok((link, _)) => {
                     link.set_nonblocking(false)?;
-                    let Ok(arrival) = hear_hello(&link) else { continue }; // Somebody else.
+                    let arrival = match hear_hello(&link) {
+                        Ok(arrival) => arrival,
+                        // Somebody else.
+                        Err(_) if Instant::now() < deadline => continue,
+                        Err(e) => return Err(e),
+                    };
                     if let Err(e) = self.fits(arrival, &expected) {
                         let _ = write_last(&link, &e.to_string());
                         return Err(e);
@@ -383,17 +391,19 @@ fn connect(addresses: &[SocketAddr], deadline: Instant) -> Result<TcpStream> {
     loop {
         let mut failed = None;
         for address in addresses {
-            let left = deadline.saturating_duration_since(Instant::now()).max(PAUSE);
-            match TcpStream::connect_timeout(address, left) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match TcpStream::connect_timeout(address, left.clamp(PAUSE, ATTEMPT)) {
+                // Where nobody listens a connection may meet itself, if the system has chosen that port for it.
+                Ok(link) if link.local_addr()? == link.peer_addr()? => {}
                 Ok(link) => return Ok(link),
                 Err(e) => failed = Some(e),
             }
         }
-        match failed {
-            Some(e) if Instant::now() >= deadline => bail!("nobody listens at {addresses:?}: {e}"),
-            Some(_) => thread::sleep(PAUSE),
-            None => bail!("the address is none"),
+        if Instant::now() >= deadline {
+            let why = failed.map_or(String::new(), |e| format!(": {e}"));
+            bail!("nobody listens at {addresses:?}{why}")
         }
+        thread::sleep(PAUSE);
     }
 }
 
