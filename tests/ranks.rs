@@ -118,7 +118,10 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
     let last = suite.len() - 1;
     let replicated = [5, 20, last - 2].map(|case| (case, false));
     let sharded = [7, 18, 38, 41, last - 5, last - 4, last - 2, last].map(|case| (case, true));
-    for (case, sharded) in replicated.into_iter().chain(sharded) {
+    let cases = replicated.into_iter().chain(sharded).map(|(case, sharded)| (case, sharded, false));
+    // Where some parameters are on the CPU the host decides.
+    let mixed = [7, 38, last - 5, last - 4, last - 2].map(|case| (case, true, true));
+    for (case, sharded, mixed) in cases.chain(mixed) {
         let (name, params) = &suite[case];
         let one = &train(params, sizes(params), 7, (1, 4), (1, false))?[0];
         let folder = tempfile::tempdir()?;
@@ -131,10 +134,12 @@ fn the_bits_of_one_process_on_cuda_devices() -> Result<()> {
                 sharded,
                 folder: Some(folder.path().to_path_buf()),
             };
-            train_share(params, &shapes, 7, &[&Device::new_cuda(0)?], &share)
+            let device = Device::new_cuda(0)?;
+            let devices = if mixed { &[&device, &Device::Cpu][..] } else { &[&device] };
+            train_share(params, &shapes, 7, devices, &share)
         };
         for each in ranks(2, run) {
-            assert_same(&each?, one, &format!("{name}, {sharded}"));
+            assert_same(&each?, one, &format!("{name}, {sharded}, {mixed}"));
         }
     }
     Ok(())
