@@ -3,11 +3,12 @@
 mod common;
 
 use std::env;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Result, Var};
+use candle_core::{DType, Device, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{Mpi, ParamsSrkl, Srkl};
 
@@ -36,10 +37,10 @@ fn settings() -> ParamsSrkl {
 }
 
 /// Trains by 4 micro-batches, by loss and by gradient, and saves what is left.
-fn train(opt: &mut Srkl, var: &Var, path: &Path) -> Result<Vec<u64>> {
+fn train(opt: &mut Srkl, var: &Var, path: &Path, steps: Range<usize>) -> Result<Vec<u64>> {
     let each = 4 / opt.world_size();
     let before = opt.rank() * each;
-    for step in 0..5 {
+    for step in steps {
         opt.backward_step_over(each, |i| {
             let x = noise(var.elem_count(), 1., (10 * step + before + i) as u64);
             (var.as_tensor() * tensor(&x, DType::F32)?)?.sqr()?.sum_all()
@@ -60,11 +61,31 @@ fn the_bits_of_one_process() -> Result<()> {
     if is_rank() {
         let (builder, var) = build()?;
         let named = [("w".to_string(), var.clone())];
-        let sharded = env::var("HOW").unwrap() == "sharded";
+        let how = env::var("HOW").unwrap();
+        let folder = PathBuf::from(env::var_os("FOLDER").unwrap());
+        let sharded = how.contains("sharded");
+        // Half of it, or what others have left of it.
+        let (first, rest) = (how.contains("first"), how.contains("rest"));
+        if rest {
+            let half = candle_core::safetensors::load(folder.join("half"), &Device::Cpu)?;
+            var.set(&half["w"])?;
+        }
         let builder = builder.collective(Mpi::new()?).bucket_bytes(10_000).sharded(sharded);
         let mut opt = builder.build(named)?;
-        let folder = PathBuf::from(env::var_os("FOLDER").unwrap());
-        let left = train(&mut opt, &var, &folder.join("state"))?;
+        if rest {
+            opt.load(folder.join("state"))?;
+        }
+        let steps = if first {
+            0..3
+        } else if rest {
+            3..5
+        } else {
+            0..5
+        };
+        let left = train(&mut opt, &var, &folder.join("state"), steps)?;
+        if first && opt.rank() == 0 {
+            var.as_tensor().save_safetensors("w", folder.join("half"))?;
+        }
         let bytes: Vec<u8> = left.iter().flat_map(|bits| bits.to_le_bytes()).collect();
         std::fs::write(folder.join(format!("rank {}", opt.rank())), bytes)?;
         return Ok(());
@@ -72,10 +93,22 @@ fn the_bits_of_one_process() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (builder, var) = build()?;
     let mut opt = builder.build([("w".to_string(), var.clone())])?;
-    let left = train(&mut opt, &var, &folder.path().join("one"))?;
+    let left = train(&mut opt, &var, &folder.path().join("one"), 0..5)?;
     let expected: Vec<u8> = left.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     let state = contents(&folder.path().join("one"))?;
-    for (world_size, how) in [(2, ""), (4, ""), (2, "sharded"), (4, "sharded")] {
+    // The last two go on from what another number of ranks has saved.
+    for (world_size, how, first) in [
+        (2, "", None),
+        (4, "", None),
+        (2, "sharded", None),
+        (4, "sharded", None),
+        (4, "rest sharded", Some((2, "first sharded"))),
+        (2, "rest", Some((4, "first sharded"))),
+    ] {
+        if let Some((world_size, how)) = first {
+            let output = mpirun("the_bits_of_one_process", world_size, folder.path(), how);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
         let output = mpirun("the_bits_of_one_process", world_size, folder.path(), how);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         for rank in 0..world_size {
