@@ -26,6 +26,7 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -284,19 +285,15 @@ impl StatePart<'_> {
 
     /// Those of all ranks, on rank 0; each has those of one other at a time.
     fn gather(&self, ranks: &Ranks) -> Result<Vec<u8>> {
-        let mut own = self.own()?;
+        let size = |shard: &Range<usize>| {
+            self.slot.format().tensors(self.kind, &[shard.len()])[self.part].bytes()
+        };
         let mut whole = vec![];
-        for (rank, shard) in self.block.shards.iter().enumerate() {
-            let tensors = self.slot.format().tensors(self.kind, &[shard.len()]);
-            let mut bytes = match rank == ranks.rank {
-                true => std::mem::take(&mut own),
-                false => vec![0; tensors[self.part].bytes()],
-            };
-            ranks.broadcast(rank, &mut bytes)?;
+        ranks.each_shard(self.own()?, self.block.shards.iter().map(size), |bytes| {
             if ranks.rank == 0 {
                 whole.extend(bytes);
             }
-        }
+        })?;
         Ok(whole)
     }
 }

@@ -203,10 +203,10 @@ impl Ranks {
         }
         let size = whole.dtype().size_in_bytes();
         let bytes_of = |range: &Range<usize>| range.start * size..range.end * size;
-        let mut bytes = vec![0; parts.iter().sum::<usize>() * size];
-        let (own, mut own_bytes) = (part(parts, self.rank), vec![]);
-        append(whole, own.clone(), whole.dtype(), &mut own_bytes)?;
-        bytes[bytes_of(&own)].copy_from_slice(&own_bytes);
+        let own = part(parts, self.rank);
+        let mut bytes = vec![0; own.start * size];
+        append(whole, own, whole.dtype(), &mut bytes)?;
+        bytes.resize(parts.iter().sum::<usize>() * size, 0);
         let sizes: Vec<usize> = parts.iter().map(|part| part * size).collect();
         self.all_gather(&mut bytes, &sizes)?;
         for (_, range) in ranges.filter(|(rank, _)| *rank != self.rank) {
@@ -223,14 +223,10 @@ impl Ranks {
     /// A transport or a device that fails.
     pub fn gather_masters(&self, block: &Block, own: Vec<f32>) -> Result<Vec<f32>> {
         let mut whole = vec![];
-        for (rank, shard) in block.shards.iter().enumerate() {
-            let mut bytes = match rank == self.rank {
-                true => own.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                false => vec![0; 4 * shard.len()],
-            };
-            self.broadcast(rank, &mut bytes)?;
+        let own = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        self.each_shard(own, block.shards.iter().map(|shard| 4 * shard.len()), |bytes| {
             whole.extend(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
-        }
+        })?;
         Ok(whole)
     }
 

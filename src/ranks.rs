@@ -111,6 +111,27 @@ impl Ranks {
         Ok(())
     }
 
+    /// Gives `take` what each rank has, one after the other: its `own` bytes, so many as `sizes` has for it.
+    ///
+    /// # Errors
+    ///
+    /// A transport that fails.
+    pub fn each_shard(
+        &self,
+        own: Vec<u8>,
+        sizes: impl Iterator<Item = usize>,
+        mut take: impl FnMut(Vec<u8>),
+    ) -> Result<()> {
+        let mut own = Some(own);
+        for (rank, size) in sizes.enumerate() {
+            let own = if rank == self.rank { own.take() } else { None };
+            let mut bytes = own.unwrap_or_else(|| vec![0; size]);
+            self.broadcast(rank, &mut bytes)?;
+            take(bytes);
+        }
+        Ok(())
+    }
+
     /// Tells all ranks of this one's statement, or error. Returns what all have stated.
     ///
     /// # Errors

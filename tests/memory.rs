@@ -123,18 +123,29 @@ fn a_shard_takes_its_part_of_the_state() -> Result<()> {
     for world_size in [2, 4] {
         for params in [ParamsSrkl::adamw(1e-3), ParamsSrkl::braked_adam_averaged()] {
             let state = if params.average.is_some() { 16. } else { 12. };
-            let kept = ranks_of(world_size, |rank| {
+            let step = |(opt, store): &mut (Srkl, GradStore)| {
+                opt.skip_measurement();
+                opt.step(store)
+            };
+            let build = |rank| {
                 let var = Var::zeros(n, DType::BF16, &Device::Cpu)?;
                 let builder = Srkl::builder().default_group(params.clone()).sharded(true);
                 let builder = builder.collective(rank).bucket_bytes(1 << 18);
                 let store = grads([(&var, Tensor::ones(n, DType::BF16, &Device::Cpu)?)]);
-                Ok((builder.build([("w".to_string(), var)])?, store))
-            })?;
+                let mut rank = (builder.build([("w".to_string(), var)])?, store);
+                step(&mut rank)?;
+                Ok(rank)
+            };
+            let (kept, more) = bytes_of_ranks(world_size, build, step);
+            let count = world_size as f64;
+            // Without parameters and gradients.
+            let kept = (kept - world_size * 4 * n) as f64 / count;
+            let more = more as f64 / count;
             // `Threads` keep the last message.
             let most = state * (n as f64 / world_size as f64 + 8192.) + f64::from(1 << 18);
-            assert!(kept.0 <= most, "{} of {most}: {world_size}, {params:?}", kept.0);
+            assert!(kept <= most, "{kept} of {most}: {world_size}, {params:?}");
             let most = 4. * n as f64 / world_size as f64 + 5. * f64::from(1 << 18) + 200_000.;
-            assert!(kept.1 <= most, "{} of {most}: {world_size}, {params:?}", kept.1);
+            assert!(more <= most, "{more} of {most}: {world_size}, {params:?}");
         }
     }
     Ok(())
@@ -144,63 +155,38 @@ fn a_shard_takes_its_part_of_the_state() -> Result<()> {
 fn a_checkpoint_of_shards_is_written_by_tensors() -> Result<()> {
     let n = 1_000_000;
     let file = tempfile::NamedTempFile::new()?;
-    let together = Barrier::new(3);
-    let run = &|rank| {
-        let save = || -> Result<()> {
-            let vars = noisy_vars(&[n; 4], 1., DType::BF16)?;
-            let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var));
-            let builder = Srkl::builder().default_group(ParamsSrkl::braked_adam_averaged());
-            let builder = builder.collective(rank).sharded(true).bucket_bytes(1 << 18);
-            let mut opt = builder.build(named)?;
-            together.wait();
-            together.wait();
-            opt.save(file.path())?;
-            together.wait();
-            together.wait();
-            Ok(())
-        };
-        if let Err(e) = save() {
-            eprintln!("{e}");
-            std::process::abort();
-        }
+    let build = |rank| {
+        let vars = noisy_vars(&[n; 4], 1., DType::BF16)?;
+        let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var));
+        let builder = Srkl::builder().default_group(ParamsSrkl::braked_adam_averaged());
+        builder.collective(rank).sharded(true).bucket_bytes(1 << 18).build(named)
     };
-    thread::scope(|scope| {
-        let start = |rank| scope.spawn(move || run(rank));
-        let ranks: Vec<_> = Threads::new(2).into_iter().map(start).collect();
-        together.wait();
-        ALLOCATOR.reset_peak_usage();
-        let before = ALLOCATOR.current_usage();
-        together.wait();
-        together.wait();
-        let more = ALLOCATOR.peak_usage() - before;
-        together.wait();
-        ranks.into_iter().for_each(|rank| rank.join().expect("no panic"));
-        // In f32: the whole tensor, two shards as they are read, and one that comes.
-        assert!(more < 4 * n + 3 * 2 * n + 3_500_000, "{more} bytes");
-        assert!(file.path().metadata()?.len() > 4 * 4 * 4 * n as u64);
-        Ok(())
-    })
+    let (_, more) = bytes_of_ranks(2, build, |opt| opt.save(file.path()));
+    // In f32: the whole tensor, two shards as they are read, and one that comes.
+    assert!(more < 4 * n + 3 * 2 * n + 3_500_000, "{more} bytes");
+    assert!(file.path().metadata()?.len() > 4 * 4 * 4 * n as u64);
+    Ok(())
 }
 
-/// The bytes that each of several ranks keeps for its optimizer, and takes at most in a step that does not measure, on average.
-fn ranks_of(
+/// The bytes that all ranks together keep of what they `build`, and take at most while they `work`.
+fn bytes_of_ranks<T>(
     world_size: usize,
-    build: impl Fn(Threads) -> Result<(Srkl, GradStore)> + Sync,
-) -> Result<(f64, f64)> {
+    build: impl Fn(Threads) -> Result<T> + Sync,
+    work: impl Fn(&mut T) -> Result<()> + Sync,
+) -> (usize, usize) {
     let together = Barrier::new(world_size + 1);
     let run = &|rank| {
-        let train = || -> Result<()> {
-            let (mut opt, store) = build(rank)?;
-            for _ in 0..2 {
-                opt.skip_measurement();
-                opt.step(&store)?;
-                together.wait();
-                together.wait();
-            }
+        let build_and_work = || -> Result<()> {
+            let mut built = build(rank)?;
+            together.wait();
+            together.wait();
+            work(&mut built)?;
+            together.wait();
+            together.wait();
             Ok(())
         };
         // Others would wait for it.
-        if let Err(e) = train() {
+        if let Err(e) = build_and_work() {
             eprintln!("{e}");
             std::process::abort();
         }
@@ -210,9 +196,7 @@ fn ranks_of(
         let start = |rank| scope.spawn(move || run(rank));
         let ranks: Vec<_> = Threads::new(world_size).into_iter().map(start).collect();
         together.wait();
-        // Parameters and gradients.
-        let given = world_size * 4 * 3_000_001;
-        let kept = ALLOCATOR.current_usage() - before - given;
+        let kept = ALLOCATOR.current_usage() - before;
         ALLOCATOR.reset_peak_usage();
         let before = ALLOCATOR.current_usage();
         together.wait();
@@ -220,8 +204,7 @@ fn ranks_of(
         let more = ALLOCATOR.peak_usage() - before;
         together.wait();
         ranks.into_iter().for_each(|rank| rank.join().expect("no panic"));
-        let count = world_size as f64;
-        Ok((kept as f64 / count, more as f64 / count))
+        (kept, more)
     })
 }
 

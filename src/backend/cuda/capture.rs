@@ -42,6 +42,9 @@ unsafe impl Send for Pinned {}
 // SAFETY: nothing is written through a shared reference.
 unsafe impl Sync for Pinned {}
 
+const ANOTHER_CAPTURE: &str =
+    "two steps of one optimizer captured without one outside of a capture between them";
+
 impl Captures {
     /// Room for `count` blocks.
     pub fn new(device: &CudaDevice, stream: &Arc<CudaStream>, count: usize) -> Result<Self> {
@@ -64,9 +67,7 @@ impl Captures {
     /// An error if there is no room for another capture.
     pub fn refuse_another(&self) -> Result<()> {
         if self.spare.is_none() {
-            bail!(
-                "two steps of one optimizer captured without one outside of a capture between them"
-            )
+            bail!("{ANOTHER_CAPTURE}")
         }
         Ok(())
     }
@@ -76,8 +77,7 @@ impl Captures {
         if gradients.len() != self.gradients.len() {
             bail!("expected {} gradients, got {}", self.gradients.len(), gradients.len())
         }
-        self.refuse_another()?;
-        let Some(pinned) = self.spare.take() else { bail!("no room for another capture") };
+        let Some(pinned) = self.spare.take() else { bail!("{ANOTHER_CAPTURE}") };
         let (to, _guard) = self.gradients.device_ptr_mut(&self.stream);
         // SAFETY:
         // 1. `address` points to as many entries as there are blocks, as `gradients` has;

@@ -484,12 +484,12 @@ impl Backend for CudaBackend {
         gradients: &mut [Option<BlockGradient<'g>>],
     ) -> Result<()> {
         let statistics = self.device.clone_dtoh(&self.memory.statistics)?;
-        for (i, (&place, statistics)) in self.places.iter().zip(statistics).enumerate() {
-            let block = &all.blocks[place];
-            let is_given = self.gradients[i].address != 0;
-            let Some(gradient) = step.grads.get_id(block.id).filter(|_| is_given) else { continue };
-            let sums = table::sums(statistics.sums);
-            gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });
+        let found = self.places.iter().zip(&self.gradients).zip(statistics);
+        for ((&place, _), statistics) in found.filter(|((_, gradient), _)| gradient.address != 0) {
+            if let Some(gradient) = step.grads.get_id(all.blocks[place].id) {
+                let sums = table::sums(statistics.sums);
+                gradients[place] = Some(BlockGradient { gradient, sums, storage: 0, elements: 0 });
+            }
         }
         Ok(())
     }
