@@ -1,6 +1,6 @@
 //! Reads a gradient or a parameter, of any float dtype and layout, as rows of the compute type.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
@@ -27,8 +27,33 @@ pub(crate) enum Values<'a> {
 /// A buffer for one row in either compute type, allocated at its first use.
 #[derive(Default)]
 pub(crate) struct RowBuffer {
-    narrow: Vec<f32>,
-    wide: Vec<f64>,
+    narrow: Option<Box<Aligned<f32>>>,
+    wide: Option<Box<Aligned<f64>>>,
+}
+
+/// A row, aligned to the lines of caches, so that no SIMD register is loaded from two of them.
+#[repr(align(64))]
+pub(crate) struct Aligned<T>([T; LANES]);
+
+impl<T: Default + Copy> Default for Aligned<T> {
+    fn default() -> Self {
+        Self([T::default(); LANES])
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.0
+    }
 }
 
 /// A compute type, f32 or f64, with access to memory of that type.
@@ -50,8 +75,7 @@ impl Compute for f32 {
     }
     #[inline(always)]
     fn buffer(buffer: &mut RowBuffer) -> &mut [f32] {
-        buffer.narrow.resize(LANES, 0.);
-        &mut buffer.narrow
+        buffer.narrow.get_or_insert_default()
     }
     fn numbers_mut(storage: &mut CpuStorage) -> Option<&mut [f32]> {
         match storage {
@@ -71,8 +95,7 @@ impl Compute for f64 {
     }
     #[inline(always)]
     fn buffer(buffer: &mut RowBuffer) -> &mut [f64] {
-        buffer.wide.resize(LANES, 0.);
-        &mut buffer.wide
+        buffer.wide.get_or_insert_default()
     }
     fn numbers_mut(storage: &mut CpuStorage) -> Option<&mut [f64]> {
         match storage {

@@ -38,7 +38,7 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     ) -> RowMut<'r, C>;
 
     /// Asks for `len` elements from `start` on to be brought into the caches.
-    fn prefetch(&self, _start: usize, _len: usize) {}
+    fn prefetch(&self, start: usize, len: usize);
 
     /// Stores what was changed after [`StateRows::load`].
     fn store(&mut self, room: &mut Room);
@@ -141,6 +141,14 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
             v: v.as_deref_mut(),
             average: average.as_deref_mut(),
             q: q.as_deref_mut(),
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, start: usize, len: usize) {
+        let Self { master, m, v, average, .. } = self;
+        for numbers in [master, m, v, average].into_iter().flatten() {
+            prefetch(numbers.as_ptr().wrapping_add(start).addr(), size_of::<C>() * len);
         }
     }
 

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use rayon::prelude::*;
 
 use super::super::GradSums;
-use super::gradient::{Compute, Gradient, RowBuffer};
+use super::gradient::{Aligned, Compute, Gradient, RowBuffer};
 use super::pool::has_helpers;
 use super::rows::Room;
 use super::simd::{Kernel, Simd};
@@ -29,7 +29,7 @@ pub(crate) fn splits(n: usize) -> bool {
 pub(crate) struct Scratch {
     pub rows: Rows,
     /// Lanes of up to three sums.
-    pub lanes: [Vec<f64>; 3],
+    pub lanes: [Box<Aligned<f64>>; 3],
 }
 
 /// Rows of numbers: what is read, the direction, the terms of two sums.
@@ -49,7 +49,7 @@ pub(crate) struct InputRows {
 
 impl Scratch {
     pub fn new() -> Self {
-        Self { rows: Rows::default(), lanes: [(); 3].map(|()| vec![0.; LANES]) }
+        Self { rows: Rows::default(), lanes: Default::default() }
     }
 }
 

@@ -105,7 +105,7 @@ pub(crate) fn update(
     Ok(moved)
 }
 
-/// So many elements after the next row memory is asked for, of packed state.
+/// So many elements after the next row memory is asked for.
 const AHEAD: usize = 2 * UNIT;
 
 /// What a step follows.
@@ -200,12 +200,13 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
         let mut chunks = vec![];
-        // While numbers are packed nothing is loaded, so the processor would not fetch what comes next: it is asked to, by
-        // short rows, since it can fetch only so many lines at a time. Sums go by whole rows.
-        let row_len = if S::PACKED && !sums_up { UNIT } else { LANES };
+        // While numbers are packed or summed up nothing is loaded, so the processor would not fetch what comes next: it is
+        // asked to, by short rows, since it can fetch only so many lines at a time.
+        let computes = S::PACKED || sums_up;
+        let row_len = if computes { UNIT } else { LANES };
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            if S::PACKED {
+            if computes {
                 prefetch(part.w.as_ptr().wrapping_add(AHEAD).addr(), row_len * size_of::<P>());
                 followed.gradient.prefetch(start + at + row_len + AHEAD, row_len);
                 part.state.prefetch(AHEAD, row_len);
@@ -302,11 +303,12 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             if sums_up {
                 let len = CHUNK.min(n - at / CHUNK * CHUNK);
                 let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
-                let lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
-                let [step, direction, along] = lanes;
+                let mut lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
                 if at % CHUNK == 0 {
-                    [&mut *step, direction, along].into_iter().for_each(|lanes| lanes.fill(0.));
+                    lanes.iter_mut().for_each(|lanes| lanes.fill(0.));
                 }
+                let [step, direction, along] =
+                    lanes.each_mut().map(|lanes| &mut lanes[at % LANES..]);
                 let squares = &mut f64::buffer(squares)[..w.len()];
                 step_squares(squares, step, before, w);
                 if !strips.is_empty() {
@@ -322,6 +324,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     None => add_squares(direction, d),
                 }
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
+                    let [step, direction, along] = lanes;
                     let (step, direction) = (tree(step), tree(direction));
                     // Else the terms of `d m` are those of `d^2`.
                     let apart = is_adam || followed.orthogonal.is_some();
