@@ -48,6 +48,9 @@
 #define SRKL_ADAM 2
 #define SRKL_NESTEROV 3 // momentum that looks ahead
 #define SRKL_MUON 4
+#define SRKL_NESTEROV_ADAM 5
+#define SRKL_AMSGRAD 6
+#define SRKL_LION 7
 
 // Curvatures.
 #define SRKL_GRAD_SQUARE 0
@@ -112,6 +115,7 @@ typedef struct {
     unsigned long long master;      // its masters, 16-byte aligned, or 0
     unsigned long long m;           // its first moment, or 0
     unsigned long long v;           // its second moment, or 0
+    unsigned long long v_max;       // the largest so far of SRKL_AMSGRAD, or 0
     unsigned long long average;     // of the parameter, or 0
     unsigned long long q;           // its squared row norms, or 0
     unsigned long long backup;      // room for the parameter as it was, or 0
@@ -144,6 +148,8 @@ typedef struct {
     double decay1;        // of the first moment
     double gain1;         // the weight of a gradient in it
     double power1;        // the decay that its bias correction goes by; 1 for none
+    double ahead_decay;   // of a momentum that looks ahead
+    double ahead_gain;    // and the weight of a gradient beside it
     double decay2;        // of the second moment; 1 for none
     double eps;
     double decay; // of the curvature's average
@@ -154,9 +160,9 @@ typedef struct {
     unsigned int direction;
     unsigned int curvature;
     unsigned int nonfinite;
-    unsigned int ahead;      // SRKL_MUON: whether the momentum looks ahead
+    unsigned int ahead;      // SRKL_MUON, SRKL_NESTEROV_ADAM: whether the momentum looks ahead by a step more
     unsigned int stochastic; // whether bf16 parameters without masters are rounded at random
-    unsigned int pad;
+    unsigned int cautious;   // whether elements whose direction is against their gradient stay
 } SrklGroup;
 
 // What a step uses that is neither a setting of one group nor a gradient. Written by srkl_set.
@@ -319,9 +325,9 @@ typedef struct {
 
 #ifdef __cplusplus
 #include <cstddef>
-static_assert(sizeof(SrklBlock) == 160 && offsetof(SrklBlock, place) == 148, "SrklBlock");
+static_assert(sizeof(SrklBlock) == 168 && offsetof(SrklBlock, place) == 156, "SrklBlock");
 static_assert(sizeof(SrklGradient) == 16 && offsetof(SrklGradient, dtype) == 8, "SrklGradient");
-static_assert(sizeof(SrklGroup) == 152 && offsetof(SrklGroup, ahead) == 140, "SrklGroup");
+static_assert(sizeof(SrklGroup) == 168 && offsetof(SrklGroup, ahead) == 156, "SrklGroup");
 static_assert(sizeof(SrklScalars) == 32 && offsetof(SrklScalars, pad) == 28, "SrklScalars");
 static_assert(sizeof(SrklChunk) == 16 && offsetof(SrklChunk, block) == 8, "SrklChunk");
 static_assert(sizeof(SrklSums) == 24 && offsetof(SrklSums, exponent) == 16, "SrklSums");

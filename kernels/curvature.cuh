@@ -47,10 +47,17 @@ __device__ inline SrklPair terms(const SrklTable &table, u32 what, u64 b, const 
         C d = g;
         if (direction == SRKL_MUON)
             from_f64(load_one(block.orthogonal, start + at), d);
+        else if (direction == SRKL_LION)
+            d = sign(k.moments.look_ahead(part.load_m(at), g));
         else if (direction != SRKL_GRADIENT)
             d = k.moments.first_moment(part.load_m(at), g);
-        if (direction == SRKL_NESTEROV) d = k.moments.nesterov(d, g);
-        if (direction == SRKL_ADAM) d = div(d, k.moments.denom(k.moments.second_moment(part.load_v(at), g)));
+        if (direction == SRKL_NESTEROV || direction == SRKL_NESTEROV_ADAM) d = k.moments.look_ahead(d, g);
+        if (has_second_moment(direction)) {
+            C v = k.moments.second_moment(part.load_v(at), g);
+            if (direction == SRKL_AMSGRAD) v = k.moments.largest(part.v_max().load_one(at), v);
+            d = div(d, k.moments.denom(v));
+        }
+        if (block_step.group.cautious) d = cautious(d, g);
         double a = (double)d, w = (double)widen(part.w()[at]);
         if (has_element_brakes(block_step.group)) {
             double q = part.q() ? (double)part.q().load_one(at) : 0.;

@@ -27,7 +27,7 @@ __device__ inline C momentum(const Part<C, C> &part, const SrklGradient &g, cons
     C gradient;
     from_f64(load_one(g, start + at), gradient);
     C m = moments.first_moment(part.load_m(at), gradient);
-    return group.ahead ? moments.nesterov(m, gradient) : m;
+    return group.ahead ? moments.look_ahead(m, gradient) : m;
 }
 
 // Stores one number as the dtype of the room has it, and returns what was stored.

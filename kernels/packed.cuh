@@ -276,29 +276,40 @@ __device__ inline void update_units(const PackedPart<P> &part, const SrklGradien
         if (direction != SRKL_GRADIENT) {
             float m[EIGHT], v[EIGHT];
             part.template load_moments<WIDE>(m, v, at, to);
-            if (direction == SRKL_ADAM) {
+            if (direction == SRKL_ADAM || (MEASURES && direction == SRKL_NESTEROV_ADAM)) {
 #pragma unroll
                 for (int e = 0; e < EIGHT; e++) {
-                    m[e] = k.moments.first_moment(m[e], d[e]);
-                    v[e] = k.moments.second_moment(v[e], d[e]);
-                    d[e] = div(m[e], k.moments.denom(v[e]));
-                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], m[e]);
+                    const float g = d[e];
+                    m[e] = k.moments.first_moment(m[e], g);
+                    v[e] = k.moments.second_moment(v[e], g);
+                    const bool ahead = MEASURES && direction == SRKL_NESTEROV_ADAM;
+                    const float along = ahead ? k.moments.look_ahead(m[e], g) : m[e];
+                    d[e] = div(along, k.moments.denom(v[e]));
+                    if (MEASURES && group.cautious) d[e] = cautious(d[e], g);
+                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], along);
                 }
             } else if (!WIDE && direction == SRKL_MUON) {
 #pragma unroll
                 for (int e = 0; e < EIGHT; e++) {
                     if (at + e >= to) continue;
-                    m[e] = k.moments.first_moment(m[e], d[e]);
-                    const float along = group.ahead ? k.moments.nesterov(m[e], d[e]) : m[e];
+                    const float g = d[e];
+                    m[e] = k.moments.first_moment(m[e], g);
+                    const float along = group.ahead ? k.moments.look_ahead(m[e], g) : m[e];
                     from_f64(load_one(block.orthogonal, part.start + at + e), d[e]);
+                    if (MEASURES && group.cautious) d[e] = cautious(d[e], g);
                     if (MEASURES) add_along(lanes, at + e, d[e], along);
                 }
             } else {
 #pragma unroll
                 for (int e = 0; e < EIGHT; e++) {
-                    m[e] = k.moments.first_moment(m[e], d[e]);
-                    d[e] = direction == SRKL_NESTEROV ? k.moments.nesterov(m[e], d[e]) : m[e];
-                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], d[e]);
+                    const float g = d[e], old = m[e];
+                    m[e] = k.moments.first_moment(old, g);
+                    d[e] = direction == SRKL_NESTEROV ? k.moments.look_ahead(m[e], g) : m[e];
+                    if (MEASURES && direction == SRKL_LION) d[e] = k.moments.look_ahead(old, g);
+                    const float along = d[e];
+                    if (MEASURES && direction == SRKL_LION) d[e] = sign(d[e]);
+                    if (MEASURES && group.cautious) d[e] = cautious(d[e], g);
+                    if (MEASURES && at + e < to) add_along(lanes, at + e, d[e], along);
                 }
             }
             part.template store_moments<WIDE>(m, v, at, to);

@@ -80,9 +80,7 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     decision.phi = phi;
     decision.small = 0;
     decision.powers = powers;
-    // Muon may look ahead by a step more.
-    const bool ahead = p.direction == SRKL_MUON && p.ahead;
-    decision.scale_m = bias_correction(ahead ? __dmul_rn(powers.first, p.power1) : powers.first);
+    decision.scale_m = bias_correction(p.ahead ? __dmul_rn(powers.first, p.power1) : powers.first);
     decision.scale_v = bias_correction(powers.second);
     // One division for both kinds of average.
     const bool polynomial = p.polynomial >= 0.;
@@ -140,11 +138,19 @@ __device__ inline void adjust(SrklDecision &decision, const SrklGroup &p, const 
 
 // The numbers by which moments, and from them the direction, are computed.
 template <typename C> struct Moments {
-    C decay1, gain1_factor, decay2, one_minus_decay2, grad_factor, scale_v, eps;
+    C decay1, gain1_factor, ahead_decay, ahead_gain_factor, decay2, one_minus_decay2, grad_factor, scale_v,
+        eps;
 
     __device__ Moments(const SrklGroup &p, const SrklDecision &decision) {
         from_f64(p.decay1, decay1);
         from_f64(__dmul_rn(p.gain1, decision.grad_factor), gain1_factor);
+        from_f64(p.ahead_decay, ahead_decay);
+        double gain = p.ahead_gain;
+        if (p.direction == SRKL_NESTEROV_ADAM) {
+            const double first = decision.powers.first, next = __dmul_rn(first, p.power1);
+            gain = __dmul_rn(gain, __ddiv_rn(__dsub_rn(1., next), __dsub_rn(1., first)));
+        }
+        from_f64(__dmul_rn(gain, decision.grad_factor), ahead_gain_factor);
         from_f64(p.decay2, decay2);
         from_f64(__dsub_rn(1., p.decay2), one_minus_decay2);
         from_f64(decision.grad_factor, grad_factor);
@@ -155,8 +161,11 @@ template <typename C> struct Moments {
     // `m <- mu m + (1 - mu) grad_factor g`
     __device__ C first_moment(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
 
-    // `mu m + grad_factor g`, or for Muon `mu m + (1 - mu) grad_factor g`, with the new `m`: it looks ahead.
-    __device__ C nesterov(C m, C g) const { return first_moment(m, g); }
+    // `mu m + grad_factor g`, or for Muon and SRKL_NESTEROV_ADAM `mu m + (1 - mu) grad_factor g`, with the
+    // new `m`; of SRKL_LION `beta1 m + (1 - beta1) grad_factor g`, with the old one.
+    __device__ C look_ahead(C m, C g) const {
+        return canonical(mul_add(g, ahead_gain_factor, mul(ahead_decay, m)));
+    }
 
     // `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
     __device__ C second_moment(C v, C g) const {
@@ -164,9 +173,27 @@ template <typename C> struct Moments {
         return canonical(mul_add(mul(one_minus_decay2, g), g, mul(decay2, v)));
     }
 
+    // `u <- max(u, v)`
+    __device__ C largest(C v_max, C v) const { return v > v_max ? v : v_max; }
+
     // `P = sqrt(v / (1 - beta2^t)) + eps`
     __device__ C denom(C v) const { return add(root(mul(scale_v, v)), eps); }
 };
+
+// -1, 0 or 1; a NaN stays one.
+template <typename C> __device__ inline C sign(C x) {
+    return x > 0 ? (C)1 : x < 0 ? (C)-1 : x;
+}
+
+// `d`, or 0 where it is against the gradient; a NaN stays one.
+template <typename C> __device__ inline C cautious(C d, C g) {
+    return (d > 0 && g <= 0) || (d < 0 && g >= 0) ? (C)0 : d;
+}
+
+// Whether a direction divides by the root of a second moment.
+__device__ inline bool has_second_moment(u32 direction) {
+    return direction == SRKL_ADAM || direction == SRKL_NESTEROV_ADAM || direction == SRKL_AMSGRAD;
+}
 
 // What an update needs besides its chunk.
 struct BlockStep {

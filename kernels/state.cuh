@@ -62,6 +62,7 @@ template <typename P, typename C> struct Part {
     __device__ Exact<C> master() const { return {block.master, start}; }
     __device__ Exact<C> m() const { return {block.m, start}; }
     __device__ Exact<C> v() const { return {block.v, start}; }
+    __device__ Exact<C> v_max() const { return {block.v_max, start}; }
     __device__ Exact<C> average() const { return {block.average, start}; }
     __device__ Exact<C> q() const { return {block.q, start}; }
 

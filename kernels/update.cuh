@@ -41,28 +41,37 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
     const int STRIDE = SRKL_THREADS * N;
     // Registers don't suffice for all at once: if there is state, the parameter is loaded after it.
     const bool LATE = DIRECTION != SRKL_GRADIENT;
+    const bool SECOND = DIRECTION == SRKL_ADAM || DIRECTION == SRKL_NESTEROV_ADAM;
+    const bool AHEAD = DIRECTION == SRKL_NESTEROV || DIRECTION == SRKL_NESTEROV_ADAM;
     for (int first = 0; first < wide; first += BATCH * STRIDE) {
         const int at = first + threadIdx.x * N;
         Elements<G, N> gs[BATCH];
         Elements<C, N> xs[BATCH], ds[BATCH], states[BATCH];
         load_elements<STRIDE>(gs, g, at, wide);
         if (DIRECTION != SRKL_GRADIENT) part.m().template load<STRIDE>(ds, at, wide);
-        if (DIRECTION == SRKL_ADAM) part.v().template load<STRIDE>(states, at, wide);
+        if (SECOND) part.v().template load<STRIDE>(states, at, wide);
         if (!LATE) load_parameters<STRIDE>(xs, part, at, wide, reset_master);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
 #pragma unroll
             for (int e = 0; e < N; e++) {
                 C d = (C)widen(gs[j][e]);
-                if (DIRECTION == SRKL_ADAM) states[j][e] = k.moments.second_moment(states[j][e], d);
+                if (SECOND) states[j][e] = k.moments.second_moment(states[j][e], d);
+                if (DIRECTION == SRKL_LION) states[j][e] = sign(k.moments.look_ahead(ds[j][e], d));
                 ds[j][e] = DIRECTION == SRKL_GRADIENT ? d : k.moments.first_moment(ds[j][e], d);
             }
             if (DIRECTION != SRKL_GRADIENT) part.m().store(at + j * STRIDE, wide, ds[j]);
-            if (DIRECTION == SRKL_NESTEROV) {
+            if (DIRECTION == SRKL_LION) ds[j] = states[j];
+            if (AHEAD) {
 #pragma unroll
-                for (int e = 0; e < N; e++) ds[j][e] = k.moments.nesterov(ds[j][e], (C)widen(gs[j][e]));
+                for (int e = 0; e < N; e++) {
+                    // The same bits; a number less to keep.
+                    const C g = (C)widen(gs[j][e]);
+                    ds[j][e] = DIRECTION == SRKL_NESTEROV ? k.moments.first_moment(ds[j][e], g)
+                                                          : k.moments.look_ahead(ds[j][e], g);
+                }
             }
-            if (DIRECTION == SRKL_ADAM) {
+            if (SECOND) {
                 part.v().store(at + j * STRIDE, wide, states[j]);
 #pragma unroll
                 for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.denom(states[j][e]));
@@ -94,11 +103,19 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
     }
 }
 
-template <typename P, typename C, typename G>
+template <bool ALL, typename P, typename C, typename G>
 __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
                                      bool reset_master, u32 direction, const Coefficients<C> &k) {
     const G *p = (const G *)g.address;
     const int wide = vector_part(p, start, len, n);
+    if (ALL && direction == SRKL_LION) {
+        update_vectors<SRKL_LION>(part, p + start, wide, reset_master, k);
+        return wide;
+    }
+    if (ALL && direction == SRKL_NESTEROV_ADAM) {
+        update_vectors<SRKL_NESTEROV_ADAM>(part, p + start, wide, reset_master, k);
+        return wide;
+    }
     switch (direction) {
     case SRKL_GRADIENT: update_vectors<SRKL_GRADIENT>(part, p + start, wide, reset_master, k); break;
     case SRKL_MOMENTUM: update_vectors<SRKL_MOMENTUM>(part, p + start, wide, reset_master, k); break;
@@ -115,11 +132,13 @@ __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient 
 // If it MEASURES, `from` is 0. It then adds the terms of `D^2` and `d m` to the lanes, of which a thread has
 // the same ones in every row, and writes the sums of `D^2` over the chunk's strips to `strips`, unless that
 // is 0.
-template <bool ELEMENT, bool MEASURES, typename P, typename C>
+template <bool ELEMENTS, bool ELEMENT, bool MEASURES, typename P, typename C>
 __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient &g, u64 start, int from,
                                       int len, bool reset_master, const BlockStep &block_step,
                                       const Coefficients<C> &k, Lanes &lanes, double *strips) {
     const SrklGroup &group = block_step.group;
+    // Whether all that settings may ask for comes here: srkl_step has fewer registers.
+    const bool ALL = ELEMENTS || MEASURES;
     if (MEASURES)
         for (int l = threadIdx.x; l < SRKL_LANES; l += SRKL_THREADS) lanes.sum2[l] = lanes.sum4[l] = 0.;
 #pragma unroll 1
@@ -135,16 +154,25 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
                 step_coefficients(phi, block_step, step_size, decay_factor);
             }
             C d = gradient;
-            if (group.direction != SRKL_GRADIENT)
-                d = part.m().store_one(at, k.moments.first_moment(part.m().load_one(at), gradient));
-            if (group.direction == SRKL_NESTEROV) d = k.moments.nesterov(d, gradient);
-            if (MEASURES && group.direction == SRKL_MUON && group.ahead) d = k.moments.nesterov(d, gradient);
+            if (group.direction != SRKL_GRADIENT) {
+                const C old = part.m().load_one(at);
+                d = part.m().store_one(at, k.moments.first_moment(old, gradient));
+                // The same bits as by `look_ahead`; a number less to keep.
+                if (group.direction == SRKL_NESTEROV) d = k.moments.first_moment(d, gradient);
+                if (ALL && group.ahead && (MEASURES || group.direction != SRKL_MUON))
+                    d = k.moments.look_ahead(d, gradient);
+                if (ALL && group.direction == SRKL_LION) d = k.moments.look_ahead(old, gradient);
+            }
             const C m = d;
             if (group.direction == SRKL_MUON) from_f64(load_one(part.block.orthogonal, start + at), d);
-            if (group.direction == SRKL_ADAM) {
+            if (ALL && group.direction == SRKL_LION) d = sign(d);
+            if (group.direction == SRKL_ADAM || (ALL && has_second_moment(group.direction))) {
                 C v = part.v().store_one(at, k.moments.second_moment(part.v().load_one(at), gradient));
+                if (ALL && group.direction == SRKL_AMSGRAD)
+                    v = part.v_max().store_one(at, k.moments.largest(part.v_max().load_one(at), v));
                 d = div(d, k.moments.denom(v));
             }
+            if (ALL && group.cautious) d = cautious(d, gradient);
             const C before = MEASURES ? (C)widen(part.w()[at]) : (C)0;
             C x = part.master() && !reset_master ? part.master().load_one(at) : (C)widen(part.w()[at]);
             x = apply_step(x, d, step_size, decay_factor);
@@ -179,17 +207,20 @@ __device__ __forceinline__ void update(const SrklBlock &block, const SrklGradien
     const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const u32 direction = block_step.group.direction;
-    const bool vectors = !ELEMENTS && !MEASURES && direction != SRKL_MUON;
+    const bool one_by_one = direction == SRKL_MUON || (ELEMENTS && direction == SRKL_AMSGRAD) ||
+                            (ELEMENTS && (block_step.group.cautious || has_element_brakes(block_step.group)));
+    const bool vectors = !MEASURES && !one_by_one;
     int wide = 0;
     if (vectors && g.dtype == block.dtype)
-        wide = update_vectors<P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
+        wide = update_vectors<ELEMENTS, P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
     else if (vectors && g.dtype == SRKL_F32 && sizeof(P) == 2)
-        wide = update_vectors<P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
+        wide = update_vectors<ELEMENTS, P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
     if (ELEMENTS && has_element_brakes(block_step.group))
-        update_scalars<true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes, strips);
+        update_scalars<ELEMENTS, true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes,
+                                                 strips);
     else
-        update_scalars<false, MEASURES>(part, g, start, wide, len, reset_master, block_step, k, lanes,
-                                        strips);
+        update_scalars<ELEMENTS, false, MEASURES>(part, g, start, wide, len, reset_master, block_step, k,
+                                                  lanes, strips);
 }
 
 template <bool ELEMENTS, bool MEASURES>

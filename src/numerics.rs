@@ -146,7 +146,7 @@ pub const LANES: usize = 1024;
 pub const STRIP: usize = 32;
 
 /// A compute type: f32, or f64 for f64 parameters.
-pub(crate) trait Real: Copy + Default + Send + Sync + 'static {
+pub(crate) trait Real: Copy + PartialOrd + Default + Send + Sync + 'static {
     /// Whether fourth powers can leave the range of f64, so that a chunk's sums need an exponent.
     const SCALED: bool;
     fn from_f64(x: f64) -> Self;

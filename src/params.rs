@@ -40,6 +40,13 @@ pub struct ParamsSrkl {
     pub lr: f64,
     /// What a step follows. The reference's is [`Direction::Gradient`].
     pub direction: Direction,
+    /// Whether a step leaves out the elements whose direction is against their gradient: `d_i = 0` unless `d_i g_i > 0` (Liang
+    /// and others, 2024). Default false. Without effect on [`Direction::Gradient`].
+    ///
+    /// The paper also divides `d` by the share of elements that are kept, which needs the whole tensor before its first element
+    /// moves; here it is not divided. A measured curvature makes steps longer by itself where fewer elements move; with a plain
+    /// `lr` take up to twice as much.
+    pub cautious: bool,
     /// What `H` is. The reference's is [`Curvature::GradSquare`].
     pub curvature: Curvature,
     /// When curvature is measured, if it is. All groups that measure must have the same.
@@ -128,6 +135,41 @@ pub enum Direction {
         /// Finite and above 0, in f32 too; 1e-8 in the presets.
         eps: f64,
     },
+    /// Adam that looks ahead by its momentum (Nesterov; Dozat, 2016): [`Adam`](Self::Adam) with
+    /// `d = (beta1 m / (1 - beta1^(t + 1)) + (1 - beta1) g / (1 - beta1^t)) / P`. State: m and v, 8 bytes a parameter.
+    ///
+    /// It is optax's `nadam`. PyTorch's `NAdam` also raises `beta1` in the course of training (`momentum_decay`).
+    NesterovAdam {
+        /// 0 or above and below 1; 0.9 is usual.
+        beta1: f64,
+        /// 0 or above and below 1; 0.999 is usual.
+        beta2: f64,
+        /// Finite and above 0, in f32 too; 1e-8 is usual.
+        eps: f64,
+    },
+    /// [`Adam`](Self::Adam) with the largest second moment so far (Reddi, Kale and Kumar, 2018), as PyTorch's
+    /// `AdamW(amsgrad=True)` has it: `u <- max(u, v)`, `P = sqrt(u / (1 - beta2^t)) + eps`. State: m, v and u, 12 bytes a
+    /// parameter. Nothing is packed with it: [`StateFormat`], [`AverageFormat`] and [`Rounding`] have their defaults, and
+    /// masters are not split.
+    AmsGrad {
+        /// 0 or above and below 1; 0.9 is usual.
+        beta1: f64,
+        /// 0 or above and below 1; 0.999 is usual.
+        beta2: f64,
+        /// Finite and above 0, in f32 too; 1e-8 is usual.
+        eps: f64,
+    },
+    /// The signs of a momentum (Chen and others, 2023): `d = sign(beta1 m + (1 - beta1) g)`, then
+    /// `m <- beta2 m + (1 - beta2) g`. The sign of 0 is 0. State: m, 4 bytes a parameter.
+    ///
+    /// Every element steps by `phi`, so a plain `lr` is 3 to 10 times smaller than AdamW's, and `weight_decay` as many times
+    /// larger. A measured curvature ([`Curvature::Step`]) brakes it like the others.
+    Lion {
+        /// The decay of what the sign is taken of. 0 or above and below 1; 0.9 in [`ParamsSrkl::lion`].
+        beta1: f64,
+        /// The decay of the momentum. 0 or above and below 1; 0.99 in [`ParamsSrkl::lion`].
+        beta2: f64,
+    },
     /// For the matrices of hidden layers the momentum with its singular values made equal, as far as a few matrix
     /// products can (Muon; Jordan and others, 2024):
     ///
@@ -169,6 +211,11 @@ pub enum Direction {
 impl Direction {
     /// The direction of those parameters of a group of [`Direction::Muon`] that this isn't for.
     pub(crate) const BESIDE_MUON: Self = Self::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    /// Whether it divides by the root of a second moment.
+    pub(crate) fn has_second_moment(self) -> bool {
+        matches!(self, Self::Adam { .. } | Self::NesterovAdam { .. } | Self::AmsGrad { .. })
+    }
 }
 
 /// What the curvature `H` is, and how it is computed.
@@ -461,6 +508,7 @@ impl ParamsSrkl {
         Self {
             lr: 1e-3,
             direction: Direction::Gradient,
+            cautious: false,
             curvature: Curvature::GradSquare,
             measure: Measure::default(),
             beta: Beta::Fixed(0.1),
@@ -591,6 +639,13 @@ impl ParamsSrkl {
         }
     }
 
+    /// Lion (Chen and others, 2023): [`Direction::Lion`] of 0.9 and 0.99, weight decay 0.1, no brake.
+    #[must_use]
+    pub fn lion(lr: f64) -> Self {
+        let direction = Direction::Lion { beta1: 0.9, beta2: 0.99 };
+        Self { direction, weight_decay: 0.1, ..Self::adamw(lr) }
+    }
+
     /// [`Direction::Muon`] for the matrices of hidden layers, and Adam for all other parameters, with one `lr` for both
     /// and no brake: `Muon { 0.95, nesterov, 5 steps }`, weight decay 0.1 as PyTorch's `Muon` has it. (Its
     /// `adjust_lr_fn="match_rms_adamw"` is the factor of this one.)
@@ -628,7 +683,13 @@ impl ParamsSrkl {
             Direction::Gradient => {}
             Direction::Sgd { momentum, .. } => check_decay("momentum", momentum)?,
             Direction::Momentum { mu } => check_decay("mu", mu)?,
-            Direction::Adam { beta1, beta2, eps } => {
+            Direction::Lion { beta1, beta2 } => {
+                check_decay("beta1", beta1)?;
+                check_decay("beta2", beta2)?;
+            }
+            Direction::Adam { beta1, beta2, eps }
+            | Direction::NesterovAdam { beta1, beta2, eps }
+            | Direction::AmsGrad { beta1, beta2, eps } => {
                 check_decay("beta1", beta1)?;
                 check_decay("beta2", beta2)?;
                 // The denominator is `eps` alone while `v` is 0, in f32.
@@ -645,6 +706,17 @@ impl ParamsSrkl {
                         self.scope
                     )
                 }
+            }
+        }
+        if matches!(self.direction, Direction::AmsGrad { .. }) {
+            let packs = [
+                ("state", self.state == StateFormat::Compact),
+                ("master_weights", self.master_weights == MasterWeights::Split),
+                ("rounding", self.rounding == Rounding::Stochastic),
+                ("average_format", self.average_format == AverageFormat::BF16),
+            ];
+            if let Some((field, _)) = packs.iter().find(|(_, packs)| *packs) {
+                bail!("`{field}`: `Direction::AmsGrad` packs nothing: expected the default")
             }
         }
         self.measure.validate()?;

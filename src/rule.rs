@@ -9,7 +9,7 @@
 //!
 //! | of an element | |
 //! |---|---|
-//! | `first_moment`, `second_moment`, `denom` | the direction |
+//! | `first_moment`, `look_ahead`, `second_moment`, `largest`, `denom`, `sign`, `cautious` | the direction |
 //! | `element_phi`, `step_coefficients`, `apply_step` | the step |
 //! | `lerp` | the average of the parameter |
 //!
@@ -90,9 +90,11 @@ impl Powers {
 /// The powers after one more step.
 pub(crate) fn next_powers(powers: &Powers, params: &ParamsSrkl) -> Powers {
     let (first, second) = match params.direction {
-        Direction::Gradient | Direction::Sgd { .. } => (1., 1.),
+        Direction::Gradient | Direction::Sgd { .. } | Direction::Lion { .. } => (1., 1.),
         Direction::Momentum { mu } | Direction::Muon { mu, .. } => (mu, 1.),
-        Direction::Adam { beta1, beta2, .. } => (beta1, beta2),
+        Direction::Adam { beta1, beta2, .. }
+        | Direction::NesterovAdam { beta1, beta2, .. }
+        | Direction::AmsGrad { beta1, beta2, .. } => (beta1, beta2),
     };
     Powers {
         first: powers.first * first,
@@ -116,6 +118,9 @@ pub(crate) struct Corrections {
     /// `1 / (1 - mu^t)` of the first moment, and of the second.
     pub scale_m: f64,
     pub scale_v: f64,
+    /// `(1 - beta1^(t + 1)) / (1 - beta1^t)` of [`Direction::NesterovAdam`]: what the gradient is multiplied by beside a momentum
+    /// that looks ahead. Else 1.
+    pub ahead: f64,
     /// The weight of the new parameter in its average: see [`Average`].
     pub average: f64,
 }
@@ -124,14 +129,19 @@ impl Corrections {
     /// `powers` are those before the step.
     pub fn new(params: &ParamsSrkl, powers: &Powers) -> Self {
         let powers = next_powers(powers, params);
-        let first = match params.direction {
-            // Looks ahead by a step more.
-            Direction::Muon { mu, nesterov: true, .. } => powers.first * mu,
-            _ => powers.first,
+        // One that looks ahead by a step more.
+        let (first, ahead) = match params.direction {
+            Direction::Muon { mu, nesterov: true, .. } => (powers.first * mu, 1.),
+            Direction::NesterovAdam { beta1, .. } => {
+                let next = powers.first * beta1;
+                (next, (1. - next) / (1. - powers.first))
+            }
+            _ => (powers.first, 1.),
         };
         Self {
             scale_m: bias_correction(first),
             scale_v: bias_correction(powers.second),
+            ahead,
             average: match params.average {
                 Some(Average::Exponential(c)) => (1. - c) * bias_correction(powers.average),
                 // 1 more than the number of steps, this one included.
@@ -270,9 +280,13 @@ pub(crate) fn adjust(
 #[derive(Clone, Copy)]
 pub(crate) struct Moments<C> {
     pub direction: Direction,
+    pub cautious: bool,
     pub decay1: C,
     /// `gain1 * grad_factor`, where `gain1` is `1 - decay1`, or 1 for [`Direction::Sgd`].
     pub gain1_factor: C,
+    /// The same of what looks ahead.
+    pub ahead_decay: C,
+    pub ahead_gain_factor: C,
     pub decay2: C,
     pub one_minus_decay2: C,
     pub grad_factor: C,
@@ -281,21 +295,31 @@ pub(crate) struct Moments<C> {
 }
 
 impl<C: Real> Moments<C> {
-    pub fn new(params: &ParamsSrkl, grad_factor: f64, scale_v: f64) -> Self {
+    pub fn new(params: &ParamsSrkl, grad_factor: f64, corrections: &Corrections) -> Self {
         let (decay1, gain1, decay2, eps) = match params.direction {
             Direction::Gradient => (0., 1., 0., 0.),
             Direction::Sgd { momentum, .. } => (momentum, 1., 0., 0.),
             Direction::Momentum { mu } | Direction::Muon { mu, .. } => (mu, 1. - mu, 0., 0.),
-            Direction::Adam { beta1, beta2, eps } => (beta1, 1. - beta1, beta2, eps),
+            Direction::Adam { beta1, beta2, eps }
+            | Direction::NesterovAdam { beta1, beta2, eps }
+            | Direction::AmsGrad { beta1, beta2, eps } => (beta1, 1. - beta1, beta2, eps),
+            Direction::Lion { beta2, .. } => (beta2, 1. - beta2, 0., 0.),
+        };
+        let (ahead_decay, ahead_gain) = match params.direction {
+            Direction::Lion { beta1, .. } => (beta1, 1. - beta1),
+            _ => (decay1, gain1 * corrections.ahead),
         };
         Self {
             direction: params.direction,
+            cautious: params.cautious,
             decay1: C::from_f64(decay1),
             gain1_factor: C::from_f64(gain1 * grad_factor),
+            ahead_decay: C::from_f64(ahead_decay),
+            ahead_gain_factor: C::from_f64(ahead_gain * grad_factor),
             decay2: C::from_f64(decay2),
             one_minus_decay2: C::from_f64(1. - decay2),
             grad_factor: C::from_f64(grad_factor),
-            scale_v: C::from_f64(scale_v),
+            scale_v: C::from_f64(corrections.scale_v),
             eps: C::from_f64(eps),
         }
     }
@@ -306,10 +330,11 @@ impl<C: Real> Moments<C> {
         g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
     }
 
-    /// `mu m + grad_factor g`, or for [`Direction::Muon`] `mu m + (1 - mu) grad_factor g`, with the new `m`: it looks ahead.
+    /// `mu m + grad_factor g`, or for [`Direction::Muon`] and [`Direction::NesterovAdam`] `mu m + (1 - mu) grad_factor g`, with
+    /// the new `m`; of [`Direction::Lion`] `beta1 m + (1 - beta1) grad_factor g`, with the old one.
     #[inline(always)]
-    pub fn nesterov(&self, m: C, g: C) -> C {
-        self.first_moment(m, g)
+    pub fn look_ahead(&self, m: C, g: C) -> C {
+        g.mul_add(self.ahead_gain_factor, self.ahead_decay.mul(m)).canonical()
     }
 
     /// `v <- beta2 v + (1 - beta2) (grad_factor g)^2`
@@ -319,11 +344,38 @@ impl<C: Real> Moments<C> {
         self.one_minus_decay2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
     }
 
+    /// `u <- max(u, v)`
+    #[inline(always)]
+    pub fn largest(&self, v_max: C, v: C) -> C {
+        if v > v_max { v } else { v_max }
+    }
+
     /// `P = sqrt(v / (1 - beta2^t)) + eps`
     #[inline(always)]
     pub fn denom(&self, v: C) -> C {
         self.scale_v.mul(v).sqrt().add(self.eps)
     }
+}
+
+/// -1, 0 or 1; a NaN stays one.
+#[inline(always)]
+pub(crate) fn sign<C: Real>(x: C) -> C {
+    let [zero, one] = [0., 1.].map(C::from_f64);
+    if x > zero {
+        one
+    } else if x < zero {
+        one.neg()
+    } else {
+        x
+    }
+}
+
+/// `d`, or 0 where it is against the gradient; a NaN stays one. (Not by the sign of a product, which may be too small for C.)
+#[inline(always)]
+pub(crate) fn cautious<C: Real>(d: C, g: C) -> C {
+    let zero = C::from_f64(0.);
+    let against = d > zero && g <= zero || d < zero && g >= zero;
+    if against { zero } else { d }
 }
 
 /// Computes the brake of each element.
@@ -424,7 +476,7 @@ impl<C: Real> Coefficients<C> {
             _ => None,
         };
         Self {
-            moments: Moments::new(params, grad_factor, corrections.scale_v),
+            moments: Moments::new(params, grad_factor, &corrections),
             scale: direction_scale(params, decision, &corrections, matrix_scale),
             phi,
             weight_decay: params.weight_decay,

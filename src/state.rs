@@ -22,8 +22,10 @@ pub(crate) struct State {
     pub master: Option<Slot>,
     /// The first moment, of all directions but [`Direction::Gradient`].
     pub m: Option<Slot>,
-    /// The second moment of [`Direction::Adam`].
+    /// The second moment of [`Direction::Adam`] and its kind.
     pub v: Option<Slot>,
+    /// The largest so far, of [`Direction::AmsGrad`].
+    pub v_max: Option<Slot>,
     /// The average of the parameter.
     pub average: Option<Slot>,
     /// The squared row norms of [`Curvature::Hutchinson`].
@@ -31,7 +33,7 @@ pub(crate) struct State {
 }
 
 /// The names of a block's state, as [`State::named`] and checkpoints have them.
-pub(crate) const STATE: [&str; 5] = ["master", "m", "v", "average", "q"];
+pub(crate) const STATE: [&str; 6] = ["master", "m", "v", "v_max", "average", "q"];
 
 /// Parameters of fewer elements keep their moments as they are computed with.
 const LEAST_COMPACT: usize = 4096;
@@ -82,7 +84,8 @@ pub(crate) fn master_format(masters: MasterWeights, dtype: DType) -> Option<Form
 fn has_state(params: &ParamsSrkl, name: &str) -> bool {
     match name {
         "m" => params.direction != Direction::Gradient,
-        "v" => matches!(params.direction, Direction::Adam { .. }),
+        "v" => params.direction.has_second_moment(),
+        "v_max" => matches!(params.direction, Direction::AmsGrad { .. }),
         "average" => params.average.is_some(),
         "q" => matches!(params.curvature, Curvature::Hutchinson(_)),
         _ => false,
@@ -159,6 +162,7 @@ impl State {
             master: None,
             m: zeros("m")?,
             v: zeros("v")?,
+            v_max: zeros("v_max")?,
             average: zeros("average")?,
             q: zeros("q")?,
         })
@@ -171,14 +175,14 @@ impl State {
 
     /// The kinds of state that exist, by name.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, &Slot)> {
-        let Self { master, m, v, average, q } = self;
-        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        let Self { master, m, v, v_max, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, v_max, average, q]);
         all.filter_map(|(name, slot)| Some((name, slot.as_ref()?)))
     }
 
     pub fn named_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Slot)> {
-        let Self { master, m, v, average, q } = self;
-        let all = STATE.into_iter().zip([master, m, v, average, q]);
+        let Self { master, m, v, v_max, average, q } = self;
+        let all = STATE.into_iter().zip([master, m, v, v_max, average, q]);
         all.filter_map(|(name, slot)| Some((name, slot.as_mut()?)))
     }
 }

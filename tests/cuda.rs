@@ -137,6 +137,9 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
     let momentum = Direction::Momentum { mu: 0.9 };
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
     let sgd = |nesterov| Direction::Sgd { momentum: 0.8, nesterov };
+    let nesterov_adam = Direction::NesterovAdam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let amsgrad = Direction::AmsGrad { beta1: 0.9, beta2: 0.9, eps: 1e-8 };
+    let lion = Direction::Lion { beta1: 0.9, beta2: 0.95 };
     let cases = [
         (momentum, Curvature::GradSquare, Scope::Tensor),
         (adam, Curvature::GradSquare, Scope::Element),
@@ -153,6 +156,14 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
         (sgd(false), step, Scope::Tensor),
         (sgd(true), step, Scope::Global),
         (sgd(true), Curvature::GradSquare, Scope::Element),
+        (nesterov_adam, step, Scope::Global),
+        (amsgrad, step, Scope::Tensor),
+        (lion, step, Scope::Global),
+        (nesterov_adam, Curvature::None, Scope::Tensor),
+        (amsgrad, Curvature::None, Scope::Tensor),
+        (lion, Curvature::None, Scope::Tensor),
+        (lion, Curvature::GradSquare, Scope::Element),
+        (adam, Curvature::None, Scope::Tensor),
     ];
     let mut all = vec![];
     for (case, (direction, curvature, scope)) in cases.into_iter().enumerate() {
@@ -162,6 +173,8 @@ fn measuring_settings() -> Vec<ParamsSrkl> {
             all.push(ParamsSrkl {
                 lr: 0.5,
                 direction,
+                // Of the last case, which has no other reason for the kernel of rare settings, each.
+                cautious: case == 22 || case > 14 && variant == 1,
                 curvature,
                 measure,
                 scope,

@@ -1,6 +1,7 @@
 //! The plain optimizers, without a brake: SGD and AdamW, against PyTorch's and candle's.
 //!
-//! `tests/golden/make_plain.py` made the values in `tests/golden/plain.json` with PyTorch in float64.
+//! `tests/golden/make_plain.py` made the values in `tests/golden/plain.json` with PyTorch in float64, and
+//! `make_directions.py` those in `directions.json` with PyTorch, optax and NumPy.
 
 mod common;
 
@@ -24,6 +25,18 @@ fn cases() -> [(&'static str, ParamsSrkl); 4] {
     ]
 }
 
+/// And of `directions.json`.
+fn more_cases() -> [(&'static str, ParamsSrkl); 4] {
+    let (beta1, beta2, eps) = (0.9, 0.999, 1e-8);
+    let adamw = |direction| ParamsSrkl { direction, ..ParamsSrkl::adamw(0.01) };
+    [
+        ("amsgrad", adamw(Direction::AmsGrad { beta1, beta2, eps })),
+        ("nesterov adam", adamw(Direction::NesterovAdam { beta1, beta2, eps })),
+        ("lion", ParamsSrkl::lion(0.01)),
+        ("cautious", ParamsSrkl { cautious: true, ..ParamsSrkl::adamw(0.01) }),
+    ]
+}
+
 fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
 }
@@ -32,10 +45,20 @@ fn numbers(value: &Value) -> Vec<f64> {
 /// parameter's own rounding beside these.
 #[test]
 fn pytorchs_values() -> Result<()> {
-    let golden: Value = serde_json::from_str(include_str!("golden/plain.json")).unwrap();
+    as_golden(include_str!("golden/plain.json"), &cases(), Some(2))
+}
+
+#[test]
+fn others_values() -> Result<()> {
+    as_golden(include_str!("golden/directions.json"), &more_cases(), None)
+}
+
+/// `missing`: the step at which `b` has no gradient.
+fn as_golden(golden: &str, cases: &[(&str, ParamsSrkl)], missing: Option<usize>) -> Result<()> {
+    let golden: Value = serde_json::from_str(golden).unwrap();
     let names = ["a", "b"];
-    for (case, params) in cases() {
-        let steps = golden["cases"][case].as_array().unwrap();
+    for (case, params) in cases {
+        let steps = golden["cases"][*case].as_array().unwrap();
         assert_eq!(steps.len(), 8, "{case}");
         for dtype in FLOATS {
             let vars = names.map(|name| var(&numbers(&golden["start"][name]), dtype).unwrap());
@@ -43,8 +66,10 @@ fn pytorchs_values() -> Result<()> {
             let mut opt = Srkl::builder().default_group(params.clone()).build(named)?;
             for (step, expected) in steps.iter().enumerate() {
                 let mut store = grads([]);
-                for (name, var) in
-                    names.iter().zip(&vars).filter(|(name, _)| step != 2 || **name != "b")
+                for (name, var) in names
+                    .iter()
+                    .zip(&vars)
+                    .filter(|(name, _)| Some(step) != missing || **name != "b")
                 {
                     store.insert(
                         var,

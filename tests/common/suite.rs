@@ -24,6 +24,9 @@ pub fn suite() -> Vec<(String, ParamsSrkl)> {
     let measure = Measure { every: 3, first: 2, delta: 1e-2, seed: 5 };
     let (gradient, momentum) = (Direction::Gradient, Direction::Momentum { mu: 0.9 });
     let adam = Direction::Adam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let nesterov_adam = Direction::NesterovAdam { beta1: 0.9, beta2: 0.99, eps: 1e-8 };
+    let amsgrad = Direction::AmsGrad { beta1: 0.9, beta2: 0.9, eps: 1e-8 };
+    let lion = Direction::Lion { beta1: 0.9, beta2: 0.95 };
     let rules = [
         ("gradient, grad-square, tensor", gradient, Curvature::GradSquare, Scope::Tensor),
         ("gradient, grad-square, global", gradient, Curvature::GradSquare, Scope::Global),
@@ -38,6 +41,13 @@ pub fn suite() -> Vec<(String, ParamsSrkl)> {
         ("momentum, hutchinson, mixed", momentum, rows, Scope::Mixed(0.625)),
         ("adam, hutchinson, tensor", adam, rows, Scope::Tensor),
         ("momentum, hutchinson, global", momentum, rows, Scope::Global),
+        ("nesterov adam, step, global", nesterov_adam, step, Scope::Global),
+        ("amsgrad, step, tensor", amsgrad, step, Scope::Tensor),
+        ("lion, step, global", lion, step, Scope::Global),
+        ("cautious adam, step, global", adam, step, Scope::Global),
+        ("cautious lion, grad-square, element", lion, Curvature::GradSquare, Scope::Element),
+        ("cautious momentum, none, tensor", momentum, Curvature::None, Scope::Tensor),
+        ("cautious nesterov adam, hutchinson, mixed", nesterov_adam, rows, Scope::Mixed(0.5)),
     ];
     let policies = [
         ("skip-step", NonFinite::SkipStep, MasterWeights::Auto),
@@ -45,12 +55,13 @@ pub fn suite() -> Vec<(String, ParamsSrkl)> {
         ("propagate", NonFinite::Propagate, MasterWeights::None),
         ("propagate with masters", NonFinite::Propagate, MasterWeights::Auto),
     ];
-    let mut suite = vec![];
-    for (case, (rule, direction, curvature, scope)) in rules.into_iter().enumerate() {
+    let of_rule = |(case, (rule, direction, curvature, scope)): (usize, (&str, _, _, _))| {
+        let mut suite = vec![];
         for (variant, (policy, nonfinite, master_weights)) in policies.into_iter().enumerate() {
             let params = ParamsSrkl {
                 lr: 0.5,
                 direction,
+                cautious: rule.starts_with("cautious"),
                 curvature,
                 measure,
                 scope,
@@ -66,7 +77,11 @@ pub fn suite() -> Vec<(String, ParamsSrkl)> {
             };
             suite.push((format!("{rule}, {policy}"), params));
         }
-    }
+        suite
+    };
+    // What is new comes last: a case is drawn by its number.
+    let (old, new) = rules.split_at(13);
+    let mut suite: Vec<_> = old.iter().copied().enumerate().flat_map(of_rule).collect();
     let presets = [
         ("reference()", ParamsSrkl::reference()),
         ("braked_adam()", ParamsSrkl::braked_adam()),
@@ -83,16 +98,19 @@ pub fn suite() -> Vec<(String, ParamsSrkl)> {
         let params = ParamsSrkl { curvature, measure, ..ParamsSrkl::braked_adam() };
         suite.push((format!("step, every {every}, decay {decay:?}, noise {noise}"), params));
     }
-    suite.extend(packed(rules));
+    let nesterov = Direction::Sgd { momentum: 0.9, nesterov: true };
+    let more = ("nesterov, none, tensor", nesterov, Curvature::None, Scope::Tensor);
+    suite.extend(packed([old, &[more]].concat().into_iter().enumerate()));
+    let new = || new.iter().copied().enumerate();
+    suite.extend(new().flat_map(of_rule));
+    suite.extend(packed(new().filter(|(_, (_, direction, ..))| *direction != amsgrad)));
     suite
 }
 
-/// The same rules, and one more, with packed state.
-fn packed<const N: usize>(
-    rules: [(&str, Direction, Curvature, Scope); N],
+/// Rules with packed state.
+fn packed<'a>(
+    rules: impl Iterator<Item = (usize, (&'a str, Direction, Curvature, Scope))>,
 ) -> Vec<(String, ParamsSrkl)> {
-    let nesterov = Direction::Sgd { momentum: 0.9, nesterov: true };
-    let more = ("nesterov, none, tensor", nesterov, Curvature::None, Scope::Tensor);
     let policies = [NonFinite::SkipStep, NonFinite::SkipBlock, NonFinite::Propagate];
     let packed = |(case, (rule, direction, curvature, scope)): (usize, (&str, _, _, _))| {
         // Each with each, over the rules.
@@ -102,6 +120,7 @@ fn packed<const N: usize>(
         let params = ParamsSrkl {
             lr: 0.5,
             direction,
+            cautious: rule.starts_with("cautious"),
             curvature,
             measure: Measure { every: 3, first: 2, delta: 1e-2, seed: 5 },
             scope,
@@ -119,5 +138,5 @@ fn packed<const N: usize>(
         };
         (format!("{rule}, packed, {masters:?}, {averages:?}, {nonfinite:?}"), params)
     };
-    rules.into_iter().chain([more]).enumerate().map(packed).collect()
+    rules.map(packed).collect()
 }

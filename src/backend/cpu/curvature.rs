@@ -15,7 +15,7 @@ use super::update::BlockStep;
 use crate::block::Block;
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sums, tree};
 use crate::params::Direction;
-use crate::rule::Coefficients;
+use crate::rule::{Coefficients, cautious, sign};
 use crate::state::State;
 
 /// The terms of two sums over a block, or of `a` alone.
@@ -114,17 +114,22 @@ impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
         let InputRows { tensors: [w, g], state } = room;
         let w = self.w.row::<C>(start, a.len(), w);
         let g = self.g.row::<C>(start, a.len(), g);
-        let Row { m, v, q, .. } = self.state.read(start, a.len(), state);
+        let Row { m, v, v_max, q } = self.state.read(start, a.len(), state);
         let moments = self.coefficients.moments;
         match (moments.direction, m, v) {
             (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
                 for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
-                    *a = moments.nesterov(moments.first_moment(*m, *g), *g).to_f64();
+                    *a = moments.look_ahead(moments.first_moment(*m, *g), *g).to_f64();
                 }
             }
             (Direction::Momentum { .. } | Direction::Sgd { .. }, Some(m), _) => {
                 for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
                     *a = moments.first_moment(*m, *g).to_f64();
+                }
+            }
+            (Direction::Lion { .. }, Some(m), _) => {
+                for ((a, m), g) in a.iter_mut().zip(m).zip(g) {
+                    *a = sign(moments.look_ahead(*m, *g)).to_f64();
                 }
             }
             (Direction::Adam { .. }, Some(m), Some(v)) => {
@@ -133,7 +138,24 @@ impl<C: Compute, S: StateRows<C>> Terms for DirectionTerms<'_, C, S> {
                     *a = moments.first_moment(*m, *g).div(denom).to_f64();
                 }
             }
+            (Direction::NesterovAdam { .. }, Some(m), Some(v)) => {
+                for (((a, m), v), g) in a.iter_mut().zip(m).zip(v).zip(g) {
+                    let denom = moments.denom(moments.second_moment(*v, *g));
+                    let ahead = moments.look_ahead(moments.first_moment(*m, *g), *g);
+                    *a = ahead.div(denom).to_f64();
+                }
+            }
+            (Direction::AmsGrad { .. }, Some(m), Some(v)) => {
+                let state = m.iter().zip(v).zip(v_max.unwrap_or_default());
+                for ((a, ((m, v), v_max)), g) in a.iter_mut().zip(state).zip(g) {
+                    let v = moments.largest(*v_max, moments.second_moment(*v, *g));
+                    *a = moments.first_moment(*m, *g).div(moments.denom(v)).to_f64();
+                }
+            }
             _ => a.iter_mut().zip(g).for_each(|(a, g)| *a = g.to_f64()),
+        }
+        if moments.cautious {
+            a.iter_mut().zip(g).for_each(|(a, g)| *a = cautious(*a, g.to_f64()));
         }
         if let Some(brake) = self.coefficients.element {
             for (i, (a, g)) in a.iter_mut().zip(g).enumerate() {

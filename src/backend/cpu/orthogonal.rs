@@ -118,7 +118,7 @@ impl<C: Compute, S: StateRows<C>> Kernel for Momentum<'_, C, S> {
             for ((x, m), g) in x.iter_mut().zip(m).zip(g) {
                 *x = moments.first_moment(*m, *g);
                 if ahead {
-                    *x = moments.nesterov(*x, *g);
+                    *x = moments.look_ahead(*x, *g);
                 }
             }
         }

@@ -56,12 +56,13 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
 }
 
 /// Buffers for a row of each kind of state.
-pub(crate) type Room = [RowBuffer; 5];
+pub(crate) type Room = [RowBuffer; 6];
 
 /// A row of each kind of state that exists, of those that a direction is computed from.
 pub(crate) struct Row<'r, C> {
     pub m: Option<&'r [C]>,
     pub v: Option<&'r [C]>,
+    pub v_max: Option<&'r [C]>,
     pub q: Option<&'r [C]>,
 }
 
@@ -70,6 +71,7 @@ pub(crate) struct RowMut<'r, C> {
     pub master: Option<&'r mut [C]>,
     pub m: Option<&'r mut [C]>,
     pub v: Option<&'r mut [C]>,
+    pub v_max: Option<&'r mut [C]>,
     pub average: Option<&'r mut [C]>,
     pub q: Option<&'r mut [C]>,
 }
@@ -79,6 +81,7 @@ pub(crate) struct Exact<'a, C> {
     master: Option<&'a mut [C]>,
     m: Option<&'a mut [C]>,
     v: Option<&'a mut [C]>,
+    v_max: Option<&'a mut [C]>,
     average: Option<&'a mut [C]>,
     q: Option<&'a mut [C]>,
 }
@@ -92,9 +95,10 @@ impl<'a, C: Compute> Exact<'a, C> {
             slot.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
         }
         assert!(!state.is_packed(), "packed state taken for numbers");
-        let State { master, m, v, average, q } = state;
-        let [master, m, v, average, q] = [master, m, v, average, q].map(numbers);
-        Self { master, m, v, average, q }
+        let State { master, m, v, v_max, average, q } = state;
+        let [master, m, v] = [master, m, v].map(numbers);
+        let [v_max, average, q] = [v_max, average, q].map(numbers);
+        Self { master, m, v, v_max, average, q }
     }
 }
 
@@ -106,16 +110,17 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
         fn first<'a, C>(slot: &mut Option<&'a mut [C]>, len: usize) -> Option<&'a mut [C]> {
             slot.as_mut().map(|slot| slot.split_off_mut(..len).unwrap_or_default())
         }
-        let Self { master, m, v, average, q } = self;
-        let [master, m, v, average, q] = [master, m, v, average, q].map(|slot| first(slot, len));
-        Self { master, m, v, average, q }
+        let Self { master, m, v, v_max, average, q } = self;
+        let [master, m, v] = [master, m, v].map(|slot| first(slot, len));
+        let [v_max, average, q] = [v_max, average, q].map(|slot| first(slot, len));
+        Self { master, m, v, v_max, average, q }
     }
 
     #[inline(always)]
     fn read<'r>(&'r self, start: usize, len: usize, _: &'r mut Room) -> Row<'r, C> {
-        let Self { m, v, q, .. } = self;
-        let [m, v, q] = [m, v, q].map(|slot| part(slot, start, len));
-        Row { m, v, q }
+        let Self { m, v, v_max, q, .. } = self;
+        let [m, v, v_max, q] = [m, v, v_max, q].map(|slot| part(slot, start, len));
+        Row { m, v, v_max, q }
     }
 
     #[inline(always)]
@@ -134,11 +139,12 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
         _: &[P],
         _: &'r mut Room,
     ) -> RowMut<'r, C> {
-        let Self { master, m, v, average, q } = self;
+        let Self { master, m, v, v_max, average, q } = self;
         RowMut {
             master: master.as_deref_mut(),
             m: m.as_deref_mut(),
             v: v.as_deref_mut(),
+            v_max: v_max.as_deref_mut(),
             average: average.as_deref_mut(),
             q: q.as_deref_mut(),
         }
@@ -183,6 +189,7 @@ pub(crate) struct Packed<'a> {
     master: Option<Master<'a>>,
     m: Option<Numbers<'a>>,
     v: Option<Numbers<'a>>,
+    v_max: Option<Numbers<'a>>,
     average: Option<Numbers<'a>>,
     q: Option<Numbers<'a>>,
     keys: Keys,
@@ -351,7 +358,7 @@ impl<'a> Packed<'a> {
         fn numbers<'a>(name: &str, slot: &'a mut Option<Slot>, n: usize) -> Option<Numbers<'a>> {
             slot.as_mut().and_then(|slot| Numbers::new(name, slot, n))
         }
-        let State { master, m, v, average, q } = state;
+        let State { master, m, v, v_max, average, q } = state;
         let master = match master.as_mut().and_then(Slot::cpu_mut) {
             Some(CpuStorage::F32(master)) => Some(Master::F32(master)),
             Some(CpuStorage::I16(numbers)) => {
@@ -360,9 +367,9 @@ impl<'a> Packed<'a> {
             }
             _ => rounds.then_some(Master::Rounded),
         };
-        let [m, v] = [numbers("m", m, n), numbers("v", v, n)];
+        let [m, v, v_max] = [numbers("m", m, n), numbers("v", v, n), numbers("v_max", v_max, n)];
         let [average, q] = [numbers("average", average, n), numbers("q", q, n)];
-        Self { master, m, v, average, q, keys, unit: (first / UNIT) as u64 }
+        Self { master, m, v, v_max, average, q, keys, unit: (first / UNIT) as u64 }
     }
 }
 
@@ -371,27 +378,28 @@ impl StateRows<f32> for Packed<'_> {
 
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
-        let Self { master, m, v, average, q, keys, unit } = self;
+        let Self { master, m, v, v_max, average, q, keys, unit } = self;
         let master = master.as_mut().map(|master| match master {
             Master::F32(master) => Master::F32(first(master, len)),
             Master::Split(rests, _) => Master::Split(first(rests, len), &mut []),
             Master::Rounded => Master::Rounded,
         });
-        let [m, v, average, q] =
-            [m, v, average, q].map(|numbers| numbers.as_mut().map(|numbers| numbers.take(len)));
-        let part = Self { master, m, v, average, q, keys: *keys, unit: *unit };
+        let [m, v, v_max, average, q] = [m, v, v_max, average, q]
+            .map(|numbers| numbers.as_mut().map(|numbers| numbers.take(len)));
+        let part = Self { master, m, v, v_max, average, q, keys: *keys, unit: *unit };
         *unit += (len / UNIT) as u64;
         part
     }
 
     #[inline(always)]
     fn read<'r>(&'r self, start: usize, len: usize, room: &'r mut Room) -> Row<'r, f32> {
-        let Self { m, v, q, .. } = self;
-        let [_, m_room, v_room, _, q_room] = room;
+        let Self { m, v, v_max, q, .. } = self;
+        let [_, m_room, v_room, v_max_room, _, q_room] = room;
         let v = v.as_ref().map(|v| v.read(start, len, None, v_room));
         let m = m.as_ref().map(|m| m.read(start, len, v, m_room));
+        let v_max = v_max.as_ref().map(|v_max| v_max.read(start, len, None, v_max_room));
         let q = q.as_ref().map(|q| q.read(start, len, None, q_room));
-        Row { m, v, q }
+        Row { m, v, v_max, q }
     }
 
     #[inline(always)]
@@ -410,8 +418,8 @@ impl StateRows<f32> for Packed<'_> {
         w: &[P],
         room: &'r mut Room,
     ) -> RowMut<'r, f32> {
-        let Self { master, m, v, average, q, .. } = self;
-        let [master_room, m_room, v_room, average_room, q_room] = room;
+        let Self { master, m, v, v_max, average, q, .. } = self;
+        let [master_room, m_room, v_room, v_max_room, average_room, q_room] = room;
         let len = w.len();
         let master = match master {
             None => None,
@@ -431,9 +439,10 @@ impl StateRows<f32> for Packed<'_> {
         };
         let v = v.as_mut().map(|v| v.load(len, None, v_room));
         let m = m.as_mut().map(|m| m.load(len, v.as_deref(), m_room));
+        let v_max = v_max.as_mut().map(|v_max| v_max.load(len, None, v_max_room));
         let average = average.as_mut().map(|average| average.load(len, None, average_room));
         let q = q.as_mut().map(|q| q.load(len, None, q_room));
-        RowMut { master, m, v, average, q }
+        RowMut { master, m, v, v_max, average, q }
     }
 
     #[inline(always)]
@@ -455,7 +464,7 @@ impl StateRows<f32> for Packed<'_> {
     #[inline(always)]
     fn store(&mut self, room: &mut Room) {
         let Self { master, m, v, average, keys, unit, .. } = self;
-        let [master_room, m_room, v_room, average_room, _] = room;
+        let [master_room, m_room, v_room, _, average_room, _] = room;
         if let Some(Master::Split(rests, _)) = master {
             let row = &f32::buffer(master_room)[..rests.len()];
             rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);

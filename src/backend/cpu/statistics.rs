@@ -32,11 +32,13 @@ pub(crate) struct Scratch {
     pub lanes: [Box<Aligned<f64>>; 3],
 }
 
-/// Rows of numbers: what is read, the direction, the terms of two sums.
+/// Rows of numbers: what is read, a momentum that looks ahead, the direction, what is left of it, the terms of two sums.
 #[derive(Default)]
 pub(crate) struct Rows {
     pub inputs: InputRows,
+    pub ahead: RowBuffer,
     pub d: RowBuffer,
+    pub masked: RowBuffer,
     pub terms: [RowBuffer; 2],
 }
 

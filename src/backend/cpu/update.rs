@@ -13,7 +13,7 @@ use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, lerp};
+use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, cautious, lerp, sign};
 
 /// The numbers of one block's step.
 #[derive(Clone, Copy)]
@@ -194,7 +194,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let Self { start, mut part, g: followed, coefficients, .. } = self;
         let Self { random, sums_up, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
-        let Rows { inputs, d, terms: [squares, _] } = rows;
+        let Rows { inputs, ahead, d, masked, terms: [squares, _] } = rows;
         let InputRows { tensors: [row, before], state: room } = inputs;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
@@ -211,15 +211,17 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 followed.gradient.prefetch(start + at + row_len + AHEAD, row_len);
                 part.state.prefetch(AHEAD, row_len);
             }
-            let RowMut { mut master, m, v, average: a, q } = state.load(w, room);
+            let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
             let before = &mut P::Compute::buffer(before)[..w.len()];
             if sums_up {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
             }
             let g = followed.gradient.row(start + at, w.len(), row);
-            // The direction; and the new momentum, for the sums.
-            let (d, m): (&[P::Compute], &[P::Compute]) = match (moments.direction, m, v) {
-                (Direction::Adam { .. }, Some(m), Some(v)) if element.is_none() && !sums_up => {
+            let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
+            let plain = element.is_none() && !sums_up && !moments.cautious;
+            // The direction; and the momentum that it is made of, for the sums.
+            let (direction, m): (&[P::Compute], &[P::Compute]) = match (moments.direction, m, v) {
+                (Direction::Adam { .. }, Some(m), Some(v)) if plain => {
                     // One loop: arithmetic hides the latency of memory.
                     let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
                         *m = moments.first_moment(*m, g);
@@ -243,12 +245,43 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     (&[], &[])
                 }
                 (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
-                    let d = &mut P::Compute::buffer(d)[..w.len()];
-                    for ((d, m), g) in d.iter_mut().zip(m).zip(g) {
+                    for ((d, m), g) in ahead.iter_mut().zip(m).zip(g) {
                         *m = moments.first_moment(*m, *g);
-                        *d = moments.nesterov(*m, *g);
+                        *d = moments.look_ahead(*m, *g);
                     }
-                    (d, &[])
+                    (&*ahead, &[])
+                }
+                (Direction::Lion { .. }, Some(m), _) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for (((d, ahead), m), g) in d.iter_mut().zip(&mut *ahead).zip(m).zip(g) {
+                        *ahead = moments.look_ahead(*m, *g);
+                        *m = moments.first_moment(*m, *g);
+                        *d = sign(*ahead);
+                    }
+                    (d, ahead)
+                }
+                (Direction::NesterovAdam { .. }, Some(m), Some(v)) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for ((((d, ahead), m), v), g) in
+                        d.iter_mut().zip(&mut *ahead).zip(m).zip(v).zip(g)
+                    {
+                        *m = moments.first_moment(*m, *g);
+                        *v = moments.second_moment(*v, *g);
+                        *ahead = moments.look_ahead(*m, *g);
+                        *d = ahead.div(moments.denom(*v));
+                    }
+                    (d, ahead)
+                }
+                (Direction::AmsGrad { .. }, Some(m), Some(v)) => {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    let state = m.iter_mut().zip(v).zip(v_max.unwrap_or_default());
+                    for ((d, ((m, v), v_max)), g) in d.iter_mut().zip(state).zip(g) {
+                        *m = moments.first_moment(*m, *g);
+                        *v = moments.second_moment(*v, *g);
+                        *v_max = moments.largest(*v_max, *v);
+                        *d = m.div(moments.denom(*v_max));
+                    }
+                    (d, m)
                 }
                 (
                     Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. },
@@ -271,6 +304,10 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     (d, m)
                 }
                 _ => (g, &[]),
+            };
+            let d = match moments.cautious {
+                true => mask(direction, g, &mut P::Compute::buffer(masked)[..w.len()]),
+                false => direction,
             };
             match element {
                 None if d.is_empty() => {}
@@ -314,20 +351,21 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 if !strips.is_empty() {
                     strip_sums(strips, squares);
                 }
-                let is_adam = matches!(moments.direction, Direction::Adam { .. });
+                // Else the terms of `d m` are those of `d^2`: also where a mask leaves out the same elements of both.
+                let apart = moments.direction.has_second_moment()
+                    || matches!(moments.direction, Direction::Lion { .. });
                 match followed.orthogonal {
                     Some(_) => {
                         add_squares(direction, d);
                         add_along_orthogonal(along, d, m, g, &moments);
                     }
-                    None if is_adam => add_direction(direction, along, d, m),
+                    None if apart => add_direction(direction, along, d, m),
                     None => add_squares(direction, d),
                 }
                 if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
                     let [step, direction, along] = lanes;
                     let (step, direction) = (tree(step), tree(direction));
-                    // Else the terms of `d m` are those of `d^2`.
-                    let apart = is_adam || followed.orthogonal.is_some();
+                    let apart = apart || followed.orthogonal.is_some();
                     let along = if apart { tree(along) } else { direction };
                     chunks.push(StepSums { step, direction, along });
                 }
@@ -336,6 +374,15 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         }
         chunks
     }
+}
+
+/// The elements of a direction that go with the gradient.
+#[inline(always)]
+fn mask<'r, C: Real>(d: &[C], g: &[C], masked: &'r mut [C]) -> &'r [C] {
+    for ((masked, d), g) in masked.iter_mut().zip(d).zip(g) {
+        *masked = cautious(*d, *g);
+    }
+    masked
 }
 
 /// The terms of `D^2` of a row, and adds them: `D` is the step as stored, rounded to the parameter's dtype.
@@ -374,7 +421,7 @@ fn add_along_orthogonal<C: Real>(
 ) {
     let ahead = matches!(moments.direction, Direction::Muon { nesterov: true, .. });
     for (((along, d), m), g) in along.iter_mut().zip(d).zip(m).zip(g) {
-        let m = if ahead { moments.nesterov(*m, *g) } else { *m };
+        let m = if ahead { moments.look_ahead(*m, *g) } else { *m };
         *along += d.to_f64() * m.to_f64();
     }
 }

@@ -27,6 +27,9 @@ pub const SRKL_MOMENTUM: u32 = 1;
 pub const SRKL_ADAM: u32 = 2;
 pub const SRKL_NESTEROV: u32 = 3;
 pub const SRKL_MUON: u32 = 4;
+pub const SRKL_NESTEROV_ADAM: u32 = 5;
+pub const SRKL_AMSGRAD: u32 = 6;
+pub const SRKL_LION: u32 = 7;
 pub const SRKL_GRAD_SQUARE: u32 = 0;
 pub const SRKL_STEP: u32 = 1;
 pub const SRKL_HUTCHINSON: u32 = 2;
@@ -80,6 +83,7 @@ pub struct SrklBlock {
     pub master: ::std::os::raw::c_ulonglong,
     pub m: ::std::os::raw::c_ulonglong,
     pub v: ::std::os::raw::c_ulonglong,
+    pub v_max: ::std::os::raw::c_ulonglong,
     pub average: ::std::os::raw::c_ulonglong,
     pub q: ::std::os::raw::c_ulonglong,
     pub backup: ::std::os::raw::c_ulonglong,
@@ -101,37 +105,38 @@ pub struct SrklBlock {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 160usize];
+    ["Size of SrklBlock"][::std::mem::size_of::<SrklBlock>() - 168usize];
     ["Alignment of SrklBlock"][::std::mem::align_of::<SrklBlock>() - 8usize];
     ["Offset of field: SrklBlock::w"][::std::mem::offset_of!(SrklBlock, w) - 0usize];
     ["Offset of field: SrklBlock::master"][::std::mem::offset_of!(SrklBlock, master) - 8usize];
     ["Offset of field: SrklBlock::m"][::std::mem::offset_of!(SrklBlock, m) - 16usize];
     ["Offset of field: SrklBlock::v"][::std::mem::offset_of!(SrklBlock, v) - 24usize];
-    ["Offset of field: SrklBlock::average"][::std::mem::offset_of!(SrklBlock, average) - 32usize];
-    ["Offset of field: SrklBlock::q"][::std::mem::offset_of!(SrklBlock, q) - 40usize];
-    ["Offset of field: SrklBlock::backup"][::std::mem::offset_of!(SrklBlock, backup) - 48usize];
-    ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 56usize];
-    ["Offset of field: SrklBlock::first"][::std::mem::offset_of!(SrklBlock, first) - 64usize];
-    ["Offset of field: SrklBlock::whole"][::std::mem::offset_of!(SrklBlock, whole) - 72usize];
+    ["Offset of field: SrklBlock::v_max"][::std::mem::offset_of!(SrklBlock, v_max) - 32usize];
+    ["Offset of field: SrklBlock::average"][::std::mem::offset_of!(SrklBlock, average) - 40usize];
+    ["Offset of field: SrklBlock::q"][::std::mem::offset_of!(SrklBlock, q) - 48usize];
+    ["Offset of field: SrklBlock::backup"][::std::mem::offset_of!(SrklBlock, backup) - 56usize];
+    ["Offset of field: SrklBlock::n"][::std::mem::offset_of!(SrklBlock, n) - 64usize];
+    ["Offset of field: SrklBlock::first"][::std::mem::offset_of!(SrklBlock, first) - 72usize];
+    ["Offset of field: SrklBlock::whole"][::std::mem::offset_of!(SrklBlock, whole) - 80usize];
     ["Offset of field: SrklBlock::first_chunk"]
-        [::std::mem::offset_of!(SrklBlock, first_chunk) - 80usize];
+        [::std::mem::offset_of!(SrklBlock, first_chunk) - 88usize];
     ["Offset of field: SrklBlock::chunk_count"]
-        [::std::mem::offset_of!(SrklBlock, chunk_count) - 88usize];
+        [::std::mem::offset_of!(SrklBlock, chunk_count) - 96usize];
     ["Offset of field: SrklBlock::all_first"]
-        [::std::mem::offset_of!(SrklBlock, all_first) - 96usize];
+        [::std::mem::offset_of!(SrklBlock, all_first) - 104usize];
     ["Offset of field: SrklBlock::all_count"]
-        [::std::mem::offset_of!(SrklBlock, all_count) - 104usize];
+        [::std::mem::offset_of!(SrklBlock, all_count) - 112usize];
     ["Offset of field: SrklBlock::orthogonal"]
-        [::std::mem::offset_of!(SrklBlock, orthogonal) - 112usize];
+        [::std::mem::offset_of!(SrklBlock, orthogonal) - 120usize];
     ["Offset of field: SrklBlock::matrix_scale"]
-        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 128usize];
-    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 136usize];
-    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 140usize];
+        [::std::mem::offset_of!(SrklBlock, matrix_scale) - 136usize];
+    ["Offset of field: SrklBlock::dtype"][::std::mem::offset_of!(SrklBlock, dtype) - 144usize];
+    ["Offset of field: SrklBlock::group"][::std::mem::offset_of!(SrklBlock, group) - 148usize];
     ["Offset of field: SrklBlock::from_end"]
-        [::std::mem::offset_of!(SrklBlock, from_end) - 144usize];
-    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 148usize];
-    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 152usize];
-    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 156usize];
+        [::std::mem::offset_of!(SrklBlock, from_end) - 152usize];
+    ["Offset of field: SrklBlock::place"][::std::mem::offset_of!(SrklBlock, place) - 156usize];
+    ["Offset of field: SrklBlock::packs"][::std::mem::offset_of!(SrklBlock, packs) - 160usize];
+    ["Offset of field: SrklBlock::pad"][::std::mem::offset_of!(SrklBlock, pad) - 164usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]
@@ -146,6 +151,8 @@ pub struct SrklGroup {
     pub decay1: f64,
     pub gain1: f64,
     pub power1: f64,
+    pub ahead_decay: f64,
+    pub ahead_gain: f64,
     pub decay2: f64,
     pub eps: f64,
     pub decay: f64,
@@ -158,11 +165,11 @@ pub struct SrklGroup {
     pub nonfinite: ::std::os::raw::c_uint,
     pub ahead: ::std::os::raw::c_uint,
     pub stochastic: ::std::os::raw::c_uint,
-    pub pad: ::std::os::raw::c_uint,
+    pub cautious: ::std::os::raw::c_uint,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 152usize];
+    ["Size of SrklGroup"][::std::mem::size_of::<SrklGroup>() - 168usize];
     ["Alignment of SrklGroup"][::std::mem::align_of::<SrklGroup>() - 8usize];
     ["Offset of field: SrklGroup::lr"][::std::mem::offset_of!(SrklGroup, lr) - 0usize];
     ["Offset of field: SrklGroup::beta"][::std::mem::offset_of!(SrklGroup, beta) - 8usize];
@@ -177,23 +184,28 @@ const _: () = {
     ["Offset of field: SrklGroup::decay1"][::std::mem::offset_of!(SrklGroup, decay1) - 56usize];
     ["Offset of field: SrklGroup::gain1"][::std::mem::offset_of!(SrklGroup, gain1) - 64usize];
     ["Offset of field: SrklGroup::power1"][::std::mem::offset_of!(SrklGroup, power1) - 72usize];
-    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 80usize];
-    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 88usize];
-    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 96usize];
-    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 104usize];
-    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 112usize];
-    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 120usize];
-    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 124usize];
+    ["Offset of field: SrklGroup::ahead_decay"]
+        [::std::mem::offset_of!(SrklGroup, ahead_decay) - 80usize];
+    ["Offset of field: SrklGroup::ahead_gain"]
+        [::std::mem::offset_of!(SrklGroup, ahead_gain) - 88usize];
+    ["Offset of field: SrklGroup::decay2"][::std::mem::offset_of!(SrklGroup, decay2) - 96usize];
+    ["Offset of field: SrklGroup::eps"][::std::mem::offset_of!(SrklGroup, eps) - 104usize];
+    ["Offset of field: SrklGroup::decay"][::std::mem::offset_of!(SrklGroup, decay) - 112usize];
+    ["Offset of field: SrklGroup::every"][::std::mem::offset_of!(SrklGroup, every) - 120usize];
+    ["Offset of field: SrklGroup::noise"][::std::mem::offset_of!(SrklGroup, noise) - 128usize];
+    ["Offset of field: SrklGroup::scope"][::std::mem::offset_of!(SrklGroup, scope) - 136usize];
+    ["Offset of field: SrklGroup::shared"][::std::mem::offset_of!(SrklGroup, shared) - 140usize];
     ["Offset of field: SrklGroup::direction"]
-        [::std::mem::offset_of!(SrklGroup, direction) - 128usize];
+        [::std::mem::offset_of!(SrklGroup, direction) - 144usize];
     ["Offset of field: SrklGroup::curvature"]
-        [::std::mem::offset_of!(SrklGroup, curvature) - 132usize];
+        [::std::mem::offset_of!(SrklGroup, curvature) - 148usize];
     ["Offset of field: SrklGroup::nonfinite"]
-        [::std::mem::offset_of!(SrklGroup, nonfinite) - 136usize];
-    ["Offset of field: SrklGroup::ahead"][::std::mem::offset_of!(SrklGroup, ahead) - 140usize];
+        [::std::mem::offset_of!(SrklGroup, nonfinite) - 152usize];
+    ["Offset of field: SrklGroup::ahead"][::std::mem::offset_of!(SrklGroup, ahead) - 156usize];
     ["Offset of field: SrklGroup::stochastic"]
-        [::std::mem::offset_of!(SrklGroup, stochastic) - 144usize];
-    ["Offset of field: SrklGroup::pad"][::std::mem::offset_of!(SrklGroup, pad) - 148usize];
+        [::std::mem::offset_of!(SrklGroup, stochastic) - 160usize];
+    ["Offset of field: SrklGroup::cautious"]
+        [::std::mem::offset_of!(SrklGroup, cautious) - 164usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

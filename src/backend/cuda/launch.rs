@@ -22,7 +22,7 @@ const CTAS_PER_SM: u32 = abi::SRKL_CTAS_PER_SM;
 #[derive(Clone, Copy)]
 pub(crate) enum StepKernel {
     Plain,
-    /// For elements that have their own brakes.
+    /// For directions that few use, and elements that have their own brakes.
     Elements,
     /// Any of these, and the update writes `step_sums`.
     Measuring,

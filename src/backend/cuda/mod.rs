@@ -169,10 +169,12 @@ impl CudaBackend {
         sums_up: bool,
         steps: u64,
     ) -> Result<()> {
-        let own =
-            |group: &abi::SrklGroup| matches!(group.scope, abi::SRKL_ELEMENT | abi::SRKL_MIXED);
-        let elements = self.settings.groups.iter().any(own);
-        let kind = match (self.packed, sums_up, elements) {
+        let is_usual = |group: &abi::SrklGroup| {
+            let brakes = matches!(group.scope, abi::SRKL_TENSOR | abi::SRKL_GLOBAL);
+            brakes && group.direction <= abi::SRKL_MUON && group.cautious == 0
+        };
+        let rare = !self.settings.groups.iter().all(is_usual);
+        let kind = match (self.packed, sums_up, rare) {
             (true, false, false) => StepKernel::Packed,
             (true, ..) => StepKernel::PackedMeasuring,
             (false, true, _) => StepKernel::Measuring,

@@ -137,6 +137,7 @@ impl Packed {
                 master: address(&state.master)?,
                 m: address(&state.m)?,
                 v: address(&state.v)?,
+                v_max: address(&state.v_max)?,
                 average: address(&state.average)?,
                 q: address(&state.q)?,
                 backup,
@@ -366,6 +367,17 @@ fn group(group: &Group) -> abi::SrklGroup {
         Direction::Adam { beta1, beta2, eps } => {
             (abi::SRKL_ADAM, [beta1, 1. - beta1, beta1], beta2, eps)
         }
+        Direction::NesterovAdam { beta1, beta2, eps } => {
+            (abi::SRKL_NESTEROV_ADAM, [beta1, 1. - beta1, beta1], beta2, eps)
+        }
+        Direction::AmsGrad { beta1, beta2, eps } => {
+            (abi::SRKL_AMSGRAD, [beta1, 1. - beta1, beta1], beta2, eps)
+        }
+        Direction::Lion { beta2, .. } => (abi::SRKL_LION, [beta2, 1. - beta2, 1.], 1., 0.),
+    };
+    let (ahead_decay, ahead_gain) = match group.params.direction {
+        Direction::Lion { beta1, .. } => (beta1, 1. - beta1),
+        _ => (decay1, gain1),
     };
     let (curvature, decay, noise) = match group.params.curvature {
         Curvature::None => (abi::SRKL_NO_CURVATURE, 0., 0.),
@@ -390,6 +402,8 @@ fn group(group: &Group) -> abi::SrklGroup {
         decay1,
         gain1,
         power1,
+        ahead_decay,
+        ahead_gain,
         decay2,
         eps,
         decay,
@@ -404,9 +418,12 @@ fn group(group: &Group) -> abi::SrklGroup {
             NonFinite::SkipBlock => abi::SRKL_SKIP_BLOCK,
             NonFinite::Propagate => abi::SRKL_PROPAGATE,
         },
-        ahead: matches!(group.params.direction, Direction::Muon { nesterov: true, .. }) as u32,
+        ahead: matches!(
+            group.params.direction,
+            Direction::Muon { nesterov: true, .. } | Direction::NesterovAdam { .. }
+        ) as u32,
         stochastic: (group.params.rounding == Rounding::Stochastic) as u32,
-        pad: 0,
+        cautious: group.params.cautious as u32,
     }
 }
 
