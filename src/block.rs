@@ -174,6 +174,11 @@ impl Block {
         matches!(self.var.device(), Device::Cuda(other) if other.id() == device.id())
     }
 
+    /// Whether this is one of its names.
+    pub fn is_named(&self, name: &str) -> bool {
+        self.name == name || self.tied.iter().any(|tied| tied == name)
+    }
+
     /// An error if what a step is given does not fit: the gradient, or of a sharded parameter a sum of the elements that are
     /// stepped here.
     pub fn check_followed(&self, gradient: &Tensor) -> Result<()> {

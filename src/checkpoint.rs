@@ -30,8 +30,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
-use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Var, bail};
+use candle_core::{CpuStorage, DType, Device, Error, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, View};
 use twox_hash::XxHash3_128;
 
@@ -119,8 +120,8 @@ impl Srkl {
         self.agree_on("save, of a file that is written", saved, |(), _| Ok(vec![]))
     }
 
-    fn write(&self, path: &Path) -> Result<()> {
-        let target = Target::of(path).map_err(|e| e.with_path(path))?;
+    /// The metadata of a checkpoint.
+    pub(crate) fn metadata(&self) -> Result<HashMap<String, String>> {
         let mut metadata = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
             ("version".to_string(), VERSION.to_string()),
@@ -137,8 +138,6 @@ impl Srkl {
             ("measured".to_string(), (self.measure_state.measured as u8).to_string()),
             ("by_position".to_string(), (self.by_position as u8).to_string()),
         ]);
-        let mut tensors = vec![];
-        let failed = Cell::new(None);
         let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
         let numbers = self.engine.outcomes(&self.all)?.into_iter().zip(powers);
         for (place, (block, numbers)) in self.all.blocks.iter().zip(numbers).enumerate() {
@@ -153,11 +152,17 @@ impl Srkl {
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
         }
+        Ok(metadata)
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
+        let target = Target::of(path).map_err(|e| e.with_path(path))?;
+        let metadata = self.metadata()?;
+        let failed = Cell::new(None);
         let ranks = self.sharding_ranks();
+        let mut tensors = vec![];
         for (number, part) in self.state_parts().into_iter().enumerate() {
-            let StatePart { block, kind, slot, part: of_slot } = part;
-            let tensor = slot.format().tensors(kind, block.var.dims()).swap_remove(of_slot);
-            let name = format!("{}.{kind}{}", block.name, tensor.suffix);
+            let (name, tensor) = part.tensor();
             tensors.push((name, StateTensor { tensor, part, number, ranks, failed: &failed }));
         }
 
@@ -169,7 +174,7 @@ impl Srkl {
     }
 
     /// All parts of the state, in an order that is the same on all ranks.
-    fn state_parts(&self) -> Vec<StatePart<'_>> {
+    pub(crate) fn state_parts(&self) -> Vec<StatePart<'_>> {
         let mut parts = vec![];
         for block in &self.all.blocks {
             for (kind, slot) in block.state.named() {
@@ -187,7 +192,7 @@ impl Srkl {
             let mut number = [0; 8];
             ranks.broadcast(0, &mut number)?;
             match parts.get(u64::from_le_bytes(number) as usize) {
-                Some(part) => part.gather(ranks).map(|_| ())?,
+                Some(part) => part.gather(ranks, false).map(|_| ())?,
                 None => return Ok(()),
             }
         }
@@ -216,11 +221,28 @@ impl Srkl {
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let loaded = self.read(path).map_err(|e| e.with_path(path));
-        let claims = |(_, bytes): &(Loaded, Vec<u8>), blocks: &[Block]| {
-            Ok(vec![claim("the file that is loaded", hash(bytes)), same_parameters(blocks)?])
+        self.take("load", loaded, |bytes| hash(bytes), &BTreeMap::new())
+    }
+
+    /// Goes on from a checkpoint that has passed all checks, with these `values` of parameters in place of those they have.
+    /// `digest` tells whether ranks have the same one.
+    pub(crate) fn take<T>(
+        &mut self,
+        call: &str,
+        loaded: Result<(Loaded, T)>,
+        digest: impl Fn(&T) -> String,
+        values: &BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        let claims = |(_, from): &(Loaded, T), blocks: &[Block]| {
+            Ok(vec![claim("what is loaded", digest(from)), same_parameters(blocks)?])
         };
-        let (loaded, _) = self.agree_on("load", loaded, claims)?;
+        let (loaded, _) = self.agree_on(call, loaded, claims)?;
         // Nothing below can fail, but for a device that has failed already, or is being captured.
+        for block in &self.all.blocks {
+            values
+                .get(&block.name)
+                .map_or(Ok(()), |value| block.var.set(&value.to_device(block.var.device())?))?;
+        }
         for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
             for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
                 slot.set(saved)?;
@@ -254,13 +276,19 @@ impl Srkl {
     /// A checkpoint, and its bytes.
     fn read(&self, path: &Path) -> Result<(Loaded, Vec<u8>)> {
         let bytes = fs::read(path)?;
+        let loaded = with_file(&bytes, |source| self.check_source(source))?;
+        Ok((loaded, bytes))
+    }
+
+    /// What is loaded, checked.
+    pub(crate) fn check_source(&self, source: &Source) -> Result<Loaded> {
         let params = |block: &Block| self.all.of(block);
-        let loaded = Loaded::new(&bytes, &self.all.blocks, self.by_position, params)?;
+        let loaded = Loaded::new(source, &self.all.blocks, self.by_position, params)?;
         for group in &self.all.groups {
             check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
                 .map_err(|e| e.context(format!("group `{}`", group.name)))?;
         }
-        Ok((loaded, bytes))
+        Ok(loaded)
     }
 }
 
@@ -269,32 +297,89 @@ const END: u64 = u64::MAX;
 
 /// A tensor of a checkpoint that holds a kind of state of a block, or a part of it.
 #[derive(Clone, Copy)]
-struct StatePart<'a> {
-    block: &'a Block,
-    kind: &'static str,
-    slot: &'a Slot,
+pub(crate) struct StatePart<'a> {
+    pub block: &'a Block,
+    pub kind: &'static str,
+    pub slot: &'a Slot,
     /// Of the slot's tensors.
     part: usize,
 }
 
 impl StatePart<'_> {
+    /// Its name, and what it is.
+    pub fn tensor(&self) -> (String, SavedTensor) {
+        let Self { block, kind, slot, part } = *self;
+        let tensor = slot.format().tensors(kind, block.var.dims()).swap_remove(part);
+        (format!("{}.{kind}{}", block.name, tensor.suffix), tensor)
+    }
+
     /// The bytes of what is kept here.
-    fn own(&self) -> Result<Vec<u8>> {
+    pub fn own(&self) -> Result<Vec<u8>> {
         Ok(self.slot.save()?.parts.swap_remove(self.part))
     }
 
-    /// Those of all ranks, on rank 0; each has those of one other at a time.
-    fn gather(&self, ranks: &Ranks) -> Result<Vec<u8>> {
+    /// Those of all ranks, if they are wanted `here`; else each rank has those of one other at a time.
+    pub fn gather(&self, ranks: &Ranks, here: bool) -> Result<Vec<u8>> {
         let size = |shard: &Range<usize>| {
             self.slot.format().tensors(self.kind, &[shard.len()])[self.part].bytes()
         };
         let mut whole = vec![];
         ranks.each_shard(self.own()?, self.block.shards.iter().map(size), |bytes| {
-            if ranks.rank == 0 {
+            if here {
                 whole.extend(bytes);
             }
         })?;
         Ok(whole)
+    }
+}
+
+/// Where state is loaded from: the contents of a checkpoint.
+pub(crate) struct Source<'a> {
+    pub metadata: &'a HashMap<String, String>,
+    pub tensors: HashMap<String, TensorView<'a>>,
+    /// Values that parameters will have then, by name, if not those that they have.
+    pub values: Option<&'a BTreeMap<String, Tensor>>,
+    /// Whether names tell parameters apart, even where they are places in a list.
+    pub by_name: bool,
+}
+
+impl<'a> Source<'a> {
+    fn tensor(&self, name: &str) -> Option<&TensorView<'a>> {
+        self.tensors.get(name)
+    }
+
+    /// The parameter that the state must fit.
+    fn value<'b>(&'b self, block: &'b Block) -> &'b Tensor {
+        let given = self.values.and_then(|values| values.get(&block.name));
+        given.unwrap_or(block.var.as_tensor())
+    }
+}
+
+/// Runs `f` on the contents of a file.
+pub(crate) fn with_file<T>(bytes: &[u8], f: impl FnOnce(&Source) -> Result<T>) -> Result<T> {
+    let broken = |e| Error::msg(format!("truncated, or not a safetensors file: {e}"));
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
+    let Some(metadata) = header.metadata() else {
+        bail!("not a checkpoint of {FORMAT}: the file has no metadata")
+    };
+    let tensors = tensors.tensors().into_iter().collect();
+    f(&Source { metadata, tensors, values: None, by_name: false })
+}
+
+/// The version of a checkpoint with this metadata.
+pub(crate) fn version_of(metadata: &HashMap<String, String>) -> Result<u64> {
+    match metadata.get("format") {
+        Some(format) if format == FORMAT => {}
+        format => bail!("not a checkpoint of {FORMAT}: its `format` is {format:?}"),
+    }
+    let version = number::<u64>(metadata, "version")?;
+    match version {
+        1..=VERSION => Ok(version),
+        version if version > VERSION => {
+            bail!("written by a newer {FORMAT}: version {version}, this one reads {VERSION}")
+        }
+        version => bail!("unknown version {version}"),
     }
 }
 
@@ -310,7 +395,7 @@ fn hash(bytes: &[u8]) -> String {
 }
 
 /// A checkpoint that has passed all checks.
-struct Loaded {
+pub(crate) struct Loaded {
     steps: u64,
     skipped_steps: u64,
     schedule: f64,
@@ -332,37 +417,20 @@ struct LoadedBlock {
 
 impl Loaded {
     fn new<'a>(
-        bytes: &[u8],
+        source: &Source,
         blocks: &'a [Block],
         by_position: bool,
         params: impl Fn(&'a Block) -> &'a ParamsSrkl,
     ) -> Result<Self> {
-        let broken = |e| Error::msg(format!("truncated, or not a safetensors file: {e}"));
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
-        let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
-        let Some(metadata) = header.metadata() else {
-            bail!("not a checkpoint of {FORMAT}: the file has no metadata")
-        };
-        match metadata.get("format") {
-            Some(format) if format == FORMAT => {}
-            format => bail!("not a checkpoint of {FORMAT}: its `format` is {format:?}"),
-        }
-        let version = number::<u64>(metadata, "version")?;
-        match version {
-            1..=VERSION => {}
-            version if version > VERSION => {
-                bail!("written by a newer {FORMAT}: version {version}, this one reads {VERSION}")
-            }
-            version => bail!("unknown version {version}"),
-        }
+        let metadata = source.metadata;
+        let version = version_of(metadata)?;
         let schedule = number(metadata, "schedule")?;
         check("schedule", schedule, Above::OrZero)?;
         let grad_scale = number(metadata, "grad_scale")?;
         check_grad_scale(grad_scale)?;
 
-        let names = match_names(blocks, by_position, metadata, &tensors)?;
-        let load =
-            |(block, name)| load_block(block, name, params(block), version, metadata, &tensors);
+        let names = match_names(blocks, by_position, source)?;
+        let load = |(block, name)| load_block(block, name, params(block), version, source);
         let loaded = blocks.iter().zip(names).map(load);
         let step_calls = number(metadata, "attempts")?;
         let (asked, seed, blind) = match version {
@@ -396,11 +464,12 @@ impl Loaded {
 fn match_names<'a>(
     blocks: &'a [Block],
     by_position: bool,
-    metadata: &'a HashMap<String, String>,
-    tensors: &SafeTensors,
+    source: &'a Source,
 ) -> Result<Vec<&'a str>> {
+    let metadata = source.metadata;
     let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
-    let by_value = by_position || optional::<u8>(metadata, "by_position")?.unwrap_or(0) != 0;
+    let positions = by_position || optional::<u8>(metadata, "by_position")?.unwrap_or(0) != 0;
+    let by_value = positions && !source.by_name;
     let has_values = metadata.keys().any(|key| key.starts_with("fingerprint."));
     if !by_value || !has_values {
         let known: HashSet<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
@@ -409,7 +478,7 @@ fn match_names<'a>(
         }
         return Ok(blocks.iter().map(|block| block.name.as_str()).collect());
     }
-    match_values(blocks, by_position, metadata, tensors)
+    match_values(blocks, by_position, source)
 }
 
 /// The same where names don't tell: matches by dtype, shape, kind of state, and value. Where all of these are the
@@ -417,9 +486,9 @@ fn match_names<'a>(
 fn match_values<'a>(
     blocks: &[Block],
     by_position: bool,
-    metadata: &'a HashMap<String, String>,
-    tensors: &SafeTensors,
+    source: &'a Source,
 ) -> Result<Vec<&'a str>> {
+    let metadata = source.metadata;
     let saved = metadata.keys().filter_map(|key| key.strip_prefix("parameter."));
     let place = |name| Ok((saved_place(metadata, name)?, name));
     let mut saved = saved.map(place).collect::<Result<Vec<(u64, &str)>>>()?;
@@ -431,7 +500,7 @@ fn match_values<'a>(
             saved.len()
         )
     }
-    let like = |block: &Block| Ok([description(block), fingerprint(&block.var)?]);
+    let like = |block: &Block| Ok([description(block), fingerprint(source.value(block))?]);
     let own = blocks.iter().map(like).collect::<Result<Vec<_>>>()?;
     // By description and value, the names that were saved and the places of our blocks.
     let mut alike: BTreeMap<[&str; 2], (Vec<&str>, Vec<usize>)> = BTreeMap::new();
@@ -461,7 +530,7 @@ fn match_values<'a>(
     // There are as many blocks as names, so each name has found its block.
     let mut names = vec![""; blocks.len()];
     for (saved, own) in alike.values() {
-        let sure = if saved.iter().all(|name| same_state(metadata, tensors, [saved[0], name])) {
+        let sure = if saved.iter().all(|name| same_state(source, [saved[0], name])) {
             Some(saved.clone())
         } else {
             let given = |i: &usize| saved.iter().find(|name| **name == blocks[*i].name).copied();
@@ -480,14 +549,9 @@ fn match_values<'a>(
 }
 
 /// Whether it does not matter which of two names a parameter takes its state from.
-fn same_state(
-    metadata: &HashMap<String, String>,
-    tensors: &SafeTensors,
-    [a, b]: [&str; 2],
-) -> bool {
-    let entry = |kind, name| metadata.get(&format!("{kind}.{name}"));
-    let tensor =
-        |kind: &str, name| tensors.tensor(&format!("{name}.{kind}")).ok().map(|t| t.data());
+fn same_state(source: &Source, [a, b]: [&str; 2]) -> bool {
+    let entry = |kind, name| source.metadata.get(&format!("{kind}.{name}"));
+    let tensor = |kind: &str, name| source.tensor(&format!("{name}.{kind}")).map(|t| t.data());
     let same = |kind: &str| {
         let formats = [DType::F64, DType::BF16].map(|dtype| Format::of(kind, dtype)).concat();
         let parts = formats.into_iter().flat_map(|format| format.tensors(kind, &[]));
@@ -507,9 +571,9 @@ fn load_block(
     name: &str,
     params: &ParamsSrkl,
     version: u64,
-    metadata: &HashMap<String, String>,
-    tensors: &SafeTensors,
+    source: &Source,
 ) -> Result<LoadedBlock> {
+    let metadata = source.metadata;
     let expected = description(block);
     match metadata.get(&format!("parameter.{name}")) {
         Some(saved) if *saved == expected => {}
@@ -554,7 +618,7 @@ fn load_block(
         1 => powers != Powers::NONE,
         _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
     };
-    let mut state = load_state(block, name, metadata, tensors)?;
+    let mut state = load_state(block, name, source)?;
     if block.sharded {
         let own = block.first..block.first + block.n;
         state.iter_mut().for_each(|saved| saved.cut(own.clone()));
@@ -564,25 +628,24 @@ fn load_block(
 }
 
 /// The state of `block` that was saved as `name`, in the formats that the block has.
-fn load_state(
-    block: &Block,
-    name: &str,
-    metadata: &HashMap<String, String>,
-    tensors: &SafeTensors,
-) -> Result<Vec<Saved>> {
+fn load_state(block: &Block, name: &str, source: &Source) -> Result<Vec<Saved>> {
+    let value = source.value(block);
     let parameter = match block.dtype {
-        DType::BF16 => block.var.flatten_all()?.to_vec1()?,
+        DType::BF16 => value.flatten_all()?.to_vec1()?,
         _ => vec![],
     };
     let beside = Beside { v: None, parameter: &parameter };
     let mut all = vec![];
     for (kind, slot) in block.state.named() {
-        let saved = saved_state(block, name, (kind, slot.format()), tensors)?;
+        let saved =
+            saved_state((block.dtype, block.var.dims()), name, (kind, slot.format()), source)?;
         match (kind, saved.format) {
-            ("master", Format::F32) => check_master(block, &saved.to_f32(kind, beside)?)?,
+            ("master", Format::F32) => {
+                check_master(&block.name, value, &saved.to_f32(kind, beside)?)?
+            }
             ("master", _) => {
-                check_parameter(block, name, metadata)?;
-                check_master(block, &saved.to_f32(kind, beside)?)?;
+                check_parameter(block, name, source)?;
+                check_master(&block.name, value, &saved.to_f32(kind, beside)?)?;
             }
             _ => {}
         }
@@ -619,24 +682,23 @@ fn load_state(
 }
 
 /// The state `kind` that was saved as `name`, in whatever format that is in.
-fn saved_state(
-    block: &Block,
+pub(crate) fn saved_state(
+    (dtype, dims): (DType, &[usize]),
     name: &str,
     (kind, format): (&str, Format),
-    tensors: &SafeTensors,
+    source: &Source,
 ) -> Result<Saved> {
-    let get = |part: &SavedTensor| tensors.tensor(&format!("{name}.{kind}{}", part.suffix));
+    let get = |part: &SavedTensor| source.tensor(&format!("{name}.{kind}{}", part.suffix));
     let fits = |part: &SavedTensor| {
-        get(part).is_ok_and(|t| t.dtype() == part.dtype && t.shape() == part.shape)
+        get(part).is_some_and(|t| t.dtype() == part.dtype && t.shape() == part.shape)
     };
-    let dims = block.var.dims();
     let has = |format: &Format| format.tensors(kind, dims).iter().all(fits);
-    let Some(found) = Format::of(kind, block.dtype).iter().copied().find(has) else {
+    let Some(found) = Format::of(kind, dtype).iter().copied().find(has) else {
         let parts = format.tensors(kind, dims);
         let Some(expected) = parts.iter().find(|part| !fits(part)) else {
             bail!("{kind} of `{name}`: the checkpoint has none")
         };
-        let Ok(tensor) = get(expected) else {
+        let Some(tensor) = get(expected) else {
             bail!(
                 "{kind} of `{name}`: expected a tensor `{name}.{kind}{}`, the checkpoint has none",
                 expected.suffix
@@ -651,15 +713,16 @@ fn saved_state(
         )
     };
     let parts = found.tensors(kind, dims);
-    let parts = parts.iter().map(|part| Ok(get(part)?.data().to_vec())).collect::<Result<_>>()?;
+    let parts = parts.iter().filter_map(|part| Some(get(part)?.data().to_vec())).collect();
     let saved = Saved { format: found, parts };
     saved.check(kind).map_err(|e| e.context(format!("{kind} of `{name}`")))?;
     Ok(saved)
 }
 
 /// A parameter must be the one that its split master was saved with.
-fn check_parameter(block: &Block, name: &str, metadata: &HashMap<String, String>) -> Result<()> {
-    if text(metadata, &format!("fingerprint.{name}"))? != fingerprint(&block.var)? {
+fn check_parameter(block: &Block, name: &str, source: &Source) -> Result<()> {
+    let saved = text(source.metadata, &format!("fingerprint.{name}"))?;
+    if saved != fingerprint(source.value(block))? {
         bail!(
             "master of `{}`: the checkpoint has what the parameter of then lacked to it, and the parameter has \
              another value; load the model's parameters of the same checkpoint first",
@@ -670,13 +733,12 @@ fn check_parameter(block: &Block, name: &str, metadata: &HashMap<String, String>
 }
 
 /// Masters must be those of the parameter.
-fn check_master(block: &Block, master: &[f32]) -> Result<()> {
-    let parameter = block.var.to_device(&Device::Cpu)?;
+fn check_master(name: &str, value: &Tensor, master: &[f32]) -> Result<()> {
+    let parameter = value.to_device(&Device::Cpu)?;
     if let Some(i) = masters::first_disagreement(&parameter, master)? {
         bail!(
-            "master of `{}`: element {i} ({}) does not round to the parameter's; load the model's \
+            "master of `{name}`: element {i} ({}) does not round to the parameter's; load the model's \
              parameters of the same checkpoint first",
-            block.name,
             master[i]
         )
     }
@@ -684,7 +746,7 @@ fn check_master(block: &Block, master: &[f32]) -> Result<()> {
 }
 
 /// A hash of the bits of a parameter.
-fn fingerprint(var: &Var) -> Result<String> {
+pub(crate) fn fingerprint(var: &Tensor) -> Result<String> {
     fn hash<T: Copy, const N: usize>(values: &[T], to_bytes: fn(T) -> [u8; N]) -> String {
         let (mut hasher, mut bytes) = (XxHash3_128::new(), vec![]);
         for values in values.chunks(4096) {
@@ -766,7 +828,7 @@ impl View for StateTensor<'_> {
         let bytes = match self.ranks {
             Some(ranks) => ranks
                 .or_abort(ranks.broadcast(0, &mut (self.number as u64).to_le_bytes()))
-                .and_then(|()| ranks.or_abort(self.part.gather(ranks))),
+                .and_then(|()| ranks.or_abort(self.part.gather(ranks, true))),
             None => self.part.own(),
         };
         Cow::Owned(match bytes {

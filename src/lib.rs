@@ -90,6 +90,7 @@ mod reduce;
 mod rule;
 mod schedule;
 mod shards;
+mod snapshot;
 mod state;
 mod telemetry;
 
@@ -109,6 +110,7 @@ pub use params::{
     Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,
     Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, StateFormat, StepCurvature,
 };
+pub use snapshot::{Snapshot, SrklState};
 pub use telemetry::BlockTelemetry;
 
 /// The code of the README compiles and runs.

@@ -340,8 +340,7 @@ impl Srkl {
     ///
     /// None on the CPU. (The master may live on a device, or on other ranks.)
     pub fn master(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let is_it = |block: &&Block| block.name == name || block.tied.iter().any(|t| t == name);
-        let block = self.all.blocks.iter().find(is_it);
+        let block = self.all.blocks.iter().find(|block| block.is_named(name));
         let own = block.map_or(Ok(None), masters::values);
         let Some(ranks) = self.sharding_ranks() else { return own };
         let own = self.agree_on("master", own, |own, _| {
