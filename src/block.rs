@@ -78,6 +78,17 @@ impl Parameters {
         Self { groups, blocks, storages }
     }
 
+    /// Moves a block between its group and the twin of that, of the frozen.
+    pub fn set_frozen(&mut self, place: usize, frozen: bool) {
+        let groups = self.groups.len() / 2;
+        let group = &mut self.blocks[place].group;
+        *group = *group % groups + if frozen { groups } else { 0 };
+    }
+
+    pub fn is_frozen(&self, block: &Block) -> bool {
+        self.groups[block.group].frozen
+    }
+
     /// The settings of a block.
     pub fn of(&self, block: &Block) -> &ParamsSrkl {
         &self.groups[block.group].params

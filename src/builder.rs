@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use candle_core::{Result, TensorId, Var, bail};
@@ -212,11 +213,7 @@ impl<'a> SrklBuilder<'a> {
     ///
     /// As [`SrklBuilder::build`], and a variable whose names belong to different groups.
     pub fn build_varmap(self, varmap: &VarMap) -> Result<Srkl> {
-        let mut named: Vec<(String, Var)> = match varmap.data().lock() {
-            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
-            Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
-        };
-        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let named = variables_of(varmap)?;
         let mut places: HashMap<TensorId, usize> = HashMap::new();
         let mut parameters: Vec<(String, Vec<String>, Var)> = vec![];
         for (name, var) in named {
@@ -356,6 +353,7 @@ impl<'a> SrklBuilder<'a> {
             };
             parameters.push((name, tied, var, group, matrices));
         }
+        groups.extend(groups.iter().map(Group::twin).collect::<Vec<_>>());
         let shards = ranks.map(|ranks| {
             let share = |(.., var, group, matrices): &(_, _, Var, usize, Option<Matrices>)| Share {
                 n: var.elem_count(),
@@ -367,15 +365,11 @@ impl<'a> SrklBuilder<'a> {
         });
         let mut blocks: Vec<Block> = vec![];
         for (place, (name, tied, var, group, matrices)) in parameters.into_iter().enumerate() {
-            let params = &groups[group].params;
             let shards = shards.as_ref().map_or(vec![], |shards| shards[place].clone());
             let own = ranks.filter(|ranks| ranks.sharded).map(|ranks| shards[ranks.rank].clone());
-            let (sharded, own) = (own.is_some(), own.unwrap_or(0..var.elem_count()));
-            let block = Block::new(name, var, group, params, own)?;
-            let mut block = Block { tied, shards, sharded, matrices, place, ..block };
-            block.state.master = masters::of_block(&block, params.master_weights)?;
-            block.elements = access::first_element(&block)?;
-            blocks.push(block);
+            let parameter = Parameter { name, tied, var, group, matrices, place };
+            let block = parameter.block(&groups[group].params, own)?;
+            blocks.push(Block { shards, ..block });
         }
         let mut all = Parameters::new(groups, blocks);
         let engine = engine_of(&mut all, ranks.filter(|ranks| ranks.sharded))?;
@@ -395,6 +389,39 @@ impl<'a> SrklBuilder<'a> {
             step_count: 1,
             accumulated: Accumulated::default(),
         })
+    }
+}
+
+/// The variables of a `VarMap`, in the order of their names.
+pub(crate) fn variables_of(varmap: &VarMap) -> Result<Vec<(String, Var)>> {
+    let mut named: Vec<(String, Var)> = match varmap.data().lock() {
+        Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
+        Err(_) => bail!("the VarMap is poisoned: a thread panicked while it held its lock"),
+    };
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(named)
+}
+
+/// A variable to be stepped.
+pub(crate) struct Parameter {
+    pub name: String,
+    pub tied: Vec<String>,
+    pub var: Var,
+    pub group: usize,
+    pub matrices: Option<Matrices>,
+    pub place: usize,
+}
+
+impl Parameter {
+    /// It with fresh state, of the elements `own` if other ranks have the others.
+    pub fn block(self, params: &ParamsSrkl, own: Option<Range<usize>>) -> Result<Block> {
+        let Self { name, tied, var, group, matrices, place } = self;
+        let (sharded, own) = (own.is_some(), own.unwrap_or(0..var.elem_count()));
+        let block = Block::new(name, var, group, params, own)?;
+        let mut block = Block { tied, sharded, matrices, place, ..block };
+        block.state.master = masters::of_block(&block, params.master_weights)?;
+        block.elements = access::first_element(&block)?;
+        Ok(block)
     }
 }
 
@@ -424,12 +451,12 @@ fn refuse_shared(stated: &[Vec<u8>]) -> Result<()> {
 }
 
 /// The matrices that a variable of one or several names is taken for, if each of them says so.
-fn matrices_of(
+pub(crate) fn matrices_of(
     name: &str,
     tied: &[String],
     var: &Var,
     group: &str,
-    of: &MatricesOf,
+    of: &dyn Fn(&str, &Var) -> usize,
 ) -> Result<Option<Matrices>> {
     let count = of(name, var);
     for other in tied {
@@ -445,7 +472,7 @@ fn matrices_of(
 }
 
 /// The engine for these parameters; `ranks` if they are sharded.
-fn engine_of(all: &mut Parameters, ranks: Option<&Ranks>) -> Result<Box<dyn Engine>> {
+pub(crate) fn engine_of(all: &mut Parameters, ranks: Option<&Ranks>) -> Result<Box<dyn Engine>> {
     #[cfg(not(feature = "cuda"))]
     let devices = vec![];
     #[cfg(feature = "cuda")]

@@ -17,6 +17,7 @@
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
 //! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing, and reach (f64), which older files do not have |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
+//! | metadata | `frozen.NAME` | whether it is frozen by itself, 0 or 1; older files do not tell |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter, bf16 for a packed average), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
 //! | tensor | `NAME.m.codes`, `NAME.v.codes` | of a compact moment in place of that: i8, u8, the parameter's shape |
 //! | tensor | `NAME.m.exponents`, `NAME.v.exponents` | and for each 256 elements the exponent, u8 |
@@ -151,6 +152,8 @@ impl Srkl {
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
+            metadata
+                .insert(format!("frozen.{name}"), (self.all.is_frozen(block) as u8).to_string());
         }
         Ok(metadata)
     }
@@ -243,12 +246,11 @@ impl Srkl {
                 .get(&block.name)
                 .map_or(Ok(()), |value| block.var.set(&value.to_device(block.var.device())?))?;
         }
-        for (block, loaded) in self.all.blocks.iter_mut().zip(&loaded.blocks) {
-            for ((_, slot), saved) in block.state.named_mut().zip(&loaded.state) {
-                slot.set(saved)?;
+        for (place, loaded) in loaded.blocks.iter().enumerate() {
+            loaded.set(&mut self.all.blocks[place])?;
+            if let Some(frozen) = loaded.frozen {
+                self.all.set_frozen(place, frozen);
             }
-            masters::after_loading(block)?;
-            block.trained = loaded.trained;
         }
         self.schedule = loaded.schedule;
         self.grad_scale = loaded.grad_scale;
@@ -384,13 +386,13 @@ pub(crate) fn version_of(metadata: &HashMap<String, String>) -> Result<u64> {
 }
 
 /// That all ranks have the same parameters.
-fn same_parameters(blocks: &[Block]) -> Result<Claim> {
+pub(crate) fn same_parameters(blocks: &[Block]) -> Result<Claim> {
     let fingerprints = blocks.iter().map(|block| fingerprint(&block.var));
     let all: String = fingerprints.collect::<Result<_>>()?;
     Ok(claim("the hash of all parameters", hash(all.as_bytes())))
 }
 
-fn hash(bytes: &[u8]) -> String {
+pub(crate) fn hash(bytes: &[u8]) -> String {
     format!("{:032x}", XxHash3_128::oneshot(bytes))
 }
 
@@ -405,14 +407,28 @@ pub(crate) struct Loaded {
     blocks: Vec<LoadedBlock>,
 }
 
-struct LoadedBlock {
+pub(crate) struct LoadedBlock {
     place: u64,
-    skipped: u64,
+    pub skipped: u64,
     trained: bool,
-    powers: Powers,
-    estimate: Estimate,
+    /// Older files don't tell.
+    frozen: Option<bool>,
+    pub powers: Powers,
+    pub estimate: Estimate,
     /// Each kind of state, in order, of the elements that are stepped here.
     state: Vec<Saved>,
+}
+
+impl LoadedBlock {
+    /// Gives `block` its state.
+    pub fn set(&self, block: &mut Block) -> Result<()> {
+        for ((_, slot), saved) in block.state.named_mut().zip(&self.state) {
+            slot.set(saved)?;
+        }
+        masters::after_loading(block)?;
+        block.trained = self.trained;
+        Ok(())
+    }
 }
 
 impl Loaded {
@@ -566,7 +582,7 @@ fn same_state(source: &Source, [a, b]: [&str; 2]) -> bool {
 }
 
 /// `block` with the state that was saved as `name`.
-fn load_block(
+pub(crate) fn load_block(
     block: &Block,
     name: &str,
     params: &ParamsSrkl,
@@ -624,7 +640,9 @@ fn load_block(
         state.iter_mut().for_each(|saved| saved.cut(own.clone()));
     }
     let place = saved_place(metadata, name)?;
-    Ok(LoadedBlock { place, skipped, trained, powers, estimate, state })
+    let frozen: Option<u8> = optional(metadata, &format!("frozen.{name}"))?;
+    let frozen = frozen.map(|frozen| frozen != 0);
+    Ok(LoadedBlock { place, skipped, trained, frozen, powers, estimate, state })
 }
 
 /// The state of `block` that was saved as `name`, in the formats that the block has.
@@ -768,7 +786,7 @@ pub(crate) fn fingerprint(var: &Tensor) -> Result<String> {
 }
 
 /// What must be equal for a checkpoint to fit a parameter.
-fn description(block: &Block) -> String {
+pub(crate) fn description(block: &Block) -> String {
     let state: Vec<&str> = block.state.named().map(|(kind, _)| kind).collect();
     let state = if state.is_empty() { "none".to_string() } else { state.join(",") };
     format!("dtype={} shape={:?} state={state}", block.var.dtype().as_str(), block.var.dims())
@@ -785,11 +803,14 @@ fn saved_place(metadata: &HashMap<String, String>, name: &str) -> Result<u64> {
 }
 
 /// A number that older files do not have.
-fn optional<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<Option<T>> {
+pub(crate) fn optional<T: FromStr>(
+    metadata: &HashMap<String, String>,
+    key: &str,
+) -> Result<Option<T>> {
     metadata.contains_key(key).then(|| number(metadata, key)).transpose()
 }
 
-fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
+pub(crate) fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) -> Result<T> {
     let text = text(metadata, key)?;
     let Ok(number) = text.parse() else { bail!("`{key}` is not a number: {text:?}") };
     Ok(number)

@@ -548,7 +548,7 @@ impl fmt::Debug for Srkl {
                     .all
                     .groups
                     .iter()
-                    .filter(|group| !group.beside_muon)
+                    .filter(|group| !group.beside_muon && !group.frozen)
                     .map(|group| (&group.name, &group.params))
                     .collect::<Vec<_>>(),
             )

@@ -821,21 +821,32 @@ impl ParamsSrkl {
 
 /// A parameter group, or a part of one: in a group of [`Direction::Muon`] the matrices are one part, and what takes Adam
 /// beside them another, of the same name.
+///
+/// Each part has a twin behind all of them, of `lr` 0: that of the parameters that are [frozen](crate::Srkl::freeze).
+#[derive(Clone)]
 pub(crate) struct Group {
     pub name: String,
     pub params: ParamsSrkl,
     pub beside_muon: bool,
+    pub frozen: bool,
 }
 
 impl Group {
     pub fn new(name: String, params: ParamsSrkl) -> Self {
-        Self { name, params, beside_muon: false }
+        Self { name, params, beside_muon: false, frozen: false }
     }
 
     /// The part beside this one, of parameters that Muon isn't for.
     pub fn beside(&self) -> Self {
         let params = self.params.clone();
-        let mut part = Self { name: self.name.clone(), params, beside_muon: true };
+        let mut part = Self { name: self.name.clone(), params, beside_muon: true, frozen: false };
+        part.set(self.params.clone());
+        part
+    }
+
+    /// The part of this one's parameters that are frozen.
+    pub fn twin(&self) -> Self {
+        let mut part = Self { frozen: true, ..self.clone() };
         part.set(self.params.clone());
         part
     }
@@ -845,6 +856,9 @@ impl Group {
         self.params = params;
         if self.beside_muon {
             self.params.direction = Direction::BESIDE_MUON;
+        }
+        if self.frozen {
+            self.params.lr = 0.;
         }
     }
 }

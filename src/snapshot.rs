@@ -4,16 +4,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, TensorId, bail};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, TensorId, Var, bail};
+use candle_nn::VarMap;
 use half::bf16;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use twox_hash::XxHash3_128;
 
-use crate::block::Block;
+use crate::block::{Block, Parameters};
+use crate::builder::{Parameter, engine_of, variables_of};
 use crate::checkpoint::{Loaded, Source, fingerprint, saved_state, version_of, with_file};
+use crate::micro_batches::Accumulated;
 use crate::optimizer::Srkl;
 use crate::ranks::claim;
+use crate::schedule::MeasureState;
 use crate::state::{Beside, Format, STATE, Saved, SavedTensor};
 
 /// The state of an optimizer in memory: what [`Srkl::save`] writes to a file, as named tensors and metadata. Made by
@@ -206,7 +210,7 @@ impl SrklState {
     }
 
     /// By which ranks tell whether they have the same.
-    fn digest(&self) -> String {
+    pub(crate) fn digest(&self) -> String {
         let mut hasher = XxHash3_128::new();
         let metadata: BTreeMap<_, _> = self.metadata.iter().collect();
         hasher.write(format!("{metadata:?}").as_bytes());
@@ -343,6 +347,128 @@ impl Srkl {
     /// As [`Srkl::load_state`], and a snapshot without a value for some parameter. Nothing has changed then.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.load_with("restore", &snapshot.state, snapshot.values.clone())
+    }
+
+    /// An optimizer of other variables, with the settings, the state and the counters of this one: its next steps have the same
+    /// bits for the same gradients. The variables, which may be on another device, get the values of the parameters.
+    ///
+    /// `named` has the names that the parameters have here, with variables of the same dtypes and shapes. (Integers are left out;
+    /// so may be the other names of tied weights.) Micro-batches that have been accumulated are not copied.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// // Population training: the best member takes the place of another, with a learning rate of its own.
+    /// let best = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let other = Var::new(&[7f32, 7., 7.], &Device::Cpu)?;
+    /// let mut opt = Srkl::builder()
+    ///     .default_group(ParamsSrkl::adamw(0.1))
+    ///     .build([("w".to_string(), best.clone())])?;
+    /// opt.backward_step(&best.sqr()?.sum_all()?)?;
+    ///
+    /// let mut copy = opt.copy_to([("w".to_string(), other.clone())])?;
+    /// copy.set_learning_rate(opt.learning_rate() * 1.2);
+    /// assert_eq!(other.to_vec1::<f32>()?, best.to_vec1::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Srkl::state`]; a parameter without a variable, a variable of another dtype or shape, or that no parameter has the name
+    /// of; a variable twice, or one of the parameters; several ranks. The variables are unchanged then.
+    pub fn copy_to(&mut self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Self> {
+        if self.ranks.is_some() {
+            bail!(
+                "`copy_to`: an optimizer of several ranks can't be copied; build another and use `load_state`"
+            )
+        }
+        let vars = self.vars_of_copy(named)?;
+        let state = self.state()?;
+        for (block, var) in self.all.blocks.iter().zip(&vars) {
+            var.set(&block.var.detach().to_device(var.device())?)?;
+        }
+        let block = |(block, var): (&Block, Var)| {
+            let (name, tied) = (block.name.clone(), block.tied.clone());
+            let Block { group, matrices, place, .. } = *block;
+            let parameter = Parameter { name, tied, var, group, matrices, place };
+            parameter.block(self.all.of(block), None)
+        };
+        let blocks = self.all.blocks.iter().zip(vars).map(block).collect::<Result<_>>()?;
+        let mut all = Parameters::new(self.all.groups.clone(), blocks);
+        let engine = engine_of(&mut all, None)?;
+        let MeasureState { checked, .. } = self.measure_state;
+        let mut copy = Self {
+            all,
+            by_position: self.by_position,
+            schedule: self.schedule,
+            grad_scale: self.grad_scale,
+            measure_schedule: self.measure_schedule,
+            measure_state: MeasureState { checked, ..MeasureState::default() },
+            seed: self.seed,
+            records: self.records,
+            engine,
+            ranks: None,
+            step_count: self.step_count,
+            accumulated: Accumulated::default(),
+        };
+        let none = BTreeMap::new();
+        let loaded = copy.load_checked(&state, &none, true)?;
+        copy.take("copy_to", Ok((loaded, ())), |()| String::new(), &none)?;
+        Ok(copy)
+    }
+
+    /// [`copy_to`](Self::copy_to) the variables of `varmap`.
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_to`](Self::copy_to).
+    pub fn copy_to_varmap(&mut self, varmap: &VarMap) -> Result<Self> {
+        self.copy_to(variables_of(varmap)?)
+    }
+
+    /// For each parameter the variable of the same name.
+    fn vars_of_copy(&self, named: impl IntoIterator<Item = (String, Var)>) -> Result<Vec<Var>> {
+        let mut vars: HashMap<String, Var> = HashMap::new();
+        for (name, var) in named.into_iter().filter(|(_, var)| var.dtype().is_float()) {
+            if vars.insert(name.clone(), var).is_some() {
+                bail!("`copy_to`: two variables are named `{name}`")
+            }
+        }
+        let mut taken: HashMap<TensorId, &str> =
+            self.all.blocks.iter().map(|block| (block.id, block.name.as_str())).collect();
+        let mut all = vec![];
+        for block in &self.all.blocks {
+            let name = &block.name;
+            let Some(var) = vars.remove(name) else {
+                bail!("`copy_to`: parameter `{name}`: there is no variable of this name")
+            };
+            if var.dtype() != block.dtype || var.dims() != block.var.dims() {
+                bail!(
+                    "`copy_to`: parameter `{name}`: expected a variable of {:?} {:?}, got {:?} {:?}",
+                    block.dtype,
+                    block.var.dims(),
+                    var.dtype(),
+                    var.dims()
+                )
+            }
+            if let Some(other) = taken.insert(var.id(), name) {
+                bail!("`copy_to`: the variable for `{name}` is that of `{other}` already")
+            }
+            for tied in &block.tied {
+                if vars.remove(tied).is_some_and(|other| other.id() != var.id()) {
+                    bail!(
+                        "`copy_to`: `{name}` and `{tied}` are one parameter, and got two variables"
+                    )
+                }
+            }
+            all.push(var);
+        }
+        match vars.keys().min() {
+            Some(stranger) => bail!("`copy_to`: no parameter is named `{stranger}`"),
+            None => Ok(all),
+        }
     }
 
     /// Goes on from `state`, with these values of all parameters, unless there are none.

@@ -248,6 +248,10 @@ impl Engine for Device {
         Ok(captured)
     }
 
+    fn is_captured(&self) -> Result<bool> {
+        self.cuda.is_captured()
+    }
+
     fn may_reorder(&self) -> bool {
         // The table on the device is in the order of blocks.
         false

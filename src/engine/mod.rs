@@ -106,6 +106,11 @@ pub(crate) trait Engine: Send + Sync {
         Ok(false)
     }
 
+    /// Whether steps have been captured, whose replays use its memory, or a capture is under way.
+    fn is_captured(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Whether blocks may be brought into another order before [`Engine::set_progress`].
     fn may_reorder(&self) -> bool;
 

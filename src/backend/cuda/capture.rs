@@ -64,6 +64,11 @@ impl Captures {
         Ok(())
     }
 
+    /// Whether there has been a capture.
+    pub fn any(&self) -> bool {
+        !self.recorded.is_empty()
+    }
+
     /// An error if there is no room for another capture.
     pub fn refuse_another(&self) -> Result<()> {
         if self.spare.is_none() {

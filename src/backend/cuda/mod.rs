@@ -240,6 +240,11 @@ impl CudaBackend {
         is_capturing(&self.stream)
     }
 
+    /// Whether steps have been captured, or a capture is under way.
+    pub fn is_captured(&self) -> Result<bool> {
+        Ok(self.captures.any() || self.is_capturing()?)
+    }
+
     /// An error for a step that a capture does not allow.
     pub fn refuse_in_capture(&self, measures: bool, settings: &Settings) -> Result<()> {
         if measures {
@@ -700,10 +705,20 @@ impl Backend for CudaBackend {
     /// In a capture, where a replay would set them back each time.
     fn upload_settings(&mut self, all: &Parameters, scalars: StepScalars) -> Result<()> {
         let settings = Settings::new(&all.groups, scalars);
-        if settings != self.settings && self.is_capturing()? {
+        let group = |place: &usize| all.blocks[*place].group as u32;
+        let groups: Vec<u32> = self.places.iter().map(group).collect();
+        // Frozen parameters are in other groups.
+        let moved = !self.blocks.iter().map(|block| block.group).eq(groups.iter().copied());
+        if (moved || settings != self.settings) && self.is_capturing()? {
             bail!("{SETTINGS_IN_CAPTURE}")
         }
-        self.upload_changed(settings)
+        self.upload_changed(settings)?;
+        if moved {
+            self.blocks.iter_mut().zip(groups).for_each(|(block, group)| block.group = group);
+            let blocks = self.blocks.clone();
+            self.upload(&blocks, |memory| &mut memory.blocks)?;
+        }
+        Ok(())
     }
 
     fn upload_estimates(&mut self, tracked: &[Tracked]) -> Result<()> {
