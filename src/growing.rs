@@ -19,8 +19,7 @@ impl Srkl {
     ///
     /// In a group of [`Direction::Muon`](crate::Direction::Muon) those that [`hidden_matrices`] takes for matrices are
     /// orthogonalised. If the group measures curvature, the next step measures. What the last step did
-    /// ([`telemetry`](Srkl::telemetry), [`grad_norm`](Srkl::grad_norm)) is forgotten, and micro-batches that have been accumulated
-    /// lack the gradients of the new parameters.
+    /// ([`telemetry`](Srkl::telemetry), [`grad_norm`](Srkl::grad_norm)) is forgotten.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -45,8 +44,8 @@ impl Srkl {
     /// # Errors
     ///
     /// No group of that name; a name or a variable that the optimizer has already, or twice; a variable that
-    /// [`SrklBuilder::build`](crate::SrklBuilder::build) refuses; a step that waits for its measurement; a step that has been
-    /// captured in a CUDA graph, whose replays would not know of it; several ranks. Nothing has changed then.
+    /// [`SrklBuilder::build`](crate::SrklBuilder::build) refuses; a step that waits for its measurement; micro-batches that
+    /// have been [accumulated](Srkl::accumulate); a step that has been captured in a CUDA graph, whose replays would not know of it; several ranks. Nothing has changed then.
     pub fn add_parameters(
         &mut self,
         group: &str,
@@ -102,10 +101,13 @@ impl Srkl {
     /// Drops the parameters for which `which` is true of any of their names, and their state. The state of the others and all
     /// counters stay. Returns the names of what was dropped. What the last step did is forgotten.
     ///
+    /// The bits of the others are those without what was dropped, if neither sums over all parameters nor random numbers enter: those
+    /// of random rounding and of [`Curvature::Hutchinson`](crate::Curvature::Hutchinson) go by places in the list.
+    ///
     /// # Errors
     ///
-    /// `which` is true for none of the parameters; a step that waits for its measurement; a step that has been captured in a CUDA
-    /// graph; several ranks. Nothing has changed then.
+    /// `which` is true for none of the parameters; a step that waits for its measurement; micro-batches that have been
+    /// [accumulated](Srkl::accumulate); a step that has been captured in a CUDA graph; several ranks. Nothing has changed then.
     pub fn remove_parameters(&mut self, which: impl Fn(&str) -> bool) -> Result<Vec<String>> {
         self.refuse_change("remove_parameters")?;
         let chosen = self.named_by("remove_parameters", which)?;
@@ -141,6 +143,13 @@ impl Srkl {
             bail!(
                 "`{call}`: a step of this optimizer has been captured in a CUDA graph, which has the addresses of \
                  its parameters; build another optimizer, and go on by `state` and `load_state_matching`"
+            )
+        }
+        if self.accumulated.count > 0 {
+            bail!(
+                "`{call}`: {} micro-batches have been accumulated, by the parameters as they are; call \
+                 `step_accumulated` first",
+                self.accumulated.count
             )
         }
         self.refuse_pending()
