@@ -126,6 +126,9 @@ impl Srkl {
             Ok(vec![claim("the parameters", names.join(", "))])
         };
         let chosen = self.agree_on(call, ready, claims)?;
+        // While frozen, a parameter without a direction passes for one that there is nothing to measure of.
+        let measured = self.measure_schedule.is_some() && !frozen;
+        let estimates = if measured { self.done(self.engine.estimates())? } else { vec![] };
         let before: Vec<usize> = self.all.blocks.iter().map(|block| block.group).collect();
         let places = chosen.iter().enumerate().filter(|(_, chosen)| **chosen);
         places.for_each(|(place, _)| self.all.set_frozen(place, frozen));
@@ -133,6 +136,10 @@ impl Srkl {
             self.all.blocks.iter_mut().zip(before).for_each(|(block, group)| block.group = group);
         });
         self.done(sent)?;
+        let blocks = self.all.blocks.iter_mut().zip(estimates).zip(&chosen);
+        for ((block, estimate), _) in blocks.filter(|(_, chosen)| **chosen) {
+            block.known = estimate.is_known();
+        }
         let all = &self.all;
         let unknown = |block: &Block| {
             let measured = MeasureSchedule::of(all.of(block)).is_some();

@@ -526,7 +526,7 @@ impl Srkl {
     /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(0.1))?;
     /// opt.backward_step(&w.sqr()?.sum_all()?)?;
     /// let v = opt.state_of("0", "v")?.expect("Adam has a second moment");
-    /// assert!((v.to_vec1::<f32>()?[1] - 0.016).abs() < 1e-6); // (1 - 0.999) times the gradient's square.
+    /// assert!((v.to_vec1::<f32>()?[1] - 0.016).abs() < 1e-5); // (1 - 0.999) times the gradient's square.
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     ///

@@ -182,10 +182,10 @@ fn a_state_that_does_not_fit_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The moments of Adam by their formulas, in f64; packed ones to 8 bits.
+/// The moments of Adam by their formulas, in f64; packed ones are rounded at random, to 8 bits, so their mean is closer.
 #[test]
 fn moments_can_be_read() -> Result<()> {
-    for (params, tolerance) in formats().into_iter().zip([1e-6, 0.1]) {
+    for (params, tolerance) in formats().into_iter().zip([1e-4, 0.25]) {
         let vars = noisy_vars(&SIZES_HERE, 1., DType::BF16)?;
         let mut opt = built(&vars, params)?;
         let (mut m, mut v) = (vec![0.; 5000], vec![0.; 5000]);
@@ -203,8 +203,12 @@ fn moments_can_be_read() -> Result<()> {
             assert_eq!((found.dtype(), found.dims()), (DType::F32, &[5000][..]));
             assert_eq!(bits(&found)?, bits(&opt.state_of("w0", kind)?.unwrap())?);
             let largest = expected.iter().fold(0f64, |most, x| most.max(x.abs()));
-            for (found, expected) in values(&found)?.iter().zip(&expected) {
-                assert!((found - expected).abs() < tolerance * largest, "{kind}");
+            let all = values(&found)?;
+            let (mean, sum) = (all.iter().sum::<f64>(), expected.iter().sum::<f64>());
+            assert!(kind == "m" || (mean / sum - 1.).abs() < 0.02, "{mean} {sum}");
+            for (found, expected) in all.iter().zip(&expected) {
+                let off = (found - expected).abs() / largest;
+                assert!(off < tolerance, "{kind}: {found} {expected} {largest}");
             }
         }
         let master = opt.state_of("w0", "master")?.unwrap().to_vec1::<f32>()?;
