@@ -61,7 +61,7 @@ impl Srkl {
             blocks.iter().map(|block| (block.id, block.name.clone())).collect();
         let of_block = |block: &Block| [vec![block.name.clone()], block.tied.clone()].concat();
         let mut names: HashSet<String> = blocks.iter().flat_map(of_block).collect();
-        let mut place = blocks.iter().map(|block| block.place + 1).max().unwrap_or(0);
+        let before = blocks.iter().map(|block| block.place + 1).max().unwrap_or(0);
         let mut added = vec![];
         for (name, var) in named.into_iter().filter(|(_, var)| var.dtype().is_float()) {
             if !names.insert(name.clone()) {
@@ -78,9 +78,9 @@ impl Srkl {
                 (None, Some(beside)) => beside,
                 _ => whole,
             };
+            let place = before + added.len();
             let parameter = Parameter { name, tied: vec![], var, group, matrices, place };
             added.push(parameter.block(&self.all.groups[group].params, None)?);
-            place += 1;
         }
         if added.is_empty() {
             return Ok(());
