@@ -379,6 +379,7 @@ impl<'a> SrklBuilder<'a> {
             all,
             by_position: false,
             schedule: 1.,
+            lr_schedule: None,
             grad_scale: 1.,
             measure_schedule,
             measure_state,

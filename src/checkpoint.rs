@@ -6,6 +6,7 @@
 //! | metadata | `version` | `3`, the version of this layout; 1 and 2 are read too |
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
+//! | metadata | `lr_schedule` | if one is set, the number of its next step and the schedule: `constant F`, `linear FROM TO STEPS`, `cosine FROM TO STEPS`, `step EVERY GAMMA`, `sequence COUNT` and then for each START and schedule, `product COUNT` and then each schedule; numbers as above |
 //! | metadata | `attempts`, `asked`, `draws` | steps so far, skipped ones included; how many of them measured; random vectors drawn; decimal |
 //! | metadata | `seed` | the base of the step seeds, decimal |
 //! | metadata | `requested`, `blind`, `measured` | whether the next step measures because that was requested, or because a parameter has no estimate; whether its measurement has been taken; 0 or 1 |
@@ -43,6 +44,7 @@ use crate::compact::kept_m;
 use crate::engine::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
+use crate::lr_schedule::Scheduled;
 use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
 use crate::ranks::{Claim, Ranks, claim};
@@ -55,7 +57,7 @@ const VERSION: u64 = 3;
 
 impl Srkl {
     /// Writes the state to a safetensors file: master weights, moments, averages and estimates of curvature,
-    /// counters, the schedule's multiplier and the gradient scale. Save the parameters beside it, for instance by
+    /// counters, the schedule with its multiplier, and the gradient scale. Save the parameters beside it, for instance by
     /// [`VarMap::save`](candle_nn::VarMap::save); settings ([`ParamsSrkl`](crate::ParamsSrkl)) are not part of it.
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
@@ -139,6 +141,9 @@ impl Srkl {
             ("measured".to_string(), (self.measure_state.measured as u8).to_string()),
             ("by_position".to_string(), (self.by_position as u8).to_string()),
         ]);
+        if let Some(scheduled) = &self.lr_schedule {
+            metadata.insert("lr_schedule".to_string(), scheduled.to_text());
+        }
         let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
         let numbers = self.engine.outcomes(&self.all)?.into_iter().zip(powers);
         for (place, (block, numbers)) in self.all.blocks.iter().zip(numbers).enumerate() {
@@ -253,6 +258,7 @@ impl Srkl {
             }
         }
         self.schedule = loaded.schedule;
+        self.lr_schedule = loaded.lr_schedule;
         self.grad_scale = loaded.grad_scale;
         self.seed = loaded.seed;
         let checked = self.measure_state.checked;
@@ -289,6 +295,9 @@ impl Srkl {
         for group in &self.all.groups {
             check("schedule, times `lr`", loaded.schedule * group.params.lr, Above::OrZero)
                 .map_err(|e| e.context(format!("group `{}`", group.name)))?;
+        }
+        if let Some(scheduled) = &loaded.lr_schedule {
+            self.check_schedule(&scheduled.schedule)?;
         }
         Ok(loaded)
     }
@@ -401,6 +410,7 @@ pub(crate) struct Loaded {
     steps: u64,
     skipped_steps: u64,
     schedule: f64,
+    lr_schedule: Option<Scheduled>,
     grad_scale: f64,
     seed: u64,
     measure_state: MeasureState,
@@ -442,6 +452,13 @@ impl Loaded {
         let version = version_of(metadata)?;
         let schedule = number(metadata, "schedule")?;
         check("schedule", schedule, Above::OrZero)?;
+        let lr_schedule = match metadata.get("lr_schedule") {
+            Some(text) => {
+                let read: Result<Scheduled> = text.parse();
+                Some(read.map_err(|e| e.context(format!("`lr_schedule`: {text:?}")))?)
+            }
+            None => None,
+        };
         let grad_scale = number(metadata, "grad_scale")?;
         check_grad_scale(grad_scale)?;
 
@@ -468,6 +485,7 @@ impl Loaded {
             steps: number(metadata, "steps")?,
             skipped_steps: number(metadata, "skipped_steps")?,
             schedule,
+            lr_schedule,
             grad_scale,
             seed,
             measure_state,

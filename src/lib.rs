@@ -49,7 +49,7 @@
 //! | `cuda` | steps on CUDA devices; needs nvcc to build and a driver to run |
 //! | `nccl` | ranks whose CUDA devices talk by NCCL: `Nccl`; needs its library to build and run |
 //! | `mpi` | ranks that are processes started by `mpirun`: `Mpi`; needs an MPI library and libclang to build |
-//! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] |
+//! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] and [`LrSchedule`] |
 //!
 //! The interface has types of `candle-core` and `candle-nn` 0.11: with another version of these comes another of this crate.
 //! (Feature `bindgen` is for work on the kernels.)
@@ -80,6 +80,7 @@ mod exchange;
 mod file;
 mod freezing;
 mod growing;
+mod lr_schedule;
 mod matching;
 mod matrices;
 mod measuring;
@@ -106,6 +107,7 @@ pub use collective::Nccl;
 pub use collective::{Collective, OnDevice, Tcp, Threads};
 pub use dropout::Dropout;
 pub use estimate::Measurements;
+pub use lr_schedule::LrSchedule;
 pub use matching::LoadReport;
 pub use matrices::hidden_matrices;
 pub use measuring::Perturbed;

@@ -10,6 +10,7 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
+use crate::lr_schedule::{LrSchedule, Scheduled};
 use crate::micro_batches::Accumulated;
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
 use crate::ranks::{Claim, Ranks, Statement, claim};
@@ -52,7 +53,10 @@ pub struct Srkl {
     pub(crate) all: Parameters,
     /// Whether parameters were given without names: each name is then its index in the list.
     pub(crate) by_position: bool,
+    /// The multiplier of the next step.
     pub(crate) schedule: f64,
+    /// What sets it, if not the user.
+    pub(crate) lr_schedule: Option<Scheduled>,
     pub(crate) grad_scale: f64,
     /// When curvature is measured, if it is.
     pub(crate) measure_schedule: Option<MeasureSchedule>,
@@ -108,7 +112,7 @@ impl Optimizer for Srkl {
     ///
     /// A captured step can be replayed: each replay uses the learning rate and the gradient scale that were set last,
     /// and is counted as a step. The optimizer must outlive the graph. Between two captures it must take a step
-    /// outside of a capture.
+    /// outside of a capture. A schedule does not advance in replays: [`Srkl::set_schedule_step`] does it by hand.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         self.step_by(grads, 1)
     }
@@ -127,7 +131,7 @@ impl Optimizer for Srkl {
         self.step(&grads)
     }
 
-    /// The schedule's multiplier times the `lr` of the default group. If that group is frozen (`lr` 0), the first
+    /// The schedule's multiplier in the next step times the `lr` of the default group. If that group is frozen (`lr` 0), the first
     /// group that is not takes its place; 0 if all are.
     fn learning_rate(&self) -> f64 {
         self.schedule * self.base_lr().unwrap_or(0.)
@@ -141,6 +145,9 @@ impl Optimizer for Srkl {
     ///
     /// The next `step` fails if `lr` is negative or not finite, or if it was set inside a capture of a CUDA stream.
     /// Replays of captured steps then keep the last valid one.
+    ///
+    /// It takes the place of a schedule that [`Srkl::set_schedule`] has set, which is forgotten: the multiplier stays until it
+    /// is set again.
     ///
     /// ```
     /// use candle_core::{Device, Var};
@@ -161,6 +168,7 @@ impl Optimizer for Srkl {
     fn set_learning_rate(&mut self, lr: f64) {
         if let Some(base) = self.base_lr() {
             self.schedule = lr / base;
+            self.lr_schedule = None;
         }
         // What fails here fails again, and is reported, in the next step.
         let _ = self.upload_settings();
@@ -180,6 +188,7 @@ impl Srkl {
             self.step_count = count;
             self.count_step(measures);
             self.note_gradients(grads, measures);
+            self.advance_schedule();
         }
         Ok(())
     }
@@ -222,6 +231,111 @@ impl Srkl {
         self.refuse_pending()?;
         let old = std::mem::replace(&mut self.grad_scale, grad_scale);
         self.upload_settings().inspect_err(|_| self.grad_scale = old)
+    }
+
+    /// Sets the multiplier of the learning rate in each step from the next one on, by the number of the step; `None` sets it to
+    /// 1 for all. As with [`set_learning_rate`](Optimizer::set_learning_rate), `phi` is multiplied, of **every** group and
+    /// after any brake, and [`ParamsSrkl::lr`] stays as it is.
+    ///
+    /// The schedule's step 0 is the first step of the optimizer: one that is set later, or after [`Srkl::load`], goes on from
+    /// the number of the next step. [`Srkl::set_schedule_step`] sets another number; 0 begins anew.
+    ///
+    /// - Each step counts, also one that [`NonFinite::SkipStep`](crate::NonFinite::SkipStep) skips: the host does not wait for a
+    ///   CUDA device to tell. A step that fails does not, nor do captured steps and their replays.
+    /// - A measurement of curvature belongs to its step, and is not counted again.
+    /// - [`learning_rate`](Optimizer::learning_rate) tells what the next step will use.
+    /// - [`Srkl::save`] saves the schedule and its number, and [`Srkl::load`] takes both, or none, from the file.
+    /// - All ranks must set the same.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_srkl::{LrSchedule, ParamsSrkl, Srkl};
+    /// # use candle_nn::Optimizer;
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    /// opt.set_schedule(Some(LrSchedule::warmup_stable_decay(20, 160, 20, 0.)))?;
+    /// for _ in 0..200 {
+    ///     opt.backward_step_with(|| w.sqr()?.sum_all())?;
+    /// }
+    /// assert_eq!(opt.learning_rate(), 0.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A schedule whose settings are out of range, or by which the learning rate of a group would not be finite; in a capture of
+    /// a CUDA stream, another multiplier. The old schedule stays.
+    pub fn set_schedule(&mut self, schedule: Option<LrSchedule>) -> Result<()> {
+        if let Some(schedule) = &schedule {
+            schedule.validate()?;
+            self.check_schedule(schedule)?;
+        }
+        let step = self.measure_state.step_calls;
+        self.replace_schedule(schedule.map(|schedule| Scheduled { schedule, step }))
+    }
+
+    /// The schedule that [`Srkl::set_schedule`] has set, if it has not been taken back.
+    #[must_use]
+    pub fn schedule(&self) -> Option<&LrSchedule> {
+        self.lr_schedule.as_ref().map(|scheduled| &scheduled.schedule)
+    }
+
+    /// The number of the next step in the [schedule](Self::schedule); `None` if there is none.
+    #[must_use]
+    pub fn schedule_step(&self) -> Option<u64> {
+        self.lr_schedule.as_ref().map(|scheduled| scheduled.step)
+    }
+
+    /// Sets [`Srkl::schedule_step`], from which the schedule goes on: 0 to begin anew, or the next number before each replay of a
+    /// captured step.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{LrSchedule, ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w], ParamsSrkl::sgd(1.))?;
+    /// opt.set_schedule(Some(LrSchedule::linear_decay(4, 0.)))?;
+    /// opt.set_schedule_step(3)?;
+    /// assert_eq!(opt.learning_rate(), 0.25);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// No schedule; in a capture of a CUDA stream, another multiplier. The old number stays.
+    pub fn set_schedule_step(&mut self, step: u64) -> Result<()> {
+        let Some(scheduled) = &self.lr_schedule else {
+            bail!("`set_schedule_step`: no schedule has been set; call `set_schedule` first")
+        };
+        self.replace_schedule(Some(Scheduled { step, ..scheduled.clone() }))
+    }
+
+    fn replace_schedule(&mut self, scheduled: Option<Scheduled>) -> Result<()> {
+        let multiplier = scheduled.as_ref().map_or(1., Scheduled::multiplier);
+        let old = std::mem::replace(&mut self.schedule, multiplier);
+        self.upload_settings().inspect_err(|_| self.schedule = old)?;
+        self.lr_schedule = scheduled;
+        Ok(())
+    }
+
+    /// An error if a schedule does not fit the learning rate of some group.
+    pub(crate) fn check_schedule(&self, schedule: &LrSchedule) -> Result<()> {
+        self.all.groups.iter().try_for_each(|group| {
+            let checked = schedule.check_lr(group.params.lr);
+            checked.map_err(|e| e.context(format!("group `{}`", group.name)))
+        })
+    }
+
+    /// Goes on to the multiplier of the next step.
+    fn advance_schedule(&mut self) {
+        let Some(scheduled) = &mut self.lr_schedule else { return };
+        scheduled.step = scheduled.step.saturating_add(1);
+        self.schedule = scheduled.multiplier();
+        // What fails here fails again, and is reported, in the next step.
+        let _ = self.upload_settings();
     }
 
     /// Steps taken, those skipped not counted.

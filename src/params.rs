@@ -34,8 +34,9 @@ pub struct ParamsSrkl {
     /// `H = 0`. Finite, 0 or above; the reference's is 1e-3. A group of `lr` 0 is frozen: its gradients are
     /// ignored, and neither parameters nor state change.
     ///
-    /// A schedule does not change it: see [`Srkl::set_learning_rate`].
+    /// A schedule does not change it: see [`Srkl::set_schedule`] and [`Srkl::set_learning_rate`].
     ///
+    /// [`Srkl::set_schedule`]: crate::Srkl::set_schedule
     /// [`Srkl::set_learning_rate`]: candle_nn::Optimizer::set_learning_rate
     pub lr: f64,
     /// What a step follows. The reference's is [`Direction::Gradient`].

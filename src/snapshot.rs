@@ -403,6 +403,7 @@ impl Srkl {
             all,
             by_position: self.by_position,
             schedule: self.schedule,
+            lr_schedule: None, // That of the state is loaded.
             grad_scale: self.grad_scale,
             measure_schedule: self.measure_schedule,
             measure_state: MeasureState { checked, ..MeasureState::default() },
