@@ -105,7 +105,9 @@ impl Srkl {
     pub fn save(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         // What `load` would refuse is refused.
-        let ready = self.scalars().and_then(|_| self.refuse_pending());
+        let fits = |scheduled: &Scheduled| self.check_schedule(&scheduled.schedule);
+        let fits = self.lr_schedule.as_ref().map_or(Ok(()), fits);
+        let ready = fits.and_then(|()| self.scalars()).and_then(|_| self.refuse_pending());
         self.agree_on("save", ready, |(), blocks| Ok(vec![same_parameters(blocks)?]))?;
         let synced = self.sync_master();
         let saved = match (self.rank(), self.sharding_ranks()) {
