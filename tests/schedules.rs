@@ -76,6 +76,9 @@ fn ends_are_exact_and_last() {
     }
     assert_eq!(LrSchedule::warmup_stable_decay(0, 0, 0, 0.5).factor(0), 0.5);
     assert_eq!(LrSchedule::step(1, 0.).factor(u64::MAX), 0.);
+    // Nor does rounding lead beyond the ends.
+    let flat = LrSchedule::Linear { from: 0.1, to: 0.1, steps: 100 };
+    assert!((0..100).all(|step| flat.factor(step) == 0.1));
     // A later part replaces those that would begin at it, or after it.
     let schedule = LrSchedule::constant().then(5, LrSchedule::step(1, 0.5));
     assert_eq!(schedule.then(0, LrSchedule::warmup(3)).factor(0), 0.25);
