@@ -19,14 +19,14 @@ const MAX_DEPTH: usize = 64;
 /// use candle_srkl::{LrSchedule, ParamsSrkl, Srkl};
 ///
 /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
-/// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl { lr: 0.1, ..ParamsSrkl::reference() })?;
+/// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(1.))?;
 /// // 9 steps of warm-up, then a cosine down to a hundredth over 90.
 /// opt.set_schedule(Some(LrSchedule::warmup(9).then(9, LrSchedule::cosine(90, 0.01))))?;
-/// assert_eq!(opt.learning_rate(), 0.01);
+/// assert_eq!(opt.learning_rate(), 0.1);
 /// for _ in 0..99 {
 ///     opt.backward_step(&w.sqr()?.sum_all()?)?;
 /// }
-/// assert_eq!(opt.learning_rate(), 0.001);
+/// assert_eq!(opt.learning_rate(), 0.01);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
