@@ -381,6 +381,7 @@ impl<'a> SrklBuilder<'a> {
             schedule: 1.,
             lr_schedule: None,
             grad_scale: 1.,
+            scaling: None,
             measure_schedule,
             measure_state,
             seed: 0,

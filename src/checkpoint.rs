@@ -7,6 +7,7 @@
 //! | metadata | `steps`, `skipped_steps` | the counters, decimal |
 //! | metadata | `schedule`, `grad_scale` | f64, the shortest decimal that reads back exactly |
 //! | metadata | `lr_schedule` | if one is set, the number of its next step and the schedule: `constant F`, `linear FROM TO STEPS`, `cosine FROM TO STEPS`, `step EVERY GAMMA`, `sequence COUNT` and then for each START and schedule, `product COUNT` and then each schedule; numbers as above |
+//! | metadata | `grad_scaler` | if it follows the gradients: steps in a row that were not skipped, steps since the counters were looked at, what `steps` and `skipped_steps` were then, whether a second gradient was infinite since, and whether the next measurement is a repeated one, 0 or 1; decimal |
 //! | metadata | `attempts`, `asked`, `draws` | steps so far, skipped ones included; how many of them measured; random vectors drawn; decimal |
 //! | metadata | `seed` | the base of the step seeds, decimal |
 //! | metadata | `requested`, `blind`, `measured` | whether the next step measures because that was requested, or because a parameter has no estimate; whether its measurement has been taken; 0 or 1 |
@@ -44,6 +45,7 @@ use crate::compact::kept_m;
 use crate::engine::Progress;
 use crate::estimate::Estimate;
 use crate::file::Target;
+use crate::loss_scale::ScalerState;
 use crate::lr_schedule::Scheduled;
 use crate::optimizer::Srkl;
 use crate::params::{Above, Average, ParamsSrkl, check, check_grad_scale};
@@ -57,7 +59,8 @@ const VERSION: u64 = 3;
 
 impl Srkl {
     /// Writes the state to a safetensors file: master weights, moments, averages and estimates of curvature,
-    /// counters, the schedule with its multiplier, and the gradient scale. Save the parameters beside it, for instance by
+    /// counters, the schedule with its multiplier, and the gradient scale, with where its [`GradScaler`](crate::GradScaler)
+    /// is. Save the parameters beside it, for instance by
     /// [`VarMap::save`](candle_nn::VarMap::save); settings ([`ParamsSrkl`](crate::ParamsSrkl)) are not part of it.
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
@@ -145,6 +148,10 @@ impl Srkl {
         ]);
         if let Some(scheduled) = &self.lr_schedule {
             metadata.insert("lr_schedule".to_string(), scheduled.to_text());
+        }
+        if let Some(scaling) = &self.scaling {
+            let numbers = scaling.state.numbers().map(|number| number.to_string());
+            metadata.insert("grad_scaler".to_string(), numbers.join(" "));
         }
         let powers = self.engine.powers()?.into_iter().zip(self.engine.estimates()?);
         let numbers = self.engine.outcomes(&self.all)?.into_iter().zip(powers);
@@ -261,7 +268,17 @@ impl Srkl {
         }
         self.schedule = loaded.schedule;
         self.lr_schedule = loaded.lr_schedule;
-        self.grad_scale = loaded.grad_scale;
+        match (&mut self.scaling, loaded.scaler) {
+            (Some(scaling), None) => {
+                scaling.state = ScalerState::after(loaded.steps, loaded.skipped_steps);
+            }
+            (scaling, saved) => {
+                if let (Some(scaling), Some(saved)) = (scaling, saved) {
+                    scaling.state = saved;
+                }
+                self.grad_scale = loaded.grad_scale;
+            }
+        }
         self.seed = loaded.seed;
         let checked = self.measure_state.checked;
         self.measure_state = MeasureState { checked, ..loaded.measure_state };
@@ -414,6 +431,7 @@ pub(crate) struct Loaded {
     schedule: f64,
     lr_schedule: Option<Scheduled>,
     grad_scale: f64,
+    scaler: Option<ScalerState>,
     seed: u64,
     measure_state: MeasureState,
     blocks: Vec<LoadedBlock>,
@@ -463,6 +481,11 @@ impl Loaded {
         };
         let grad_scale = number(metadata, "grad_scale")?;
         check_grad_scale(grad_scale)?;
+        let key = "grad_scaler";
+        let scaler = match metadata.contains_key(key) {
+            true => Some(ScalerState::from_numbers(numbers(metadata, key)?)),
+            false => None,
+        };
 
         let names = match_names(blocks, by_position, source)?;
         let load = |(block, name)| load_block(block, name, params(block), version, source);
@@ -489,6 +512,7 @@ impl Loaded {
             schedule,
             lr_schedule,
             grad_scale,
+            scaler,
             seed,
             measure_state,
             blocks: loaded.collect::<Result<_>>()?,
@@ -640,7 +664,7 @@ pub(crate) fn load_block(
             let (first, reach) = match all {
                 18 => (numbers(metadata, &key)?, 0.),
                 _ => {
-                    let [first @ .., reach] = numbers::<19>(metadata, &key)?;
+                    let [first @ .., reach] = numbers::<f64, 19>(metadata, &key)?;
                     (first, reach)
                 }
             };
@@ -837,9 +861,12 @@ pub(crate) fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) 
 }
 
 /// Several numbers with spaces between them.
-fn numbers<const N: usize>(metadata: &HashMap<String, String>, key: &str) -> Result<[f64; N]> {
+fn numbers<T: FromStr, const N: usize>(
+    metadata: &HashMap<String, String>,
+    key: &str,
+) -> Result<[T; N]> {
     let text = text(metadata, key)?;
-    let parsed: Option<Vec<f64>> = text.split(' ').map(|number| number.parse().ok()).collect();
+    let parsed: Option<Vec<T>> = text.split(' ').map(|number| number.parse().ok()).collect();
     match parsed.and_then(|numbers| numbers.try_into().ok()) {
         Some(numbers) => Ok(numbers),
         None => bail!("`{key}`: expected {N} numbers, got {text:?}"),

@@ -387,7 +387,7 @@ impl Srkl {
     /// and the next step is due a measurement again.
     pub fn skip_measurement(&mut self) {
         match std::mem::take(&mut self.measure_state.awaiting_observe) {
-            true => self.engine.release(&mut self.all),
+            true => self.give_up(),
             false => self.measure_state.measured |= self.measuring(),
         }
     }
@@ -407,11 +407,23 @@ impl Srkl {
     pub(crate) fn observe_by(&mut self, grads_again: &GradStore, count: u64) -> Result<()> {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
-        let remaining = self.engine.observe(&mut self.all, &again, scalars);
-        let remaining = self.after_sum(remaining, scalars)?;
+        if self.blames_scale(&again)? {
+            self.measure_state.requested = true;
+            self.engine.release(&mut self.all);
+        } else {
+            let remaining = self.engine.observe(&mut self.all, &again, scalars);
+            let remaining = self.after_sum(remaining, scalars)?;
+            self.note_estimates(remaining);
+        }
         self.measure_state.awaiting_observe = false;
-        self.note_estimates(remaining);
-        Ok(())
+        self.step_is_whole()
+    }
+
+    /// Ends a step without its measurement.
+    fn give_up(&mut self) {
+        self.engine.release(&mut self.all);
+        // What fails here fails again, and is reported, in the next step.
+        let _ = self.step_is_whole();
     }
 
     /// Perturbs the parameters that have a gradient in `grads`, the gradients of the next step, for a measurement of
@@ -570,7 +582,7 @@ struct Awaited<'a>(&'a mut Srkl);
 impl Drop for Awaited<'_> {
     fn drop(&mut self) {
         if std::mem::take(&mut self.0.measure_state.awaiting_observe) {
-            self.0.engine.release(&mut self.0.all);
+            self.0.give_up();
         }
     }
 }
@@ -579,11 +591,13 @@ impl Drop for Awaited<'_> {
 impl Srkl {
     /// Counts a step, taken or skipped. If it `measures`, it now waits for `observe`.
     pub(crate) fn count_step(&mut self, measures: bool) {
+        let repeats = self.repeats_measurement();
         let state = &mut self.measure_state;
         state.step_calls += 1;
         if measures || state.measured {
             state.asked += 1;
-            state.requested = false;
+            // The measurement that was taken before the step may have to be repeated.
+            state.requested = state.measured && repeats;
         }
         state.measured = false;
         state.awaiting_observe = measures;
@@ -693,11 +707,16 @@ impl Perturbed<'_> {
         });
         let again = Reduced::Own(grads_again);
         let (again, scalars) = self.opt.reduced("observe", again, count, local)?;
-        let step = probe_step(&self.grads, scalars);
-        let Srkl { engine, all, .. } = &mut *self.opt;
-        let remaining = engine.observe_probe(all, step, &again);
-        let remaining = self.opt.after_sum(remaining, scalars)?;
-        self.opt.note_estimates(remaining);
+        if self.opt.blames_scale(&again)? {
+            let Srkl { engine, all, .. } = &mut *self.opt;
+            engine.release(all);
+        } else {
+            let step = probe_step(&self.grads, scalars);
+            let Srkl { engine, all, .. } = &mut *self.opt;
+            let remaining = engine.observe_probe(all, step, &again);
+            let remaining = self.opt.after_sum(remaining, scalars)?;
+            self.opt.note_estimates(remaining);
+        }
         self.opt.measure_state.measured = true;
         Ok(())
     }

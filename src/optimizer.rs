@@ -10,6 +10,7 @@ use candle_nn::Optimizer;
 use crate::backend::{Step, masters};
 use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
+use crate::loss_scale::{Scaling, refuse_unskipped};
 use crate::lr_schedule::{LrSchedule, Scheduled};
 use crate::micro_batches::Accumulated;
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
@@ -58,6 +59,8 @@ pub struct Srkl {
     /// What sets it, if not the user.
     pub(crate) lr_schedule: Option<Scheduled>,
     pub(crate) grad_scale: f64,
+    /// If the scale follows the gradients.
+    pub(crate) scaling: Option<Scaling>,
     /// When curvature is measured, if it is.
     pub(crate) measure_schedule: Option<MeasureSchedule>,
     pub(crate) measure_state: MeasureState,
@@ -189,6 +192,9 @@ impl Srkl {
             self.count_step(measures);
             self.note_gradients(grads, measures);
             self.advance_schedule();
+            if !measures {
+                self.step_is_whole()?;
+            }
         }
         Ok(())
     }
@@ -200,7 +206,7 @@ impl Srkl {
         self.grad_scale
     }
 
-    /// Sets [`Srkl::grad_scale`], for the steps to come.
+    /// Sets [`Srkl::grad_scale`], for the steps to come. With a [`GradScaler`](crate::GradScaler) it goes on from there.
     ///
     /// The division is folded into the step's coefficient, which is computed in f64 and rounded once.
     /// A power of two, as loss scalers use, changes no bit as long as `phi / grad_scale` is a normal
@@ -381,11 +387,15 @@ impl Srkl {
     /// - no group of that name, or settings out of range;
     /// - a step that waits for its measurement;
     /// - groups that measure curvature in different ways;
+    /// - another [`nonfinite`](ParamsSrkl::nonfinite) than `SkipStep` beside a [`GradScaler`](crate::GradScaler);
     /// - settings that need other state than the group was built with: other `master_weights`, `rounding`, `state`
     ///   or `average_format`, another kind of direction, another `bf16` of [`Direction::Muon`](crate::Direction::Muon), an
     ///   average added or removed, or a change to or from [`Curvature::Hutchinson`](crate::Curvature::Hutchinson).
     pub fn set_params(&mut self, group: &str, params: ParamsSrkl) -> Result<()> {
         params.validate()?;
+        if self.scaling.is_some() {
+            refuse_unskipped(&params)?;
+        }
         self.refuse_pending()?;
         let changed = |g: &Group| g.name == group;
         let others = self.all.groups.iter().filter(|g| !changed(g)).map(|g| &g.params);

@@ -405,6 +405,7 @@ impl Srkl {
             schedule: self.schedule,
             lr_schedule: None, // That of the state is loaded.
             grad_scale: self.grad_scale,
+            scaling: self.scaling.clone(),
             measure_schedule: self.measure_schedule,
             measure_state: MeasureState { checked, ..MeasureState::default() },
             seed: self.seed,
