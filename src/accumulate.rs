@@ -4,17 +4,17 @@ use candle_core::backprop::GradStore;
 use candle_core::{Error, Result, Tensor, bail};
 
 use crate::measuring::Perturbed;
-use crate::micro_batches::{Accumulated, add, leaf, tree};
+use crate::micro_batches::{Accumulated, Reduction, add, leaf, tree};
 use crate::optimizer::{Reduced, Srkl};
 
 impl Srkl {
     /// Adds the gradients of a micro-batch to those of the next [`step_accumulated`](Self::step_accumulated), which steps by
-    /// their **mean**.
+    /// their **mean**, or by their sum if [`set_reduction`](Self::set_reduction) says so.
     ///
     /// They are added up in f32 (f64 for f64 gradients and parameters), whatever their dtype, by a tree over the micro-batches
     /// whose shape depends on their number alone. With several ranks ([`SrklBuilder::collective`](crate::SrklBuilder::collective))
     /// the tree goes on over these, so that the same micro-batches give the same bits for any power of two of ranks. A
-    /// parameter without a gradient in some micro-batch is left out there; it counts as 0 in the mean.
+    /// parameter without a gradient in some micro-batch is left out there; it counts as 0 in the mean or sum.
     ///
     /// Memory: beside the gradients that are given one sum of all parameters in f32 for each 1 in the number of micro-batches
     /// so far, in binary: one for 1, 2, 4 or 8 of them, and three for 7.
@@ -49,6 +49,44 @@ impl Srkl {
         self.accumulated.push(leaf(&self.all.blocks, grads, true)?)
     }
 
+    /// Whether steps go by the mean of the gradients of several micro-batches, which is so unless set, or by their sum:
+    /// [`step_accumulated`](Self::step_accumulated), [`backward_step_over`](Self::backward_step_over), all measurements, and with several
+    /// ranks every step. A setting: checkpoints do not have it, and all ranks must set it alike.
+    ///
+    /// With [`Reduction::Sum`] micro-batches of different sizes count by their samples: let each loss be the sum over its samples
+    /// divided by the number of all of them, those of other micro-batches and ranks included.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Reduction, Srkl};
+    ///
+    /// let w = Var::new(2f32, &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::sgd(0.5))?;
+    /// opt.set_reduction(Reduction::Sum)?;
+    /// for x in [1., 2.] {
+    ///     opt.accumulate(&(w.as_tensor() * x)?.backward()?)?;
+    /// }
+    /// opt.step_accumulated()?;
+    /// assert_eq!(w.to_scalar::<f32>()?, 0.5);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A step that waits for its measurement, which needs the old one. That stays.
+    pub fn set_reduction(&mut self, reduction: Reduction) -> Result<()> {
+        self.refuse_pending()?;
+        let old = std::mem::replace(&mut self.reduction, reduction);
+        self.upload_settings().inspect_err(|_| self.reduction = old)
+    }
+
+    /// What [`set_reduction`](Self::set_reduction) has set.
+    #[must_use]
+    pub fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+
     /// How many micro-batches have been [accumulated](Self::accumulate) since the last step of them.
     #[must_use]
     pub fn accumulated(&self) -> u64 {
@@ -60,7 +98,7 @@ impl Srkl {
         self.accumulated = Accumulated::default();
     }
 
-    /// One step by the mean of what has been [accumulated](Self::accumulate), which is forgotten then. If it measures
+    /// One step by the mean (or [sum](Self::set_reduction)) of what has been [accumulated](Self::accumulate), which is forgotten then. If it measures
     /// ([`Srkl::measuring`]), accumulate the same micro-batches again at the new parameters and call
     /// [`observe_accumulated`](Self::observe_accumulated); or use
     /// [`backward_step_over`](Self::backward_step_over), which does all of this.

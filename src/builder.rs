@@ -20,7 +20,7 @@ use crate::engine::Engine;
 use crate::engine::device::Device;
 use crate::engine::host::Host;
 use crate::matrices::{Matrices, hidden_matrices};
-use crate::micro_batches::Accumulated;
+use crate::micro_batches::{Accumulated, Reduction};
 use crate::optimizer::{DEFAULT_GROUP, Srkl, settings};
 use crate::params::{Group, ParamsSrkl};
 use crate::ranks::{BUCKET_BYTES, Ranks, Statement, claim};
@@ -390,6 +390,7 @@ impl<'a> SrklBuilder<'a> {
             ranks: ranks.cloned().map(Box::new),
             step_count: 1,
             accumulated: Accumulated::default(),
+            reduction: Reduction::default(),
         })
     }
 }

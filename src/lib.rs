@@ -113,6 +113,7 @@ pub use lr_schedule::LrSchedule;
 pub use matching::LoadReport;
 pub use matrices::hidden_matrices;
 pub use measuring::Perturbed;
+pub use micro_batches::Reduction;
 pub use optimizer::{DEFAULT_GROUP, Srkl};
 pub use params::{
     Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,

@@ -194,7 +194,7 @@ impl Srkl {
     }
 
     /// The gradients of the parameters, without their graphs: a graph keeps alive what candle computed them from.
-    fn detached(&self, grads: &GradStore) -> GradStore {
+    pub(crate) fn detached(&self, grads: &GradStore) -> GradStore {
         let mut detached = GradStore::default();
         for block in &self.all.blocks {
             if let Some(gradient) = grads.get_id(block.id) {
@@ -605,16 +605,16 @@ impl Srkl {
 
     /// Notes which blocks have had a gradient. If one that has a gradient now has no estimate of the curvature that
     /// its group measures, the next step measures.
-    pub(crate) fn note_gradients(&mut self, grads: &GradStore, measures: bool) {
+    pub(crate) fn note_gradients(&mut self, given: impl Fn(&Block) -> bool, measures: bool) {
         for block in self.all.blocks.iter_mut().filter(|block| !block.trained) {
-            block.trained = grads.get_id(block.id).is_some();
+            block.trained = given(block);
         }
         let all = &self.all;
         let missing = |block: &Block| {
             let params = all.of(block);
             let measured = !block.known && MeasureSchedule::of(params).is_some();
             // Looked up last: with thousands of parameters that takes time.
-            measured && block.whole > 0 && params.lr > 0. && grads.get_id(block.id).is_some()
+            measured && block.whole > 0 && params.lr > 0. && given(block)
         };
         if !measures && self.all.blocks.iter().any(missing) {
             self.measure_state.blind = true;

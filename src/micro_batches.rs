@@ -5,6 +5,27 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::block::Block;
 
+/// What a step goes by, of the gradients of several micro-batches: [`Srkl::set_reduction`](crate::Srkl::set_reduction).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reduction {
+    /// Their mean, over the micro-batches of all ranks.
+    #[default]
+    Mean,
+    /// Their sum: for losses that are divided by the number of all samples or tokens beforehand.
+    Sum,
+}
+
+impl Reduction {
+    /// What the sum over `count` micro-batches is divided by.
+    pub(crate) fn divisor(self, count: u64) -> f64 {
+        match self {
+            Self::Mean => count as f64,
+            Self::Sum => 1.,
+        }
+    }
+}
+
 /// Sums of gradients so far: complete trees over micro-batches, each of fewer than the one before it, as the digits of a binary
 /// number.
 #[derive(Debug, Default)]

@@ -1,10 +1,11 @@
 //! [`Srkl`]: parameter groups, and the order of a step.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Deref;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Error, Result, Tensor, Var, bail};
+use candle_core::{Error, Result, Tensor, TensorId, Var, bail};
 use candle_nn::Optimizer;
 
 use crate::backend::{Step, masters};
@@ -12,7 +13,7 @@ use crate::block::{Block, Parameters};
 use crate::engine::{Engine, Outcome};
 use crate::loss_scale::{Scaling, refuse_unskipped};
 use crate::lr_schedule::{LrSchedule, Scheduled};
-use crate::micro_batches::Accumulated;
+use crate::micro_batches::{Accumulated, Reduction};
 use crate::params::{Above, Group, ParamsSrkl, check, check_grad_scale};
 use crate::ranks::{Claim, Ranks, Statement, claim};
 use crate::reduce::{given, has_frozen};
@@ -75,6 +76,7 @@ pub struct Srkl {
     /// How many micro-batches of this rank the gradients of the last step were summed over.
     pub(crate) step_count: u64,
     pub(crate) accumulated: Accumulated,
+    pub(crate) reduction: Reduction,
 }
 
 impl Optimizer for Srkl {
@@ -190,11 +192,67 @@ impl Srkl {
         if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = count;
             self.count_step(measures);
-            self.note_gradients(grads, measures);
+            self.note_gradients(|block| grads.get_id(block.id).is_some(), measures);
             self.advance_schedule();
             if !measures {
                 self.step_is_whole()?;
             }
+        }
+        Ok(())
+    }
+
+    /// [`step`](candle_nn::Optimizer::step) by gradients that are freed in the course of it: on the CPU a few at a time (about a
+    /// million elements, or one parameter), each as soon as its parameter is stepped; on CUDA devices when the step has been launched, in
+    /// the order of the stream; of several ranks this rank's when they have been added up. With
+    /// [`NonFinite::SkipStep`](crate::NonFinite::SkipStep) all are read before the first is freed. What else is in `grads`, and
+    /// what is left of the graph, is freed before the step. The bits are those of `step`.
+    ///
+    /// Only what nothing else holds is freed: gradients that were cloned, or are views of one tensor, stay with their holders.
+    ///
+    /// ```
+    /// use candle_core::{Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(0.1))?;
+    /// let loss = w.sqr()?.sum_all()?;
+    /// opt.step_consuming(loss.backward()?)?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of `step`, and a step that measures the curvature, whose gradients are needed until `observe`
+    /// ([`Srkl::measuring`]). Parameters and state are as they were; the gradients are gone.
+    pub fn step_consuming(&mut self, grads: GradStore) -> Result<()> {
+        let local = self.refuse_unmeasured().and_then(|()| {
+            if self.measuring() && !self.probes() {
+                bail!(
+                    "`step_consuming`: this step measures the curvature, and its gradients are needed until \
+                     `observe`; use `step` for it, or give the measurement up by `skip_measurement`"
+                )
+            }
+            Ok(())
+        });
+        let own = self.detached(&grads);
+        drop(grads);
+        let (reduced, scalars) = self.reduced("step", Reduced::Own(&own), 1, local)?;
+        let sum = match reduced {
+            Reduced::Sum(sum) => Some(sum),
+            Reduced::Own(_) => None,
+        };
+        // Of several ranks their own gradients are freed here.
+        let grads = sum.unwrap_or(own);
+        let with_gradient = |block: &&Block| grads.get_id(block.id).is_some();
+        let blocks = self.all.blocks.iter();
+        let given: HashSet<TensorId> = blocks.filter(with_gradient).map(|b| b.id).collect();
+        let outcome = self.engine.step_consuming(&mut self.all, grads, scalars, self.records);
+        if self.after_sum(outcome, scalars)? == Outcome::Counted {
+            self.step_count = 1;
+            self.count_step(false);
+            self.note_gradients(|block| given.contains(&block.id), false);
+            self.step_is_whole()?;
         }
         Ok(())
     }
@@ -551,7 +609,7 @@ impl Srkl {
         }
     }
 
-    /// The gradients of all ranks, each the sum over `count` micro-batches, and the numbers of a step by their mean. `local` is
+    /// The gradients of all ranks, each the sum over `count` micro-batches, and the numbers of a step by their mean, or sum. `local` is
     /// what this rank has found so far.
     ///
     /// # Errors
@@ -565,11 +623,11 @@ impl Srkl {
         local: Result<()>,
     ) -> Result<(Reduced<'g>, StepScalars)> {
         let scalars = local.and_then(|()| self.scalars());
-        let (measuring, probes) = (self.measuring(), self.probes());
+        let (measuring, probes, reduction) = (self.measuring(), self.probes(), self.reduction);
         let Self { all, ranks, measure_state, seed, engine, records, .. } = self;
         // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
         let of_sum = |scalars: StepScalars, count: u64| {
-            let grad_scale = scalars.grad_scale * count as f64;
+            let grad_scale = scalars.grad_scale * reduction.divisor(count);
             StepScalars { grad_scale, ..scalars }
         };
         let Some(ranks) = ranks else { return Ok((grads, of_sum(scalars?, count))) };
@@ -590,6 +648,7 @@ impl Srkl {
             let numbers = [
                 claim("what is called", call),
                 claim("the number of micro-batches", count),
+                claim("the reduction", format!("{reduction:?}")),
                 claim("the number of steps before", measure_state.step_calls),
                 claim("whether this step measures", measuring),
                 claim("whether norms are recorded", *records && ranks.sharded),
@@ -623,7 +682,8 @@ impl Srkl {
 
     /// The scalars of captured steps, each of one micro-batch of each rank.
     fn of_replays(&self, scalars: StepScalars) -> StepScalars {
-        StepScalars { grad_scale: scalars.grad_scale * self.world_size() as f64, ..scalars }
+        let divisor = self.reduction.divisor(self.world_size() as u64);
+        StepScalars { grad_scale: scalars.grad_scale * divisor, ..scalars }
     }
 
     pub(crate) fn scalars(&self) -> Result<StepScalars> {

@@ -405,7 +405,7 @@ impl Srkl {
             schedule: self.schedule,
             lr_schedule: None, // That of the state is loaded.
             grad_scale: self.grad_scale,
-            scaling: self.scaling.clone(),
+            scaling: self.scaling,
             measure_schedule: self.measure_schedule,
             measure_state: MeasureState { checked, ..MeasureState::default() },
             seed: self.seed,
@@ -413,6 +413,7 @@ impl Srkl {
             engine,
             ranks: None,
             step_count: self.step_count,
+            reduction: self.reduction,
             accumulated: Accumulated::default(),
         };
         let none = BTreeMap::new();

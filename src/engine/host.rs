@@ -25,6 +25,9 @@ use crate::rule::{self, Decision, DirectionSums, Directions, Powers, StepScalars
 /// still in the caches when it is read again.
 const RUN: usize = 1 << 20;
 
+/// The gradients of a run and the decisions about them.
+type Prepared<'g> = (Vec<Option<BlockGradient<'g>>>, Vec<Option<Decision>>);
+
 pub(crate) struct Host {
     /// Devices first, then the CPU.
     backends: Vec<Box<dyn Backend>>,
@@ -73,15 +76,44 @@ impl Host {
         let whole =
             all.any(ParamsSrkl::waits_for_all) || may_fail || measures || !self.on_cpu_alone;
         let whole = whole || self.ranks.is_some();
-        let (mut runs, mut start, mut elements) = (vec![], 0, 0);
-        for (i, block) in all.blocks.iter().enumerate() {
-            elements += block.n;
-            if i + 1 == all.blocks.len() || elements >= RUN && !whole {
-                runs.push(start..i + 1);
-                (start, elements) = (i + 1, 0);
-            }
+        let every = 0..all.blocks.len();
+        match whole && !every.is_empty() {
+            true => vec![every],
+            false => split(&all.blocks, every),
         }
-        runs
+    }
+
+    /// Stages 1 and 2 of a run: its gradients, and the numbers of each block's step; `None` if the whole step is skipped.
+    fn prepare<'g>(
+        &mut self,
+        all: &mut Parameters,
+        run: Range<usize>,
+        step: Step<'g>,
+    ) -> Result<Option<Prepared<'g>>> {
+        let asked = asked(all, step.records);
+        let mut gradients = self.statistics(all, step, run.clone(), asked)?;
+        let overwritten = self.sum_shards(all, asked, &mut gradients)?;
+        let Some(mut decisions) = self.decide(all, run.clone(), &gradients, step.scalars) else {
+            // If any group skips steps there is one run, of all blocks, so nothing has moved.
+            self.tracked.iter_mut().for_each(|tracked| tracked.last = None);
+            return Ok(None);
+        };
+        let is_muon = all.any(ParamsSrkl::is_muon);
+        let needs_directions = step.measures || all.any(|params| params.trust.is_some());
+        if is_muon || needs_directions {
+            self.upload_decisions(all, &decisions)?;
+        }
+        if is_muon {
+            self.orthogonalize(all, run.clone(), &gradients, &decisions)?;
+        }
+        if needs_directions {
+            self.adjust(all, run, &gradients, &mut decisions, step)?;
+        }
+        let moved = all.blocks.iter_mut().zip(&decisions).zip(overwritten);
+        for ((block, _), _) in moved.filter(|((_, moves), reset)| *reset && moves.is_some()) {
+            masters::reset(block)?;
+        }
+        Ok(Some((gradients, decisions)))
     }
 
     /// Stage 1: the gradients of a run, with the sums that are `asked` for.
@@ -376,6 +408,12 @@ impl Host {
         self.backends.iter_mut().try_for_each(|backend| backend.upload_estimates(tracked))
     }
 
+    /// Counts a step.
+    fn count(&mut self, skipped: bool) -> Outcome {
+        *(if skipped { &mut self.counters.skipped_steps } else { &mut self.counters.steps }) += 1;
+        Outcome::Counted
+    }
+
     /// Steps, taken and skipped.
     fn now(&self) -> u64 {
         self.counters.steps + self.counters.skipped_steps
@@ -391,8 +429,7 @@ impl Host {
 impl Engine for Host {
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome> {
         let step = Step { steps: self.counters.steps, ..step };
-        let Step { grads, scalars, measures, records, .. } = step;
-        let asked = asked(all, records);
+        let Step { grads, measures, records, .. } = step;
         let runs = self.runs(all, measures);
         if runs.len() > 1 {
             // Errors in later runs must be found before the first one is updated.
@@ -401,32 +438,13 @@ impl Engine for Host {
         let mut first = vec![];
         let mut skipped = false;
         for run in runs {
-            let mut gradients = self.statistics(all, step, run.clone(), asked)?;
-            let overwritten = self.sum_shards(all, asked, &mut gradients)?;
-            let Some(mut decisions) = self.decide(all, run.clone(), &gradients, scalars) else {
-                // If any group skips steps there is one run, of all blocks, so nothing has moved.
-                self.tracked.iter_mut().for_each(|tracked| tracked.last = None);
+            let Some((gradients, decisions)) = self.prepare(all, run.clone(), step)? else {
                 skipped = true;
                 break;
             };
-            let is_muon = all.any(ParamsSrkl::is_muon);
-            let needs_directions = measures || all.any(|params| params.trust.is_some());
-            if is_muon || needs_directions {
-                self.upload_decisions(all, &decisions)?;
-            }
-            if is_muon {
-                self.orthogonalize(all, run.clone(), &gradients, &decisions)?;
-            }
-            if needs_directions {
-                self.adjust(all, run.clone(), &gradients, &mut decisions, step)?;
-            }
             if measures {
                 // There is one run, of all blocks.
                 first = first_gradients(all, &gradients, &decisions);
-            }
-            let moved = all.blocks.iter_mut().zip(&decisions).zip(overwritten);
-            for ((block, _), _) in moved.filter(|((_, moves), reset)| *reset && moves.is_some()) {
-                masters::reset(block)?;
             }
             self.update(all, run, &gradients, &decisions, step)?;
             if self.ranks.is_some() {
@@ -444,8 +462,53 @@ impl Engine for Host {
             self.release(all); // Devices keep a step's gradients.
         }
         self.first = first;
-        *(if skipped { &mut self.counters.skipped_steps } else { &mut self.counters.steps }) += 1;
-        Ok(Outcome::Counted)
+        Ok(self.count(skipped))
+    }
+
+    fn step_consuming(
+        &mut self,
+        all: &mut Parameters,
+        mut grads: GradStore,
+        scalars: StepScalars,
+        records: bool,
+    ) -> Result<Outcome> {
+        let (measures, steps) = (false, self.counters.steps);
+        if !self.on_cpu_alone || self.ranks.is_some() {
+            return self.step(all, Step { grads: &grads, scalars, measures, records, steps });
+        }
+        let runs = self.runs(all, measures);
+        if runs.len() > 1 {
+            // Errors in later runs must be found before the first one is updated.
+            self.check(all, &grads)?;
+        }
+        let mut skipped = false;
+        for run in runs {
+            let step = Step { grads: &grads, scalars, measures, records, steps };
+            let Some((gradients, decisions)) = self.prepare(all, run.clone(), step)? else {
+                skipped = true;
+                break;
+            };
+            // What was found, without what it was found in.
+            let without = |found: BlockGradient| (found.sums, found.storage, found.elements);
+            let found: Vec<_> = gradients.into_iter().map(|found| found.map(without)).collect();
+            for part in split(&all.blocks, run.clone()) {
+                let own = part.start - run.start..part.end - run.start;
+                let with = |(block, found): (&Block, &Option<_>)| {
+                    let gradient = grads.get_id(block.id)?;
+                    let (sums, storage, elements) = (*found)?;
+                    Some(BlockGradient { gradient, sums, storage, elements })
+                };
+                let blocks = all.blocks[part.clone()].iter();
+                let gradients: Vec<_> = blocks.zip(&found[own.clone()]).map(with).collect();
+                let step = Step { grads: &grads, scalars, measures, records, steps };
+                self.update(all, part.clone(), &gradients, &decisions[own], step)?;
+                for block in &all.blocks[part] {
+                    grads.remove(&block.var);
+                }
+            }
+        }
+        self.first = vec![];
+        Ok(self.count(skipped))
     }
 
     fn observe(
@@ -698,6 +761,19 @@ impl Host {
         }
         Ok(self.remaining(left))
     }
+}
+
+/// Splits neighbouring blocks into runs.
+fn split(blocks: &[Block], range: Range<usize>) -> Vec<Range<usize>> {
+    let (mut runs, mut start, mut elements) = (vec![], range.start, 0);
+    for i in range.clone() {
+        elements += blocks[i].n;
+        if i + 1 == range.end || elements >= RUN {
+            runs.push(start..i + 1);
+            (start, elements) = (i + 1, 0);
+        }
+    }
+    runs
 }
 
 /// The sums over gradients that a step needs.

@@ -62,6 +62,21 @@ pub(crate) trait Engine: Send + Sync {
     /// fails after they have agreed ends their training.)
     fn step(&mut self, all: &mut Parameters, step: Step) -> Result<Outcome>;
 
+    /// A step that does not measure, and frees each gradient as soon as it can.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::step`].
+    fn step_consuming(
+        &mut self,
+        all: &mut Parameters,
+        grads: GradStore,
+        scalars: StepScalars,
+        records: bool,
+    ) -> Result<Outcome> {
+        self.step(all, Step { grads: &grads, scalars, measures: false, records, steps: 0 })
+    }
+
     /// Measures the curvature along the last step, with second gradients.
     ///
     /// # Errors

@@ -1,0 +1,283 @@
+//! Dynamic loss scaling: PyTorch's sequence of scales, resumed anywhere, and one scale for all of a step.
+//!
+//! `tests/golden/make_scaler.py` made the values in `tests/golden/scaler.json` with PyTorch.
+
+mod common;
+
+use std::thread;
+
+use candle_core::{DType, Result, Var};
+use candle_nn::Optimizer;
+use candle_srkl::{GradScaler, NonFinite, ParamsSrkl, Srkl, Threads};
+use common::*;
+use serde_json::Value;
+
+/// A step by finite gradients, or by an infinite one.
+fn step(opt: &mut Srkl, w: &Var, bad: bool) -> Result<()> {
+    let g = if bad { f64::INFINITY } else { 1. };
+    opt.step(&grads([(w, tensor(&[1., g, 1.], DType::F32)?)]))
+}
+
+fn build(scaler: GradScaler) -> Result<(Srkl, Var)> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let builder = Srkl::builder().default_group(ParamsSrkl::sgd(1e-9));
+    let mut opt = builder.build([("w".to_string(), w.clone())])?;
+    opt.set_grad_scaler(Some(scaler))?;
+    Ok((opt, w))
+}
+
+/// In one go, and with a checkpoint between any two steps.
+#[test]
+fn pytorchs_scales() -> Result<()> {
+    let golden: Value = serde_json::from_str(include_str!("golden/scaler.json")).unwrap();
+    let file = tempfile::NamedTempFile::new()?;
+    for (name, case) in golden["cases"].as_object().unwrap() {
+        let number = |key: &str| case[key].as_f64().unwrap();
+        let scaler = GradScaler {
+            init_scale: number("init_scale"),
+            growth_factor: number("growth_factor"),
+            backoff_factor: number("backoff_factor"),
+            growth_interval: number("growth_interval") as u64,
+            ..GradScaler::default()
+        };
+        for resumed in [false, true] {
+            let (mut opt, mut w) = build(scaler)?;
+            for (i, expected) in case["steps"].as_array().unwrap().iter().enumerate() {
+                step(&mut opt, &w, expected[0] == 1)?;
+                let scale = expected[1].as_f64().unwrap();
+                assert_eq!(opt.grad_scale(), scale, "{name}, step {i}, resumed: {resumed}");
+                if resumed {
+                    opt.save(file.path())?;
+                    (opt, w) = build(scaler)?;
+                    opt.load(file.path())?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Looked at once in some steps, the scale falls once for all that were skipped; a checkpoint between has the count.
+#[test]
+fn steps_between_looks() -> Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    let scaler = GradScaler { check_every: 4, growth_interval: 6, ..GradScaler::default() };
+    let (mut opt, mut w) = build(scaler)?;
+    let mut scales = vec![];
+    for i in 0..16 {
+        step(&mut opt, &w, (1..3).contains(&i))?;
+        scales.push(opt.grad_scale() / 65_536.);
+        opt.save(file.path())?;
+        (opt, w) = build(scaler)?;
+        opt.load(file.path())?;
+    }
+    let expected = [vec![1.; 3], vec![0.5; 8], vec![1.; 5]].concat();
+    assert_eq!(scales, expected);
+    // Asked for between.
+    step(&mut opt, &w, true)?;
+    assert_eq!(opt.grad_scale(), 65_536.);
+    opt.update_grad_scale()?;
+    assert_eq!(opt.grad_scale(), 32_768.);
+    opt.update_grad_scale()?;
+    assert_eq!(opt.grad_scale(), 32_768.);
+    Ok(())
+}
+
+#[test]
+fn never_below_the_least() -> Result<()> {
+    let (mut opt, w) = build(GradScaler { init_scale: 8., min_scale: 3., ..Default::default() })?;
+    for expected in [4., 3., 3.] {
+        step(&mut opt, &w, true)?;
+        assert_eq!(opt.grad_scale(), expected);
+    }
+    let (mut opt, w) = build(GradScaler::default())?;
+    (0..300).try_for_each(|_| step(&mut opt, &w, true))?;
+    assert_eq!(opt.grad_scale(), f64::from(f32::MIN_POSITIVE));
+    Ok(())
+}
+
+/// From a file without a scaler its own scale goes on; without one the file's is taken.
+#[test]
+fn files_of_others() -> Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    let (mut opt, w) = build(GradScaler::default())?;
+    opt.set_grad_scaler(None)?;
+    opt.set_grad_scale(7.)?;
+    step(&mut opt, &w, true)?;
+    assert_eq!(opt.grad_scale(), 7.);
+    opt.save(file.path())?;
+    let (mut other, w) = build(GradScaler::default())?;
+    other.load(file.path())?;
+    assert_eq!(other.grad_scale(), 65_536.);
+    // The skipped step of the file is none of its own.
+    step(&mut other, &w, false)?;
+    assert_eq!(other.grad_scale(), 65_536.);
+    step(&mut other, &w, true)?;
+    other.save(file.path())?;
+    opt.load(file.path())?;
+    assert_eq!(opt.grad_scale(), 32_768.);
+    Ok(())
+}
+
+/// Micro-batches of one step have one scale, and an infinity in any of them skips the step.
+#[test]
+fn accumulated_steps_are_whole() -> Result<()> {
+    let (mut opt, w) = build(GradScaler { growth_interval: 2, ..GradScaler::default() })?;
+    let mut scales = vec![];
+    for bad in [true, false, false] {
+        for i in 0..3 {
+            let g = if bad && i == 1 { f64::NAN } else { 1. };
+            opt.accumulate(&grads([(&w, tensor(&[g; 3], DType::F16)?)]))?;
+            scales.push(opt.grad_scale() / 65_536.);
+        }
+        opt.step_accumulated()?;
+    }
+    assert_eq!(scales, [1., 1., 1., 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]);
+    assert_eq!(opt.grad_scale(), 65_536.);
+    Ok(())
+}
+
+/// Gradients that are 0 in f16 train with a scale, as in f64, through steps that are skipped for too large a one.
+#[test]
+fn small_gradients_of_f16() -> Result<()> {
+    let train = |dtype, scaled: bool| -> Result<(Vec<f64>, u64)> {
+        let w = var(&[1., -2., 3.], dtype)?;
+        let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::sgd(1e7))?;
+        if scaled {
+            let init_scale = 2f64.powi(45);
+            opt.set_grad_scaler(Some(GradScaler { init_scale, ..GradScaler::default() }))?;
+        }
+        for _ in 0..100 {
+            // It is multiplied behind f16.
+            let loss = (w.sqr()?.to_dtype(DType::F64)? * 1e-8)?.sum_all()?;
+            opt.backward_step(&(loss * opt.grad_scale())?)?;
+            if opt.steps()? == 10 {
+                break;
+            }
+        }
+        Ok((values(&w)?, opt.skipped_steps()?))
+    };
+    let (exact, _) = train(DType::F64, false)?;
+    let (scaled, skipped) = train(DType::F16, true)?;
+    assert!((1..50).contains(&skipped), "{skipped}");
+    for (got, exact) in scaled.iter().zip(&exact) {
+        assert!((got - exact).abs() < 2e-2 * exact.abs(), "{got}, not {exact}");
+    }
+    assert_eq!(train(DType::F16, false)?.0, [1., -2., 3.]);
+    Ok(())
+}
+
+/// A second gradient that overflows is not taken for curvature, but a repeated one is; the scale changes when it is measured.
+#[test]
+fn infinite_second_gradients() -> Result<()> {
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
+        let w = var(&[1., -2., 3.], DType::F32)?;
+        let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+        opt.set_grad_scaler(Some(GradScaler::default()))?;
+        let scale = opt.grad_scale();
+        opt.backward_step_with(|| w.sqr()?.sum_all()? * scale)?;
+        let before = opt.measurements()?;
+        assert_eq!((before.taken, before.nonfinite), (1, 0));
+        let probes = params == ParamsSrkl::hessian();
+        let measure = |opt: &mut Srkl| -> Result<()> {
+            assert!(opt.measuring());
+            let first = (w.sqr()?.sum_all()? * opt.grad_scale())?.backward()?;
+            let infinite = grads([(&w, tensor(&[1., f64::INFINITY, 1.], DType::F32)?)]);
+            let scale = opt.grad_scale();
+            if probes {
+                opt.perturb(&first)?.observe(&infinite)?;
+                assert_eq!(opt.grad_scale(), scale);
+                opt.step(&first)
+            } else {
+                opt.step(&first)?;
+                assert_eq!(opt.grad_scale(), scale);
+                opt.observe(&infinite)
+            }
+        };
+        opt.set_measure(candle_srkl::Measure { every: 1000, first: 1, ..params.measure })?;
+        opt.request_measurement();
+        measure(&mut opt)?;
+        assert_eq!(opt.grad_scale(), 32_768.);
+        let (taken, nonfinite) = (opt.measurements()?.taken, opt.measurements()?.nonfinite);
+        assert_eq!((taken, nonfinite), (1, 0), "{params:?}");
+        assert_eq!(opt.measurements()?.last, before.last);
+        // Asked for again, it counts.
+        measure(&mut opt)?;
+        assert_eq!(opt.grad_scale(), 32_768.);
+        assert_eq!(opt.measurements()?.nonfinite, 1, "{params:?}");
+    }
+    Ok(())
+}
+
+/// A measurement that is given up ends its step.
+#[test]
+fn given_up_measurements() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    opt.set_grad_scaler(Some(GradScaler::default()))?;
+    step(&mut opt, &w, true)?;
+    assert_eq!(opt.grad_scale(), 65_536.);
+    assert_error(opt.update_grad_scale(), &["`observe`"]);
+    assert_error(opt.set_grad_scaler(Some(GradScaler::default())), &["`observe`"]);
+    opt.skip_measurement();
+    assert_eq!(opt.grad_scale(), 32_768.);
+    Ok(())
+}
+
+/// The scale is the same on all ranks, whichever has the infinity.
+#[test]
+fn ranks_have_one_scale() {
+    for sharded in [false, true] {
+        let run = |rank: Threads| -> Result<Vec<f64>> {
+            let w = var(&[1., -2., 3.], DType::F32)?;
+            let builder = Srkl::builder().default_group(ParamsSrkl::braked_adam());
+            let builder = builder.collective(rank).sharded(sharded);
+            let mut opt = builder.build([("w".to_string(), w.clone())])?;
+            opt.set_grad_scaler(Some(GradScaler { growth_interval: 2, ..Default::default() }))?;
+            let mut scales = vec![];
+            for bad in [1, 2, 2, 0, 2, 2] {
+                let bad = opt.rank() == bad;
+                step(&mut opt, &w, bad)?;
+                // The first of the second gradients is infinite on rank 1.
+                let again = if scales.is_empty() && bad { f64::INFINITY } else { 1. };
+                opt.observe(&grads([(&w, tensor(&[again; 3], DType::F32)?)]))?;
+                scales.push(opt.grad_scale() / 65_536.);
+            }
+            Ok(scales)
+        };
+        let scales: Vec<_> = thread::scope(|scope| {
+            let ranks = Threads::new(2).into_iter().map(|rank| scope.spawn(|| run(rank)));
+            let ranks: Vec<_> = ranks.collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
+        });
+        let expected = [0.5, 0.5, 1., 0.5, 0.5, 1.];
+        assert_eq!(scales, [expected, expected], "sharded: {sharded}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_named() -> Result<()> {
+    let (mut opt, w) = build(GradScaler::default())?;
+    let default = GradScaler::default;
+    for (name, scaler) in [
+        ("init_scale", GradScaler { init_scale: 0., ..default() }),
+        ("init_scale", GradScaler { init_scale: 1e39, ..default() }),
+        ("min_scale", GradScaler { min_scale: 0., ..default() }),
+        ("min_scale", GradScaler { min_scale: 1e6, ..default() }),
+        ("growth_factor", GradScaler { growth_factor: 1., ..default() }),
+        ("growth_factor", GradScaler { growth_factor: f64::NAN, ..default() }),
+        ("backoff_factor", GradScaler { backoff_factor: 1., ..default() }),
+        ("growth_interval", GradScaler { growth_interval: 0, ..default() }),
+        ("check_every", GradScaler { check_every: 0, ..default() }),
+    ] {
+        assert_error(opt.set_grad_scaler(Some(scaler)), &[name]);
+        assert_eq!(opt.grad_scaler(), Some(&default()));
+        assert_eq!(opt.grad_scale(), 65_536.);
+    }
+    let propagate = ParamsSrkl { nonfinite: NonFinite::Propagate, ..ParamsSrkl::sgd(0.1) };
+    assert_error(opt.set_params("default", propagate.clone()), &["`nonfinite`", "Propagate"]);
+    let mut opt = Srkl::new(vec![w], propagate)?;
+    assert_error(opt.set_grad_scaler(Some(default())), &["group `default`", "`nonfinite`"]);
+    assert_eq!((opt.grad_scaler(), opt.grad_scale()), (None, 1.));
+    Ok(())
+}
