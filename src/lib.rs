@@ -50,6 +50,7 @@
 //! | `nccl` | ranks whose CUDA devices talk by NCCL: `Nccl`; needs its library to build and run |
 //! | `mpi` | ranks that are processes started by `mpirun`: `Mpi`; needs an MPI library and libclang to build |
 //! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] and [`LrSchedule`] |
+//! | `tracing` | events of steps and measurements by the crate `tracing`: see [`monitor`] |
 //!
 //! The interface has types of `candle-core` and `candle-nn` 0.11: with another version of these comes another of this crate.
 //! (Feature `bindgen` is for work on the kernels.)
@@ -58,6 +59,7 @@
 //!
 //! - [`Srkl`]: groups, schedules, gradient scale, checkpoints, telemetry, loops of your own.
 //! - [`ParamsSrkl`]: every setting, with its formula.
+//! - [`monitor`]: telemetry as CSV, JSON lines, TensorBoard's files.
 //! - [`numerics`]: why a step has the same bits on the CPU, for any number of threads, and on CUDA devices (feature `cuda`).
 //! - The repository's README and `docs/`: what each preset reached, the brake for those who know SGD, speed.
 
@@ -86,6 +88,7 @@ mod matching;
 mod matrices;
 mod measuring;
 mod micro_batches;
+pub mod monitor;
 pub mod numerics;
 mod optimizer;
 mod params;

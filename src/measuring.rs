@@ -624,6 +624,8 @@ impl Srkl {
     /// Notes which blocks have an estimate after a measurement. If one has been lost, or there is none at all, the
     /// next step measures.
     fn note_estimates(&mut self, remaining: Vec<Remaining>) {
+        #[cfg(feature = "tracing")]
+        self.emit_measurement(&remaining);
         let (mut any, mut lost) = (false, false);
         for (block, (left, known)) in self.all.blocks.iter_mut().zip(remaining) {
             any |= known;

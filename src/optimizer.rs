@@ -188,17 +188,24 @@ impl Srkl {
         let grads = &grads;
         let measures = self.measuring() && !self.probes();
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
+        #[cfg(feature = "tracing")]
+        let skipped = self.engine.counters_at_hand().map(|counters| counters.skipped_steps);
         let outcome = self.engine.step(&mut self.all, step);
         if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = count;
-            self.count_step(measures);
-            self.note_gradients(|block| grads.get_id(block.id).is_some(), measures);
-            self.advance_schedule();
-            if !measures {
-                self.step_is_whole()?;
-            }
+            self.after_step(measures, |block| grads.get_id(block.id).is_some())?;
+            #[cfg(feature = "tracing")]
+            self.emit_step(skipped);
         }
         Ok(())
+    }
+
+    /// What follows a step that was taken or skipped.
+    fn after_step(&mut self, measures: bool, given: impl Fn(&Block) -> bool) -> Result<()> {
+        self.count_step(measures);
+        self.note_gradients(given, measures);
+        self.advance_schedule();
+        if measures { Ok(()) } else { self.step_is_whole() }
     }
 
     /// [`step`](candle_nn::Optimizer::step) by gradients that are freed in the course of it: on the CPU a few at a time (about a
@@ -247,12 +254,14 @@ impl Srkl {
         let with_gradient = |block: &&Block| grads.get_id(block.id).is_some();
         let blocks = self.all.blocks.iter();
         let given: HashSet<TensorId> = blocks.filter(with_gradient).map(|b| b.id).collect();
+        #[cfg(feature = "tracing")]
+        let skipped = self.engine.counters_at_hand().map(|counters| counters.skipped_steps);
         let outcome = self.engine.step_consuming(&mut self.all, grads, scalars, self.records);
         if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = 1;
-            self.count_step(false);
-            self.note_gradients(|block| given.contains(&block.id), false);
-            self.step_is_whole()?;
+            self.after_step(false, |block| given.contains(&block.id))?;
+            #[cfg(feature = "tracing")]
+            self.emit_step(skipped);
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ mod curve;
 mod draw;
 mod model;
 mod sample;
+mod telemetry;
 mod text;
 mod train;
 
@@ -91,6 +92,13 @@ struct Options {
     /// the training must be the same
     #[arg(long, requires = "out")]
     resume: bool,
+    /// Folder for what the optimizer tells of its steps: telemetry.csv, telemetry.jsonl, a file for TensorBoard, and in the end
+    /// the picture telemetry.svg
+    #[arg(long, value_name = "FOLDER")]
+    telemetry: Option<PathBuf>,
+    /// How often it is asked
+    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = value_parser!(u64).range(1..), requires = "telemetry")]
+    telemetry_every: u64,
     /// Instead of training, draw the curves of trainings with --out FOLDER/NAME/SEED beside each other,
     /// and print a table of their ends
     #[arg(long, value_name = "FOLDER", conflicts_with = "out")]
@@ -227,6 +235,13 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
     let mut points = path.as_ref().map_or(Ok(vec![]), read)?;
     let mut seconds = points.last().map_or(0., |point| point.seconds);
     let mut losses = vec![];
+    let mut telemetry = None;
+    if let Some(folder) = &options.telemetry {
+        training.optimizer.record_norms(true);
+        if leads {
+            telemetry = Some(telemetry::Files::open(folder, training.step + 1)?);
+        }
+    }
     if leads {
         println!("{:>7}  {:>13}  {:>13}  {:>9}", "step", "training loss", "held-out loss", "phi");
     }
@@ -238,6 +253,14 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
         bar.inc(1);
         if step.is_multiple_of(SHOW_EVERY) {
             bar.set_message(format!("loss {:.3}", loss.to_scalar::<f32>()?));
+        }
+        if options.telemetry.is_some() && step.is_multiple_of(options.telemetry_every) {
+            match &mut telemetry {
+                Some(files) => files.write(&training.optimizer, loss.to_scalar::<f32>()?.into())?,
+                // Each has norms of its part to give.
+                None if options.sharded => drop(training.optimizer.metrics()?),
+                None => {}
+            }
         }
         losses.push(loss);
         // The parameters are the same on all; but averages are sharded.
@@ -265,6 +288,9 @@ fn train(training: &mut Training, options: &Options) -> Result<()> {
         }
     }
     bar.finish_and_clear();
+    if let Some(folder) = options.telemetry.as_ref().filter(|_| leads) {
+        println!("wrote {}", telemetry::draw(folder)?.display());
+    }
     if leads {
         println!("{steps} steps took {} gradients and {seconds:.1} s", training.gradients()?);
     }

@@ -13,6 +13,7 @@ mod plot;
 mod random;
 mod study;
 mod table;
+mod telemetry;
 mod train;
 
 use std::env;
@@ -30,6 +31,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use study::{Run, Study};
+use telemetry::Files;
 use train::{Rule, Settings, Training};
 
 /// Learning rates half a decade apart.
@@ -80,6 +82,13 @@ struct Options {
     /// Folder for the pictures: loss.svg, brake.svg and accuracy.svg
     #[arg(long, value_name = "FOLDER", default_value = "out/digits")]
     out: PathBuf,
+    /// Folder for what SRKL tells of its steps, a folder in it for each training: telemetry.csv, telemetry.jsonl and a file for
+    /// TensorBoard
+    #[arg(long, value_name = "FOLDER")]
+    telemetry: Option<PathBuf>,
+    /// How often it is asked
+    #[arg(long, value_name = "STEPS", default_value = "10", requires = "telemetry")]
+    telemetry_every: NonZeroU64,
     /// Folder to save the trained model and the optimizer's state in (braked-adam and reference only;
     /// of the first seed)
     #[arg(long, value_name = "FOLDER")]
@@ -150,15 +159,22 @@ impl Options {
             DeviceKind::Cpu => (Device::Cpu, thread::available_parallelism()?.get()),
             DeviceKind::Cuda => (Device::new_cuda(0).context("--device cuda")?, 1),
         };
+        let watched = |mut training: Training| -> Result<Training> {
+            if let Some(folder) = &self.telemetry {
+                training.telemetry = Files::open(folder, self.telemetry_every, &mut training)?;
+            }
+            Ok(training)
+        };
         if let Some(folder) = &self.resume {
-            return Ok(vec![Run::new(checkpoint::load(folder, &device)?, self.epochs, &device)?]);
+            let training = watched(checkpoint::load(folder, &device)?)?;
+            return Ok(vec![Run::new(training, self.epochs, &device)?]);
         }
         let settings = self.settings();
         let style = "[{bar:40}] {pos}/{len} trainings, {elapsed}";
         let bar = ProgressBar::new(settings.len() as u64)
             .with_style(ProgressStyle::with_template(style)?.progress_chars("=> "));
         let runs = study::in_parallel(&settings, threads, |settings| {
-            let training = Training::new(settings.clone(), &device)?;
+            let training = watched(Training::new(settings.clone(), &device)?)?;
             let run = Run::new(training, self.epochs, &device)?;
             bar.inc(1);
             Ok(run)

@@ -12,6 +12,7 @@ use rand::seq::SliceRandom;
 use crate::data::Part;
 use crate::model::{Mlp, WIDTHS};
 use crate::random::{Stream, rng};
+use crate::telemetry::Files;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rule {
@@ -63,6 +64,8 @@ pub struct Training {
     pub steps: usize,
     /// How many were computed: a step that measures curvature takes two.
     pub gradients: usize,
+    /// Files that are written while it runs.
+    pub telemetry: Option<Files>,
 }
 
 pub enum AnyOptimizer {
@@ -103,7 +106,7 @@ impl Training {
             }
             Rule::Sgd => AnyOptimizer::Sgd(SGD::new(model.varmap.all_vars(), lr)?),
         };
-        Ok(Self { settings, model, optimizer, steps: 0, gradients: 0 })
+        Ok(Self { settings, model, optimizer, steps: 0, gradients: 0, telemetry: None })
     }
 
     /// Trains until the budget, of gradients from the very first step on, can't pay for another one, or
@@ -121,6 +124,10 @@ impl Training {
             }
             let end = order.len().min((place + 1) * batch.get());
             let loss = self.step(&part.select(&order[place * batch.get()..end])?)?;
+            if let (Some(files), AnyOptimizer::Srkl(srkl)) = (&mut self.telemetry, &self.optimizer)
+            {
+                files.write(self.steps, srkl, loss)?;
+            }
             points.push(Point { gradients: self.gradients, loss, phi: self.optimizer.phi()? });
             if !loss.is_finite() {
                 break;

@@ -1,0 +1,274 @@
+//! Rows of text, one for each parameter: CSV and JSON lines.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use candle_core::{Result, bail};
+
+use super::{Metrics, Out};
+use crate::telemetry::BlockTelemetry;
+
+/// The columns of a row, in order. `step`, `learning_rate` and `skipped_steps` are those of [`Metrics`], the others fields of
+/// [`BlockTelemetry`].
+pub const COLUMNS: [&str; 12] = [
+    "step",
+    "name",
+    "group",
+    "phi",
+    "curvature",
+    "estimate_age",
+    "grad_norm",
+    "step_norm",
+    "param_norm",
+    "skipped",
+    "learning_rate",
+    "skipped_steps",
+];
+
+enum Value<'a> {
+    Text(&'a str),
+    Count(Option<u64>),
+    Number(Option<f64>),
+}
+
+/// What stands under [`COLUMNS`].
+fn row<'a>(metrics: &Metrics, parameter: &'a BlockTelemetry) -> [Value<'a>; COLUMNS.len()] {
+    use Value::{Count, Number, Text};
+    [
+        Count(Some(metrics.step)),
+        Text(&parameter.name),
+        Text(&parameter.group),
+        Number(parameter.phi),
+        Number(parameter.curvature),
+        Count(parameter.estimate_age),
+        Number(parameter.grad_norm),
+        Number(parameter.step_norm),
+        Number(parameter.param_norm),
+        Count(Some(parameter.skipped)),
+        Number(Some(metrics.learning_rate)),
+        Count(Some(metrics.skipped_steps)),
+    ]
+}
+
+/// Writes CSV as RFC 4180 has it, but for lines that end in `\n`: a line of [`COLUMNS`], then a row for each parameter.
+///
+/// What is `None` is left empty. Numbers have the fewest digits that give the same f64 again; those that are not finite
+/// are `NaN`, `inf` and `-inf`.
+#[derive(Debug)]
+pub struct Csv<W> {
+    out: Out<W>,
+    /// Whether the line of columns is there.
+    begun: bool,
+}
+
+impl Csv<File> {
+    /// A new file, in place of one that is there.
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be made. The error names it.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self { out: create(path.as_ref())?, begun: false })
+    }
+
+    /// Goes on at the end of a file, or begins one that is not there. A last line that does not end is cut off.
+    ///
+    /// A training that goes on from a checkpoint writes the steps after it once more: of two rows of one step and one name the
+    /// later counts.
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be opened, or whose first line is not that of [`COLUMNS`]. The error names it.
+    pub fn append(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (out, first) = append(path, |first| match first.is_empty() || first == header() {
+            true => Ok(()),
+            false => bail!("expected the columns `{}`, found `{}`", header().trim(), first.trim()),
+        })?;
+        Ok(Self { out, begun: !first.is_empty() })
+    }
+}
+
+impl<W: Write> Csv<W> {
+    /// Rows for any writer, which begin with the columns.
+    #[must_use]
+    pub fn new(writer: W) -> Self {
+        Self { out: Out::new(writer), begun: false }
+    }
+
+    /// Writes a row for each parameter.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing. The error names the file, if this was made with its path.
+    pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut text = if self.begun { String::new() } else { header() };
+        for parameter in &metrics.parameters {
+            for (i, value) in row(metrics, parameter).into_iter().enumerate() {
+                if i > 0 {
+                    text.push(',');
+                }
+                match value {
+                    Value::Text(field) => quote(&mut text, field),
+                    Value::Count(count) => push(&mut text, count),
+                    Value::Number(number) => push(&mut text, number),
+                }
+            }
+            text.push('\n');
+        }
+        self.out.put(text.as_bytes())?;
+        self.begun = true;
+        Ok(())
+    }
+
+    /// The writer that this was made with.
+    #[must_use]
+    pub fn into_inner(self) -> W {
+        self.out.writer
+    }
+}
+
+/// Writes [JSON lines](https://jsonlines.org): an object for each parameter, with [`COLUMNS`] as its keys.
+///
+/// What is `None` is `null`. Numbers are as in [`Csv`]; JSON has none that are not finite, so these are the strings `"NaN"`,
+/// `"Infinity"` and `"-Infinity"`, as in the JSON of protocol buffers.
+#[derive(Debug)]
+pub struct JsonLines<W>(Out<W>);
+
+impl JsonLines<File> {
+    /// A new file, in place of one that is there.
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be made. The error names it.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self(create(path.as_ref())?))
+    }
+
+    /// Goes on at the end of a file, as [`Csv::append`] does.
+    ///
+    /// # Errors
+    ///
+    /// A file that can't be opened. The error names it.
+    pub fn append(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self(append(path.as_ref(), |_| Ok(()))?.0))
+    }
+}
+
+impl<W: Write> JsonLines<W> {
+    /// Lines for any writer.
+    #[must_use]
+    pub fn new(writer: W) -> Self {
+        Self(Out::new(writer))
+    }
+
+    /// Writes a line for each parameter.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing. The error names the file, if this was made with its path.
+    pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut text = String::new();
+        for parameter in &metrics.parameters {
+            for (i, (key, value)) in COLUMNS.iter().zip(row(metrics, parameter)).enumerate() {
+                text.push(if i == 0 { '{' } else { ',' });
+                string(&mut text, key);
+                text.push(':');
+                match value {
+                    Value::Text(value) => string(&mut text, value),
+                    Value::Count(None) | Value::Number(None) => text.push_str("null"),
+                    Value::Count(count) => push(&mut text, count),
+                    Value::Number(Some(x)) if x.is_nan() => text.push_str("\"NaN\""),
+                    Value::Number(Some(f64::INFINITY)) => text.push_str("\"Infinity\""),
+                    Value::Number(Some(f64::NEG_INFINITY)) => text.push_str("\"-Infinity\""),
+                    Value::Number(number) => push(&mut text, number),
+                }
+            }
+            text.push_str("}\n");
+        }
+        self.0.put(text.as_bytes())
+    }
+
+    /// The writer that this was made with.
+    #[must_use]
+    pub fn into_inner(self) -> W {
+        self.0.writer
+    }
+}
+
+/// The line of the columns.
+fn header() -> String {
+    COLUMNS.join(",") + "\n"
+}
+
+/// `Debug` writes 1e-300 where `Display` writes three hundred zeros.
+fn push(text: &mut String, value: Option<impl std::fmt::Debug>) {
+    if let Some(value) = value {
+        write!(text, "{value:?}").expect("a string takes all");
+    }
+}
+
+/// A field of CSV, in quotes if it needs them.
+fn quote(text: &mut String, field: &str) {
+    if field.contains([',', '"', '\n', '\r']) {
+        text.push('"');
+        text.push_str(&field.replace('"', "\"\""));
+        text.push('"');
+    } else {
+        text.push_str(field);
+    }
+}
+
+/// A string of JSON.
+fn string(text: &mut String, value: &str) {
+    text.push('"');
+    for c in value.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            '\0'..'\x20' => write!(text, "\\u{:04x}", u32::from(c)).expect("a string takes all"),
+            _ => text.push(c),
+        }
+    }
+    text.push('"');
+}
+
+fn create(path: &Path) -> Result<Out<File>> {
+    let file = File::create(path).map_err(|e| candle_core::Error::from(e).with_path(path))?;
+    Ok(Out::of_file(file, path))
+}
+
+/// A file to go on with behind its last whole line, and its first line, which `check` has seen before anything changed.
+fn append(path: &Path, check: impl FnOnce(&str) -> Result<()>) -> Result<(Out<File>, String)> {
+    let open = || {
+        let mut options = File::options();
+        let mut file = options.read(true).append(true).create(true).open(path)?;
+        let end = end_of_lines(&mut file)?;
+        file.rewind()?;
+        let mut first = vec![];
+        BufReader::new(&file).take(end).read_until(b'\n', &mut first)?;
+        let first = String::from_utf8_lossy(&first).into_owned();
+        check(&first)?;
+        file.set_len(end)?;
+        Ok((Out::of_file(file, path), first))
+    };
+    open().map_err(|e: candle_core::Error| e.with_path(path))
+}
+
+/// How long a file is up to the end of its last whole line.
+fn end_of_lines(file: &mut File) -> Result<u64> {
+    let mut piece = [0; 4096];
+    let mut end = file.seek(SeekFrom::End(0))?;
+    while end > 0 {
+        let start = end.saturating_sub(piece.len() as u64);
+        let piece = &mut piece[..(end - start) as usize];
+        file.seek(SeekFrom::Start(start))?;
+        file.read_exact(piece)?;
+        if let Some(place) = piece.iter().rposition(|&byte| byte == b'\n') {
+            return Ok(start + place as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
+}
