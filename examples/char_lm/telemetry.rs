@@ -109,6 +109,7 @@ fn panel(
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 17))
         .margin(10)
+        .margin_right(22)
         .x_label_area_size(40)
         .y_label_area_size(52)
         .build_cartesian_2d(0. ..end, y.log_scale())?;
@@ -117,7 +118,7 @@ fn panel(
         .x_desc("step")
         .x_labels(5)
         .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| format!("{y:.0e}"))
+        .y_label_formatter(&scale)
         .axis_desc_style(("sans-serif", 15))
         .label_style(("sans-serif", 13))
         .bold_line_style(BLACK.mix(0.12))
@@ -130,6 +131,12 @@ fn panel(
     let median = points.iter().map(|&(x, [_, median, _])| (x, median));
     chart.draw_series(LineSeries::new(median, COLOR.stroke_width(2)))?;
     Ok(())
+}
+
+/// One, two and five of a decade: the others would overlap.
+fn scale(y: &f64) -> String {
+    let label = format!("{y:.0e}");
+    if label.starts_with(['1', '2', '5']) { label } else { String::new() }
 }
 
 /// Whole decades, a little wider, so that rounding takes no decade's label away.
