@@ -65,7 +65,8 @@ impl Srkl {
     ///
     /// The file is written under a temporary name in the same folder, flushed to the disk and
     /// renamed, so a crash leaves the old file, or the new one, whole. A symbolic link stays, and the file that
-    /// it leads to is replaced; permissions are those of the old file.
+    /// it leads to is replaced; permissions are those of the old file. A process that is killed meanwhile
+    /// may leave up to two files in that folder whose names begin with `.srkl-` or `.tmp`; they can be deleted.
     ///
     /// If a parameter was written outside of the optimizer since the last step, its master is saved with its value,
     /// as after [`Srkl::sync_master`].
