@@ -57,6 +57,9 @@ use crate::state::{Beside, Format, STATE, Saved, SavedTensor, Slot};
 const FORMAT: &str = "candle-srkl";
 const VERSION: u64 = 3;
 
+/// A counter from here on is none that `save` has written: no training takes so many steps.
+const MOST_COUNTED: u64 = 1 << 62;
+
 impl Srkl {
     /// Writes the state to a safetensors file: master weights, moments, averages and estimates of curvature,
     /// counters, the schedule with its multiplier, and the gradient scale, with where its [`GradScaler`](crate::GradScaler)
@@ -491,25 +494,23 @@ impl Loaded {
         let names = match_names(blocks, by_position, source)?;
         let load = |(block, name)| load_block(block, name, params(block), version, source);
         let loaded = blocks.iter().zip(names).map(load);
-        let step_calls = number(metadata, "attempts")?;
+        let step_calls = counter(metadata, "attempts")?;
         let (asked, seed, blind) = match version {
-            1 => (step_calls, 0, 0u8),
-            _ => {
-                (number(metadata, "asked")?, number(metadata, "seed")?, number(metadata, "blind")?)
-            }
+            1 => (step_calls, 0, false),
+            _ => (counter(metadata, "asked")?, number(metadata, "seed")?, flag(metadata, "blind")?),
         };
         let measure_state = MeasureState {
             step_calls,
             asked,
-            probe_count: number(metadata, "draws")?,
-            requested: number::<u8>(metadata, "requested")? != 0,
-            blind: blind != 0,
-            measured: number::<u8>(metadata, "measured")? != 0,
+            probe_count: counter(metadata, "draws")?,
+            requested: flag(metadata, "requested")?,
+            blind,
+            measured: flag(metadata, "measured")?,
             ..Default::default()
         };
         Ok(Self {
-            steps: number(metadata, "steps")?,
-            skipped_steps: number(metadata, "skipped_steps")?,
+            steps: counter(metadata, "steps")?,
+            skipped_steps: counter(metadata, "skipped_steps")?,
             schedule,
             lr_schedule,
             grad_scale,
@@ -641,7 +642,7 @@ pub(crate) fn load_block(
         Some(saved) => bail!("parameter `{name}`: expected {expected}, the checkpoint has {saved}"),
         None => bail!("parameter `{name}`: the checkpoint has none of this name"),
     }
-    let skipped = number(metadata, &format!("skipped.{name}"))?;
+    let skipped = counter(metadata, &format!("skipped.{name}"))?;
     let [first, second, average] = numbers(metadata, &format!("powers.{name}"))?;
     let powers = Powers { first, second, average };
     let counted = matches!(params.average, Some(Average::Polynomial(_)));
@@ -657,6 +658,7 @@ pub(crate) fn load_block(
         1 => {
             let key = format!("estimate.{name}");
             let numbers = numbers(metadata, &key)?;
+            check_counts(&key, &numbers[3..])?;
             (key, Estimate::from_version_1(numbers, params.curvature))
         }
         _ => {
@@ -669,6 +671,7 @@ pub(crate) fn load_block(
                     (first, reach)
                 }
             };
+            check_counts(&key, &first[9..])?;
             (key, Estimate::from_numbers(first, reach))
         }
     };
@@ -677,7 +680,7 @@ pub(crate) fn load_block(
     }
     let trained = match version {
         1 => powers != Powers::NONE,
-        _ => number::<u8>(metadata, &format!("trained.{name}"))? != 0,
+        _ => flag(metadata, &format!("trained.{name}"))?,
     };
     let mut state = load_state(block, name, source)?;
     if block.sharded {
@@ -859,6 +862,32 @@ pub(crate) fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) 
     let text = text(metadata, key)?;
     let Ok(number) = text.parse() else { bail!("`{key}` is not a number: {text:?}") };
     Ok(number)
+}
+
+/// A counter, with room to count on.
+fn counter(metadata: &HashMap<String, String>, key: &str) -> Result<u64> {
+    let count = number(metadata, key)?;
+    if count >= MOST_COUNTED {
+        bail!("`{key}`: expected a number below 2^62, got {count}")
+    }
+    Ok(count)
+}
+
+fn flag(metadata: &HashMap<String, String>, key: &str) -> Result<bool> {
+    match number::<u64>(metadata, key)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => bail!("`{key}`: expected 0 or 1, got {other}"),
+    }
+}
+
+/// Counts of an estimate, which were read as all of its numbers are.
+fn check_counts(key: &str, counts: &[f64]) -> Result<()> {
+    let counts_on = |count: &f64| (0. ..MOST_COUNTED as f64).contains(count) && count.fract() == 0.;
+    if let Some(wrong) = counts.iter().find(|count| !counts_on(count)) {
+        bail!("`{key}`: expected counts, whole numbers below 2^62, got {wrong}")
+    }
+    Ok(())
 }
 
 /// Several numbers with spaces between them.

@@ -465,6 +465,27 @@ impl Saved {
 
     /// An error for what [`Slot::save`] does not write.
     pub fn check(&self, name: &str) -> Result<()> {
+        fn first<const N: usize>(
+            bytes: &[u8],
+            read: impl Fn([u8; N]) -> f64,
+            wrong: impl Fn(f64) -> bool,
+        ) -> Option<f64> {
+            bytes.as_chunks::<N>().0.iter().map(|b| read(*b)).find(|x| wrong(*x))
+        }
+        let wrong = |x: f64| match name {
+            // Averages of squares. Gradients may have left a NaN in `v`.
+            "v" => x < 0.,
+            "q" => x.is_nan() || x < 0.,
+            _ => false,
+        };
+        let wrong = match (self.format, &self.parts[..]) {
+            (Format::F32, [bytes]) => first(bytes, |b| f32::from_le_bytes(b).into(), wrong),
+            (Format::F64, [bytes]) => first(bytes, f64::from_le_bytes, wrong),
+            _ => None,
+        };
+        if let Some(wrong) = wrong {
+            bail!("expected numbers that are 0 or above, got {wrong}")
+        }
         if let (Format::Compact, [codes, exponents]) = (self.format, &self.parts[..]) {
             if name == "m" && codes.contains(&(i8::MIN as u8)) {
                 bail!("expected codes from -127 to 127, got -128")
