@@ -34,7 +34,7 @@
 //! | [`ParamsSrkl::kinetic`] | full batches, convex problems, one state tensor less |
 //! | [`ParamsSrkl::hessian`] | studies of curvature |
 //! | [`ParamsSrkl::reference`] | the original rule, whose `lr` needs a search |
-//! | [`ParamsSrkl::adamw`], [`ParamsSrkl::sgd`], [`ParamsSrkl::muon`] | the plain optimizers, fused, with an `lr` of yours |
+//! | [`ParamsSrkl::adamw`], [`ParamsSrkl::sgd`], [`ParamsSrkl::muon`], [`ParamsSrkl::lion`] | the plain optimizers, fused, with an `lr` of yours |
 //!
 //! # What it requires
 //!
@@ -57,7 +57,8 @@
 //!
 //! # Where to go on
 //!
-//! - [`Srkl`]: groups, schedules, gradient scale, checkpoints, telemetry, loops of your own.
+//! - [`Srkl`]: groups, schedules ([`LrSchedule`]), gradient scale ([`GradScaler`]), checkpoints, state in memory, freezing,
+//!   telemetry ([`monitor`]), loops of your own.
 //! - [`ParamsSrkl`]: every setting, with its formula.
 //! - [`monitor`]: telemetry as CSV, JSON lines, TensorBoard's files.
 //! - [`numerics`]: why a step has the same bits on the CPU, for any number of threads, and on CUDA devices (feature `cuda`).
@@ -96,6 +97,7 @@ pub mod random;
 mod ranks;
 mod reduce;
 mod rule;
+mod scaling;
 mod schedule;
 mod shards;
 mod snapshot;
@@ -134,3 +136,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/ranks.md")]
 struct Ranks;
+
+/// And that of the page for those who know PyTorch.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/pytorch.md")]
+struct PyTorch;

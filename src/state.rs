@@ -474,7 +474,7 @@ impl Saved {
         }
         let wrong = |x: f64| match name {
             // Averages of squares. Gradients may have left a NaN in `v`.
-            "v" => x < 0.,
+            "v" | "v_max" => x < 0.,
             "q" => x.is_nan() || x < 0.,
             _ => false,
         };

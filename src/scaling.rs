@@ -1,0 +1,129 @@
+//! The gradient scale of an optimizer, where a [`GradScaler`] sets it.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result};
+
+use crate::engine::Counters;
+use crate::loss_scale::{GradScaler, ScalerState, Scaling, refuse_unskipped};
+use crate::optimizer::Srkl;
+
+impl Srkl {
+    /// Lets [`Srkl::grad_scale`] follow the gradients, from `init_scale` on. Multiply each loss by it, as without a scaler. After
+    /// each whole step (its micro-batches accumulated, its curvature measured) the scale is what the next one uses. `None`
+    /// stops it; the scale stays as it is then.
+    ///
+    /// Compute the loss in f32: the scale is beyond f16's numbers.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Var};
+    /// use candle_nn::Optimizer;
+    /// use candle_srkl::{GradScaler, ParamsSrkl, Srkl};
+    ///
+    /// let w = Var::new(&[1f32, -2., 3.], &Device::Cpu)?;
+    /// let w = Var::from_tensor(&w.to_dtype(DType::F16)?)?;
+    /// let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(0.01))?;
+    /// opt.set_grad_scaler(Some(GradScaler::default()))?;
+    /// for _ in 0..3 {
+    ///     let loss = (w.as_tensor() * 1e-6)?.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+    ///     opt.backward_step(&(loss * opt.grad_scale())?)?;
+    /// }
+    /// assert_eq!(opt.skipped_steps()?, 0);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// [`Srkl::save`] saves the scale and the number of steps since it has changed, and [`Srkl::load`] goes on from there if a
+    /// scaler was set before (settings are not part of the file). From a file that was saved without a scaler it goes on with its
+    /// own scale.
+    ///
+    /// A step that measures uses one scale for both gradients: in a closure read it before (`let scale = opt.grad_scale();`). A
+    /// second gradient that is not finite, where the first one was, may come from the scale and not from the curvature. So the
+    /// measurement is given up, as by [`Srkl::skip_measurement`], the scale falls, and the next step measures again. That
+    /// measurement counts whatever it is. (To see this a measurement reads the second gradients once more, one at a time.)
+    ///
+    /// With several ranks all must set it alike. Replays of captured steps are not seen: call [`Srkl::update_grad_scale`].
+    ///
+    /// # Errors
+    ///
+    /// Settings out of range; a group whose [`nonfinite`](crate::ParamsSrkl::nonfinite) is not [`SkipStep`](crate::NonFinite::SkipStep); a step that waits for its
+    /// measurement. Nothing has changed then.
+    pub fn set_grad_scaler(&mut self, scaler: Option<GradScaler>) -> Result<()> {
+        let Some(scaler) = scaler else {
+            self.scaling = None;
+            return Ok(());
+        };
+        scaler.validate()?;
+        self.all.groups.iter().try_for_each(|group| {
+            refuse_unskipped(&group.params)
+                .map_err(|e| e.context(format!("group `{}`", group.name)))
+        })?;
+        self.refuse_pending()?;
+        let Counters { steps, skipped_steps, .. } = self.engine.counters()?;
+        self.set_grad_scale(f64::from(scaler.init_scale as f32))?;
+        self.scaling = Some(Scaling { scaler, state: ScalerState::after(steps, skipped_steps) });
+        Ok(())
+    }
+
+    /// The settings of [`Srkl::set_grad_scaler`].
+    #[must_use]
+    pub fn grad_scaler(&self) -> Option<&GradScaler> {
+        self.scaling.as_ref().map(|scaling| &scaling.scaler)
+    }
+
+    /// Lets the scale follow now, whatever [`GradScaler::check_every`] is: after replays of captured steps, which are counted on
+    /// the device alone. Waits for it. Without a scaler it does nothing.
+    ///
+    /// # Errors
+    ///
+    /// A step that waits for its measurement. (And a device can fail.)
+    pub fn update_grad_scale(&mut self) -> Result<()> {
+        if self.scaling.is_none() {
+            return Ok(());
+        }
+        self.refuse_pending()?;
+        let counters = self.engine.counters()?;
+        let Some(scaling) = &mut self.scaling else { return Ok(()) };
+        let before = *scaling;
+        let scale = scaling.follow(self.grad_scale, counters);
+        if scale == self.grad_scale {
+            return Ok(());
+        }
+        self.set_grad_scale(scale).inspect_err(|_| self.scaling = Some(before))
+    }
+
+    /// After each whole step: lets the scale follow if it is time.
+    pub(crate) fn step_is_whole(&mut self) -> Result<()> {
+        let Some(Scaling { scaler, state }) = &mut self.scaling else { return Ok(()) };
+        state.unseen += 1;
+        match state.unseen >= scaler.check_every {
+            true => self.update_grad_scale(),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether second gradients, summed over ranks, are to be blamed on the scale. The next step then measures again.
+    pub(crate) fn blames_scale(&mut self, again: &GradStore) -> Result<bool> {
+        let Some(scaling) = &mut self.scaling else { return Ok(false) };
+        if std::mem::take(&mut scaling.state.repeats) {
+            return Ok(false);
+        }
+        let mut infinite = false;
+        for block in self.all.blocks.iter().filter(|block| self.all.of(block).lr != 0.) {
+            if let Some(gradient) = again.get_id(block.id).filter(|g| g.elem_count() > 0) {
+                // 0 of finite numbers, and a NaN otherwise.
+                let zeros = gradient.affine(0., 0.)?.sum_all()?.to_dtype(DType::F64)?;
+                infinite |= zeros.to_scalar::<f64>()?.is_nan();
+            }
+        }
+        if let Some(ranks) = &self.ranks {
+            infinite = ranks.or_abort(ranks.any(&[infinite]))?[0];
+        }
+        scaling.state.overflowed |= infinite;
+        scaling.state.repeats = infinite;
+        Ok(infinite)
+    }
+
+    /// Whether a measurement was given up for the scale, and is to be repeated.
+    pub(crate) fn repeats_measurement(&self) -> bool {
+        self.scaling.is_some_and(|scaling| scaling.state.repeats)
+    }
+}
