@@ -9,6 +9,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{Init, Optimizer, VarMap};
 use candle_srkl::{Beta, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl};
 use common::*;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 
 fn params() -> ParamsSrkl {
     ParamsSrkl {
@@ -309,6 +311,14 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
     check(&[("powers.layer.bias", Some("1.0 1.0"))], good, "`powers.layer.bias`: expected 3");
     check(&[("powers.layer.bias", Some("1.0 2.0 1.0"))], good, "from 0 to 1");
     check(&[("asked", None)], good, "`asked` is missing");
+    // No training counts so far, and the next step would count beyond.
+    for counter in ["steps", "skipped_steps", "attempts", "asked", "draws", "skipped.layer.bias"] {
+        let reason = format!("`{counter}`: expected a number below 2^62");
+        check(&[(counter, Some("18446744073709551615"))], good, &reason);
+    }
+    for flag in ["requested", "blind", "measured", "trained.layer.bias"] {
+        check(&[(flag, Some("2"))], good, &format!("`{flag}`: expected 0 or 1"));
+    }
     check(&[("seed", Some("-1"))], good, "`seed` is not a number");
     check(&[("trained.layer.bias", None)], good, "`trained.layer.bias` is missing");
     check(&[("curvature.layer.bias", Some("0.0"))], good, "`curvature.layer.bias`: expected 19");
@@ -316,6 +326,9 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
         NO_ESTIMATE.replacen("0.0", "-1.0", 1),
         NO_ESTIMATE.replacen("0.0", "NaN", 1),
         NO_ESTIMATE.replacen("1.0", "2.0", 1),
+        // Counts.
+        NO_ESTIMATE.replacen("inf 0.0 0 0", "inf 0.0 0 0.5", 1),
+        NO_ESTIMATE.replacen("inf 0.0 0 0", "inf 0.0 0 1e19", 1),
         // A measurement in the average, whose weight is none.
         NO_ESTIMATE.replacen("inf 0.0 0", "inf 0.0 1", 1),
     ] {
@@ -421,6 +434,41 @@ fn an_estimate_without_reach_is_read() -> Result<()> {
         std::fs::write(file.path(), [&length, changed.as_bytes(), &bytes[end..]].concat())?;
         let error = build()?.load(file.path()).expect_err(wrong).to_string();
         assert!(error.contains("`curvature.0`"), "{error}");
+    }
+    Ok(())
+}
+
+/// Averages of squares are not negative. (An estimate made of such rows would be one that no checkpoint may have.)
+#[test]
+fn negative_squares_are_refused() -> Result<()> {
+    let cases = [("q", ParamsSrkl::hessian()), ("v", ParamsSrkl::adamw(0.1))];
+    for ((kind, params), dtype) in cases
+        .into_iter()
+        .flat_map(|case| [DType::F32, DType::F64].map(|dtype| (case.clone(), dtype)))
+    {
+        let w = var(&[3., -2.], dtype)?;
+        let mut opt = Srkl::builder().default_group(params).build([("w".to_string(), w)])?;
+        let file = tempfile::NamedTempFile::new()?;
+        opt.save(file.path())?;
+        let before = common::saved(&mut opt)?;
+        let bytes = std::fs::read(file.path())?;
+        let (_, header) = SafeTensors::read_metadata(&bytes)?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let mut changed = vec![];
+        for (name, view) in tensors.tensors() {
+            let mut data = view.data().to_vec();
+            // The sign of the last number, and a bit of its value.
+            if name == format!("w.{kind}") {
+                *data.last_mut().unwrap() = 0xbf;
+            }
+            changed.push((name, view.dtype(), view.shape().to_vec(), data));
+        }
+        let views = changed.iter().map(|(name, dtype, shape, data)| {
+            (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
+        safetensors::serialize_to_file(views, header.metadata().clone(), file.path())?;
+        assert_error(opt.load(file.path()), &[&format!("{kind} of `w`"), "0 or above"]);
+        assert_eq!(common::saved(&mut opt)?, before);
     }
     Ok(())
 }

@@ -545,7 +545,7 @@ pub fn builder(bytes: &[u8]) {
 
 // The step.
 
-/// Settings in range, and the length of the parameters' elements.
+/// Settings in range.
 fn settings(choices: &mut Choices) -> ParamsSrkl {
     let decay = |choices: &mut Choices| choices.of(&[0., 0.5, 0.9, 0.95, 0.999]);
     let mut params = match choices.below(10) {
@@ -732,9 +732,7 @@ impl Training {
             assert!(before == after, "not restored after a perturbation");
         }
         self.opt.step(&first)?;
-        Ok(if measures && !perturbs {
-            self.opt.observe(&again)?
-        })
+        if measures && !perturbs { self.opt.observe(&again) } else { Ok(()) }
     }
 }
 
@@ -986,8 +984,7 @@ fn check_against_formula(
         if let (false, Some(told)) = (measured || elements, told) {
             assert!((told - phi).abs() <= slack * phi, "phi of {i}: {told}, not {phi}: {params:?}");
         }
-        let stored = stored_after(training, i)?;
-        let (masters, after) = stored;
+        let (masters, after) = stored_after(training, i)?;
         for (k, d) in d.iter().enumerate() {
             let phi = phi_of(k, phi);
             let keep = (1. - phi * params.weight_decay) * w[k];
