@@ -244,6 +244,7 @@ typedef struct {
     double phi;
     double scale_m; // 1 / (1 - beta1^t)
     double scale_v; // 1 / (1 - beta2^t)
+    double ahead;   // of SRKL_NESTEROV_ADAM (1 - beta1^(t + 1)) / (1 - beta1^t); else 1
     double average;
     SrklPowers powers;        // after the step
     unsigned long long moves; // whether the block moves, unless the whole step is skipped
@@ -336,7 +337,7 @@ static_assert(sizeof(SrklPowers) == 24 && offsetof(SrklPowers, average) == 16, "
 static_assert(sizeof(SrklStepSums) == 24 && offsetof(SrklStepSums, along) == 16, "SrklStepSums");
 static_assert(sizeof(SrklEstimate) == 152 && offsetof(SrklEstimate, missing) == 144, "SrklEstimate");
 static_assert(sizeof(SrklStatistics) == 32 && offsetof(SrklStatistics, reset_master) == 24, "SrklStatistics");
-static_assert(sizeof(SrklDecision) == 88 && offsetof(SrklDecision, moves) == 72, "SrklDecision");
+static_assert(sizeof(SrklDecision) == 96 && offsetof(SrklDecision, moves) == 80, "SrklDecision");
 static_assert(sizeof(SrklState) == 88 && offsetof(SrklState, recorded) == 80, "SrklState");
 static_assert(sizeof(SrklMatrix) == 40 && offsetof(SrklMatrix, chunk_count) == 32, "SrklMatrix");
 static_assert(sizeof(SrklMatrices) == 48 && offsetof(SrklMatrices, chunk_count) == 40, "SrklMatrices");

@@ -7,3 +7,8 @@
 __device__ inline bool has_element_brakes(const SrklGroup &p) {
     return p.scope == SRKL_ELEMENT || p.scope == SRKL_MIXED;
 }
+
+// Whether a direction divides by the root of a second moment.
+__device__ inline bool has_second_moment(unsigned int direction) {
+    return direction == SRKL_ADAM || direction == SRKL_NESTEROV_ADAM || direction == SRKL_AMSGRAD;
+}

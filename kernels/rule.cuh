@@ -80,7 +80,10 @@ __device__ inline bool decide(const SrklGroup &p, const SrklScalars &s, const Sr
     decision.phi = phi;
     decision.small = 0;
     decision.powers = powers;
-    decision.scale_m = bias_correction(p.ahead ? __dmul_rn(powers.first, p.power1) : powers.first);
+    const double next = __dmul_rn(powers.first, p.power1);
+    decision.scale_m = bias_correction(p.ahead ? next : powers.first);
+    const bool nesterov = p.direction == SRKL_NESTEROV_ADAM;
+    decision.ahead = nesterov ? __ddiv_rn(__dsub_rn(1., next), __dsub_rn(1., powers.first)) : 1.;
     decision.scale_v = bias_correction(powers.second);
     // One division for both kinds of average.
     const bool polynomial = p.polynomial >= 0.;
@@ -145,11 +148,7 @@ template <typename C> struct Moments {
         from_f64(p.decay1, decay1);
         from_f64(__dmul_rn(p.gain1, decision.grad_factor), gain1_factor);
         from_f64(p.ahead_decay, ahead_decay);
-        double gain = p.ahead_gain;
-        if (p.direction == SRKL_NESTEROV_ADAM) {
-            const double first = decision.powers.first, next = __dmul_rn(first, p.power1);
-            gain = __dmul_rn(gain, __ddiv_rn(__dsub_rn(1., next), __dsub_rn(1., first)));
-        }
+        const double gain = __dmul_rn(p.ahead_gain, decision.ahead);
         from_f64(__dmul_rn(gain, decision.grad_factor), ahead_gain_factor);
         from_f64(p.decay2, decay2);
         from_f64(__dsub_rn(1., p.decay2), one_minus_decay2);
@@ -188,11 +187,6 @@ template <typename C> __device__ inline C sign(C x) {
 // `d`, or 0 where it is against the gradient; a NaN stays one.
 template <typename C> __device__ inline C cautious(C d, C g) {
     return (d > 0 && g <= 0) || (d < 0 && g >= 0) ? (C)0 : d;
-}
-
-// Whether a direction divides by the root of a second moment.
-__device__ inline bool has_second_moment(u32 direction) {
-    return direction == SRKL_ADAM || direction == SRKL_NESTEROV_ADAM || direction == SRKL_AMSGRAD;
 }
 
 // What an update needs besides its chunk.

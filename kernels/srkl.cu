@@ -120,6 +120,7 @@ __device__ inline void take_decision(const SrklTable &table, Work &work) {
     work.block_step.decision.phi = __ldcg(&decision->phi);
     work.block_step.decision.scale_m = __ldcg(&decision->scale_m);
     work.block_step.decision.scale_v = __ldcg(&decision->scale_v);
+    if (ELEMENTS) work.block_step.decision.ahead = __ldcg(&decision->ahead);
     work.block_step.decision.average = __ldcg(&decision->average);
     work.block_step.decision.moves = __ldcg(&decision->moves);
     work.reset_master = __ldcg(&((const SrklStatistics *)table.statistics)[work.b].reset_master);

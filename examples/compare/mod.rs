@@ -110,7 +110,7 @@ struct Run {
 }
 
 enum AnyOptimizer {
-    Srkl(Srkl),
+    Srkl(Box<Srkl>),
     AdamW(AdamW),
 }
 
@@ -204,7 +204,7 @@ fn train<T: Task>(
 impl Candidate {
     fn optimizer(&self, varmap: &VarMap) -> Result<AnyOptimizer> {
         if let Some(preset) = &self.preset {
-            return Ok(AnyOptimizer::Srkl(Srkl::from_varmap(varmap, preset.clone())?));
+            return Ok(AnyOptimizer::Srkl(Box::new(Srkl::from_varmap(varmap, preset.clone())?)));
         }
         // No decay, as the presets have none.
         let params = ParamsAdamW { lr: self.lr, weight_decay: 0., ..ParamsAdamW::default() };

@@ -387,6 +387,7 @@ pub struct SrklDecision {
     pub phi: f64,
     pub scale_m: f64,
     pub scale_v: f64,
+    pub ahead: f64,
     pub average: f64,
     pub powers: SrklPowers,
     pub moves: ::std::os::raw::c_ulonglong,
@@ -394,7 +395,7 @@ pub struct SrklDecision {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 88usize];
+    ["Size of SrklDecision"][::std::mem::size_of::<SrklDecision>() - 96usize];
     ["Alignment of SrklDecision"][::std::mem::align_of::<SrklDecision>() - 8usize];
     ["Offset of field: SrklDecision::grad_factor"]
         [::std::mem::offset_of!(SrklDecision, grad_factor) - 0usize];
@@ -405,12 +406,13 @@ const _: () = {
         [::std::mem::offset_of!(SrklDecision, scale_m) - 24usize];
     ["Offset of field: SrklDecision::scale_v"]
         [::std::mem::offset_of!(SrklDecision, scale_v) - 32usize];
+    ["Offset of field: SrklDecision::ahead"][::std::mem::offset_of!(SrklDecision, ahead) - 40usize];
     ["Offset of field: SrklDecision::average"]
-        [::std::mem::offset_of!(SrklDecision, average) - 40usize];
+        [::std::mem::offset_of!(SrklDecision, average) - 48usize];
     ["Offset of field: SrklDecision::powers"]
-        [::std::mem::offset_of!(SrklDecision, powers) - 48usize];
-    ["Offset of field: SrklDecision::moves"][::std::mem::offset_of!(SrklDecision, moves) - 72usize];
-    ["Offset of field: SrklDecision::small"][::std::mem::offset_of!(SrklDecision, small) - 80usize];
+        [::std::mem::offset_of!(SrklDecision, powers) - 56usize];
+    ["Offset of field: SrklDecision::moves"][::std::mem::offset_of!(SrklDecision, moves) - 80usize];
+    ["Offset of field: SrklDecision::small"][::std::mem::offset_of!(SrklDecision, small) - 88usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq)]

@@ -506,6 +506,7 @@ pub(crate) fn decision(
         phi,
         scale_m: corrections.scale_m,
         scale_v: corrections.scale_v,
+        ahead: corrections.ahead,
         average: corrections.average,
         powers: abi::SrklPowers::default(),
         moves: 1,
