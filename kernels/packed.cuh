@@ -304,7 +304,8 @@ __device__ inline void update_units(const PackedPart<P> &part, const SrklGradien
                 for (int e = 0; e < EIGHT; e++) {
                     const float g = d[e], old = m[e];
                     m[e] = k.moments.first_moment(old, g);
-                    d[e] = direction == SRKL_NESTEROV ? k.moments.look_ahead(m[e], g) : m[e];
+                    // The same bits as by `look_ahead`, whose numbers srkl_step_packed does not load.
+                    d[e] = direction == SRKL_NESTEROV ? k.moments.first_moment(m[e], g) : m[e];
                     if (MEASURES && direction == SRKL_LION) d[e] = k.moments.look_ahead(old, g);
                     const float along = d[e];
                     if (MEASURES && direction == SRKL_LION) d[e] = sign(d[e]);

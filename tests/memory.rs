@@ -110,7 +110,9 @@ fn state_takes_what_the_docs_say() -> Result<()> {
         let before = ALLOCATOR.current_usage();
         let opt = Srkl::new(vec![var], params.clone())?;
         let kept = (ALLOCATOR.current_usage() - before) as f64 / n as f64;
-        assert!((bytes..bytes * 1.001).contains(&kept), "{kept} not {bytes}: {dtype:?} {params:?}");
+        // And some KB, whatever the number of parameters.
+        let fixed = 8192. / n as f64;
+        assert!((bytes..bytes + fixed).contains(&kept), "{kept} not {bytes}: {dtype:?} {params:?}");
         drop(opt);
     }
     Ok(())

@@ -69,7 +69,7 @@ pub struct Training {
 }
 
 pub enum AnyOptimizer {
-    Srkl(Srkl),
+    Srkl(Box<Srkl>),
     AdamW(AdamW),
     Sgd(SGD),
 }
@@ -92,12 +92,12 @@ impl Training {
         let optimizer = match rule {
             Rule::BrakedAdam => {
                 let params = ParamsSrkl { lr, ..ParamsSrkl::braked_adam() };
-                AnyOptimizer::Srkl(Srkl::from_varmap(&model.varmap, params)?)
+                AnyOptimizer::Srkl(Box::new(Srkl::from_varmap(&model.varmap, params)?))
             }
             Rule::Reference => {
                 let beta = Beta::Fixed(beta);
                 let params = ParamsSrkl { lr, beta, ..ParamsSrkl::reference() };
-                AnyOptimizer::Srkl(Srkl::from_varmap(&model.varmap, params)?)
+                AnyOptimizer::Srkl(Box::new(Srkl::from_varmap(&model.varmap, params)?))
             }
             Rule::Adamw => {
                 // No decay, as the others have none.

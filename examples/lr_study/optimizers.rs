@@ -197,7 +197,7 @@ enum Method {
     AdamW(AdamW),
     Prodigy(Prodigy),
     ScheduleFree(ScheduleFreeAdamW),
-    Srkl(Srkl),
+    Srkl(Box<Srkl>),
 }
 
 impl AnyOptimizer {
@@ -216,7 +216,7 @@ impl AnyOptimizer {
                 let mut params = ParamsSrkl { lr, ..preset };
                 variant.apply(&mut params);
                 params.measure.seed = seed;
-                Method::Srkl(Srkl::from_varmap(varmap, params)?)
+                Method::Srkl(Box::new(Srkl::from_varmap(varmap, params)?))
             }
             (Rule::Sgd, None) => Method::Sgd(SGD::new(vars.clone(), lr)?),
             (Rule::Prodigy | Rule::ProdigyCosine, None) => {
