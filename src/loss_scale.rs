@@ -24,7 +24,7 @@ use crate::params::{Above, NonFinite, ParamsSrkl, check, check_grad_scale};
 pub struct GradScaler {
     /// The first scale. Finite and above 0, in f32; default 65,536.
     pub init_scale: f64,
-    /// Finite and above 1; default 2. A power of two changes no bits ([`Srkl::set_grad_scale`]).
+    /// Finite and above 1; default 2. A power of two changes no bits ([`Srkl::set_grad_scale`](crate::Srkl::set_grad_scale)).
     pub growth_factor: f64,
     /// Above 0 and below 1; default 0.5.
     pub backoff_factor: f64,
