@@ -487,7 +487,14 @@ impl Loaded {
         check_grad_scale(grad_scale)?;
         let key = "grad_scaler";
         let scaler = match metadata.contains_key(key) {
-            true => Some(ScalerState::from_numbers(numbers(metadata, key)?)),
+            true => {
+                let saved: [u64; 6] = numbers(metadata, key)?;
+                let [.., overflowed, repeats] = saved;
+                if saved.iter().any(|count| *count >= MOST_COUNTED) || overflowed.max(repeats) > 1 {
+                    bail!("`{key}`: expected four counts and two flags, got {saved:?}")
+                }
+                Some(ScalerState::from_numbers(saved))
+            }
             false => None,
         };
 
@@ -688,8 +695,8 @@ pub(crate) fn load_block(
         state.iter_mut().for_each(|saved| saved.cut(own.clone()));
     }
     let place = saved_place(metadata, name)?;
-    let frozen: Option<u8> = optional(metadata, &format!("frozen.{name}"))?;
-    let frozen = frozen.map(|frozen| frozen != 0);
+    let key = format!("frozen.{name}");
+    let frozen = metadata.contains_key(&key).then(|| flag(metadata, &key)).transpose()?;
     Ok(LoadedBlock { place, skipped, trained, frozen, powers, estimate, state })
 }
 

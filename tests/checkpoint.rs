@@ -316,7 +316,7 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
         let reason = format!("`{counter}`: expected a number below 2^62");
         check(&[(counter, Some("18446744073709551615"))], good, &reason);
     }
-    for flag in ["requested", "blind", "measured", "trained.layer.bias"] {
+    for flag in ["requested", "blind", "measured", "trained.layer.bias", "frozen.layer.bias"] {
         check(&[(flag, Some("2"))], good, &format!("`{flag}`: expected 0 or 1"));
     }
     check(&[("seed", Some("-1"))], good, "`seed` is not a number");
