@@ -679,6 +679,10 @@ pub(crate) fn load_block(
                 }
             };
             check_counts(&key, &first[9..])?;
+            let [.., infinite, _, _, _, _, _, _, _] = first;
+            if infinite > 1. {
+                bail!("`{key}`: expected 0 or 1 for whether it is infinite, got {infinite}")
+            }
             (key, Estimate::from_numbers(first, reach))
         }
     };

@@ -329,6 +329,8 @@ fn foreign_newer_and_mismatched_files() -> Result<()> {
         // Counts.
         NO_ESTIMATE.replacen("inf 0.0 0 0", "inf 0.0 0 0.5", 1),
         NO_ESTIMATE.replacen("inf 0.0 0 0", "inf 0.0 0 1e19", 1),
+        // A flag.
+        NO_ESTIMATE.replacen("inf 0.0 0 0", "inf 0.0 0 2", 1),
         // A measurement in the average, whose weight is none.
         NO_ESTIMATE.replacen("inf 0.0 0", "inf 0.0 1", 1),
     ] {
