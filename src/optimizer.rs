@@ -189,7 +189,7 @@ impl Srkl {
         let measures = self.measuring() && !self.probes();
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         #[cfg(feature = "tracing")]
-        let skipped = self.engine.counters_at_hand().map(|counters| counters.skipped_steps);
+        let skipped = self.skipped_at_hand();
         let outcome = self.engine.step(&mut self.all, step);
         if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = count;
@@ -255,7 +255,7 @@ impl Srkl {
         let blocks = self.all.blocks.iter();
         let given: HashSet<TensorId> = blocks.filter(with_gradient).map(|b| b.id).collect();
         #[cfg(feature = "tracing")]
-        let skipped = self.engine.counters_at_hand().map(|counters| counters.skipped_steps);
+        let skipped = self.skipped_at_hand();
         let outcome = self.engine.step_consuming(&mut self.all, grads, scalars, self.records);
         if self.after_sum(outcome, scalars)? == Outcome::Counted {
             self.step_count = 1;

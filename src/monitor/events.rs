@@ -49,10 +49,15 @@ impl Metrics {
 }
 
 impl Srkl {
+    /// How many steps were skipped, if the host knows.
+    pub(crate) fn skipped_at_hand(&self) -> Option<u64> {
+        self.engine.counters_at_hand().map(|counters| counters.skipped_steps)
+    }
+
     /// A step was counted; before it, the host knew of so many that were skipped.
     pub(crate) fn emit_step(&self, skipped_before: Option<u64>) {
         let step = self.measure_state.step_calls;
-        let skipped = self.engine.counters_at_hand().map(|counters| counters.skipped_steps);
+        let skipped = self.skipped_at_hand();
         if skipped > skipped_before {
             warn!(target: TARGET, step, skipped_steps = skipped, "step skipped: a gradient is not finite");
         } else {

@@ -7,24 +7,13 @@ and lion, and AdamW with the cautious mask of Liang and others (2024) written ou
 """
 
 import json
-import math
 
 import jax
 import numpy
 import optax
 import torch
 
-STEPS = 8
-SHAPES = {"a": 5, "b": 3}
-
-
-def numbers(n, salt):
-    return [math.sin(1.7 * i + 0.9 * salt) for i in range(n)]
-
-
-def start(name):
-    """Eighths, which every dtype holds."""
-    return [round(8 * x) / 8 for x in numbers(SHAPES[name], ord(name))]
+from plain_numbers import SHAPES, STEPS, numbers, start
 
 
 def gradient(name, step):

@@ -7,21 +7,10 @@ gradients are given, 8 steps each. The second parameter has no gradient on the t
 """
 
 import json
-import math
 
 import torch
 
-STEPS = 8
-SHAPES = {"a": 5, "b": 3}
-
-
-def numbers(n, salt):
-    return [math.sin(1.7 * i + 0.9 * salt) for i in range(n)]
-
-
-def start(name):
-    """Eighths, which every dtype holds."""
-    return [round(8 * x) / 8 for x in numbers(SHAPES[name], ord(name))]
+from plain_numbers import SHAPES, STEPS, numbers, start
 
 
 def gradient(name, step):

@@ -217,7 +217,6 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
             }
             let g = followed.gradient.row(start + at, w.len(), row);
-            let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
             let plain = element.is_none() && !sums_up && !moments.cautious;
             // The direction; and the momentum that it is made of, for the sums.
             let (direction, m): (&[P::Compute], &[P::Compute]) = match (moments.direction, m, v) {
@@ -245,13 +244,15 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     (&[], &[])
                 }
                 (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
-                    for ((d, m), g) in ahead.iter_mut().zip(m).zip(g) {
+                    let d = &mut P::Compute::buffer(d)[..w.len()];
+                    for ((d, m), g) in d.iter_mut().zip(m).zip(g) {
                         *m = moments.first_moment(*m, *g);
                         *d = moments.look_ahead(*m, *g);
                     }
-                    (&*ahead, &[])
+                    (d, &[])
                 }
                 (Direction::Lion { .. }, Some(m), _) => {
+                    let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
                     let d = &mut P::Compute::buffer(d)[..w.len()];
                     for (((d, ahead), m), g) in d.iter_mut().zip(&mut *ahead).zip(m).zip(g) {
                         *ahead = moments.look_ahead(*m, *g);
@@ -261,6 +262,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     (d, ahead)
                 }
                 (Direction::NesterovAdam { .. }, Some(m), Some(v)) => {
+                    let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
                     let d = &mut P::Compute::buffer(d)[..w.len()];
                     for ((((d, ahead), m), v), g) in
                         d.iter_mut().zip(&mut *ahead).zip(m).zip(v).zip(g)
