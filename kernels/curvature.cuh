@@ -267,9 +267,12 @@ __device__ inline void finish(const SrklTable &table, u32 what, double delta, La
         count,
         [&](u64 b) {
             SrklPair own = {0., 0.};
-            if (what == SRKL_SUM_AVERAGE)
-                own.a = __ldcg(&((const SrklEstimate *)table.estimates)[b].row_sum_sq);
-            else if (counts(table, what, b))
+            if (what == SRKL_SUM_AVERAGE) {
+                const u32 group = ((const SrklBlock *)table.blocks)[b].group;
+                const SrklGroup &params = ((const SrklGroup *)table.groups)[group];
+                if (params.curvature == SRKL_HUTCHINSON && params.lr != 0.)
+                    own.a = __ldcg(&((const SrklEstimate *)table.estimates)[b].row_sum_sq);
+            } else if (counts(table, what, b))
                 own = read_pair(&((const SrklPair *)table.pairs)[b]);
             return own;
         },

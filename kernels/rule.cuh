@@ -157,7 +157,7 @@ template <typename C> struct Moments {
         from_f64(p.eps, eps);
     }
 
-    // `m <- mu m + (1 - mu) grad_factor g`
+    // `m <- mu m + (1 - mu) grad_factor g`; of SRKL_SGD `m <- mu m + grad_factor g`
     __device__ C first_moment(C m, C g) const { return canonical(mul_add(g, gain1_factor, mul(decay1, m))); }
 
     // `mu m + grad_factor g`, or for Muon and SRKL_NESTEROV_ADAM `mu m + (1 - mu) grad_factor g`, with the

@@ -39,8 +39,10 @@ impl Srkl {
     /// A plain mean of losses or gradients of your own, given to [`step`](candle_nn::Optimizer::step), is right too; its bits
     /// depend on how the micro-batches are distributed over ranks.
     ///
-    /// The gradients are copied, so that their memory may be used again. A checkpoint has nothing of them, and
-    /// [`load`](Self::load) leaves them. A step in a capture of a CUDA stream is by one micro-batch.
+    /// The gradients are copied, so that their memory may be used again. A checkpoint has nothing of them;
+    /// [`load`](Self::load), [`load_state`](Self::load_state) and [`restore`](Self::restore) forget them, since they were computed at
+    /// other parameters. Meanwhile the [gradient scale](Self::set_grad_scale) stays, which their losses have been multiplied by. A step in
+    /// a capture of a CUDA stream is by one micro-batch.
     ///
     /// # Errors
     ///
@@ -107,10 +109,7 @@ impl Srkl {
     ///
     /// Those of [`step`](candle_nn::Optimizer::step), and nothing accumulated. What has been accumulated stays.
     pub fn step_accumulated(&mut self) -> Result<()> {
-        let (grads, count) = self.total_of("step_accumulated")?;
-        self.step_by(&grads, count)?;
-        self.clear_accumulated();
-        Ok(())
+        self.consume_accumulated("step_accumulated", Self::step_by)
     }
 
     /// [`Srkl::observe`] with the mean of what has been [accumulated](Self::accumulate): the same micro-batches as in the step.
@@ -119,10 +118,7 @@ impl Srkl {
     ///
     /// Those of [`Srkl::observe`], and another number of micro-batches than in the step. What has been accumulated stays.
     pub fn observe_accumulated(&mut self) -> Result<()> {
-        let (grads, count) = self.total_of("observe_accumulated")?;
-        self.observe_by(&grads, count)?;
-        self.clear_accumulated();
-        Ok(())
+        self.consume_accumulated("observe_accumulated", Self::observe_by)
     }
 
     /// [`Srkl::perturb`] by the mean of what has been [accumulated](Self::accumulate), which stays for the step. Accumulate the
@@ -166,7 +162,19 @@ impl Srkl {
         if count == 0 {
             return self.refuse(Error::msg(format!("`{call}`: nothing has been accumulated")));
         }
-        Ok((self.accumulated.total(&self.all.blocks)?, count))
+        Ok((self.accumulated.total()?, count))
+    }
+
+    /// Gives what has been accumulated to `take`; it stays if that fails.
+    fn consume_accumulated(
+        &mut self,
+        call: &str,
+        take: impl FnOnce(&mut Self, &GradStore, u64) -> Result<()>,
+    ) -> Result<()> {
+        let (grads, count) = self.total_of(call)?;
+        // Gone before the scale follows the step.
+        let accumulated = std::mem::take(&mut self.accumulated);
+        take(self, &grads, count).inspect_err(|_| self.accumulated = accumulated)
     }
 
     /// The sum of the gradients of `count` losses, and the losses.
@@ -186,6 +194,6 @@ impl Srkl {
             losses.push(loss);
             sum.push(leaf(&self.all.blocks, &grads, false)?)?;
         }
-        Ok((losses, sum.total(&self.all.blocks)?))
+        Ok((losses, sum.total()?))
     }
 }

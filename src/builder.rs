@@ -143,13 +143,14 @@ impl<'a> SrklBuilder<'a> {
     /// own. A step is by the mean of the gradients of all of them, and leaves the same parameters and state on all.
     ///
     /// All ranks make the same calls in the same order: [`build`](Self::build), where the parameters become those of rank 0;
-    /// `step`, `backward_step`, `backward_step_with`, `backward_step_over`, `step_accumulated`; `observe`,
-    /// `observe_accumulated`, `perturb`, `perturb_accumulated`; `mean_over_ranks`, `save` and `load`. What differs between them
+    /// `step`, `step_consuming`, `backward_step`, `backward_step_with`, `backward_step_over`, `step_accumulated`; `observe`,
+    /// `observe_accumulated`, `perturb`, `perturb_accumulated`; `mean_over_ranks`; `save`, `load`, `load_state`, `restore`,
+    /// `load_matching`, `load_state_matching`; `freeze` and `unfreeze`, also of groups. What differs between them
     /// (names, shapes, settings, learning rates, numbers of steps and micro-batches), and an error on any of them, is an error on
     /// all, which names the rank; nothing has changed then. A rank that leaves or panics makes the calls of the others fail.
     ///
     /// Other methods are each rank's own. Those that change settings or state must be called by all (setters,
-    /// `request_measurement`, `skip_measurement`, `sync_master`); those that only look (`telemetry`, `swap_averaged`, `master`)
+    /// `request_measurement`, `skip_measurement`, `sync_master`); those that only look (`telemetry`, `swap_averaged`, `master`, `state`, `state_of`)
     /// need not, unless state is [`sharded`](Self::sharded). A step of several ranks can be part of a capture of a CUDA stream with
     /// `Nccl` alone.
     ///
@@ -176,7 +177,7 @@ impl<'a> SrklBuilder<'a> {
     /// Shards are runs of whole chunks, of 8192 elements, of about equal bytes; a matrix that is orthogonalised
     /// ([`Direction::Muon`](crate::Direction::Muon)) is one rank's. The bits are those of one process, as without.
     ///
-    /// [`swap_averaged`](Srkl::swap_averaged), [`master`](Srkl::master) and, after [`record_norms`](Srkl::record_norms),
+    /// [`swap_averaged`](Srkl::swap_averaged), [`master`](Srkl::master), [`state`](Srkl::state), [`state_of`](Srkl::state_of) and, after [`record_norms`](Srkl::record_norms),
     /// [`telemetry`](Srkl::telemetry) are calls of all ranks then. Parameters and gradients stay whole on every rank.
     ///
     /// ```
@@ -379,6 +380,7 @@ impl<'a> SrklBuilder<'a> {
             all,
             by_position: false,
             schedule: 1.,
+            last_schedule: None,
             lr_schedule: None,
             grad_scale: 1.,
             scaling: None,

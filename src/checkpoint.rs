@@ -19,8 +19,9 @@
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
 //! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing, and reach (f64), which older files do not have |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
+//! | metadata | `known.NAME` | whether it lacks no estimate of its curvature, 0 or 1; older files do not tell |
 //! | metadata | `frozen.NAME` | whether it is frozen by itself, 0 or 1; older files do not tell |
-//! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter, bf16 for a packed average), the parameter's shape; STATE is one of `master`, `m`, `v`, `average`, `q` |
+//! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter, bf16 for a packed average), the parameter's shape; STATE is one of `master`, `m`, `v`, `v_max`, `average`, `q` |
 //! | tensor | `NAME.m.codes`, `NAME.v.codes` | of a compact moment in place of that: i8, u8, the parameter's shape |
 //! | tensor | `NAME.m.exponents`, `NAME.v.exponents` | and for each 256 elements the exponent, u8 |
 //! | tensor | `NAME.master.rest` | of a split master: i16, the parameter's shape |
@@ -170,6 +171,7 @@ impl Srkl {
             metadata.insert(format!("powers.{name}"), format!("{first:?} {second:?} {average:?}"));
             metadata.insert(format!("curvature.{name}"), estimate.to_text());
             metadata.insert(format!("trained.{name}"), (block.trained as u8).to_string());
+            metadata.insert(format!("known.{name}"), (block.known as u8).to_string());
             metadata
                 .insert(format!("frozen.{name}"), (self.all.is_frozen(block) as u8).to_string());
         }
@@ -271,7 +273,9 @@ impl Srkl {
             }
         }
         self.schedule = loaded.schedule;
+        self.last_schedule = None;
         self.lr_schedule = loaded.lr_schedule;
+        self.clear_accumulated();
         match (&mut self.scaling, loaded.scaler) {
             (Some(scaling), None) => {
                 scaling.state = ScalerState::after(loaded.steps, loaded.skipped_steps);
@@ -299,7 +303,8 @@ impl Srkl {
         self.all.blocks.extend(both.into_iter().map(|(_, block)| block));
         self.upload_settings()?;
         self.engine.set_progress(&mut self.all, progress)?;
-        self.recall_estimates()
+        self.note_unknown();
+        Ok(())
     }
 }
 
@@ -313,6 +318,7 @@ impl Srkl {
 
     /// What is loaded, checked.
     pub(crate) fn check_source(&self, source: &Source) -> Result<Loaded> {
+        self.engine.refuse_capture("loading state")?;
         let params = |block: &Block| self.all.of(block);
         let loaded = Loaded::new(source, &self.all.blocks, self.by_position, params)?;
         for group in &self.all.groups {
@@ -445,7 +451,8 @@ pub(crate) struct LoadedBlock {
     place: u64,
     pub skipped: u64,
     trained: bool,
-    /// Older files don't tell.
+    /// Older files don't tell these two.
+    known: Option<bool>,
     frozen: Option<bool>,
     pub powers: Powers,
     pub estimate: Estimate,
@@ -461,6 +468,7 @@ impl LoadedBlock {
         }
         masters::after_loading(block)?;
         block.trained = self.trained;
+        block.known = self.known.unwrap_or(self.estimate.is_known());
         Ok(())
     }
 }
@@ -628,7 +636,7 @@ fn same_state(source: &Source, [a, b]: [&str; 2]) -> bool {
             .map(|part| format!("{kind}{}", part.suffix))
             .all(|part| tensor(&part, a) == tensor(&part, b))
     };
-    ["skipped", "powers", "estimate", "curvature", "trained"]
+    ["skipped", "powers", "estimate", "curvature", "trained", "known", "frozen"]
         .iter()
         .all(|kind| entry(kind, a) == entry(kind, b))
         && STATE.into_iter().all(same)
@@ -699,9 +707,12 @@ pub(crate) fn load_block(
         state.iter_mut().for_each(|saved| saved.cut(own.clone()));
     }
     let place = saved_place(metadata, name)?;
-    let key = format!("frozen.{name}");
-    let frozen = metadata.contains_key(&key).then(|| flag(metadata, &key)).transpose()?;
-    Ok(LoadedBlock { place, skipped, trained, frozen, powers, estimate, state })
+    let newer = |kind: &str| {
+        let key = format!("{kind}.{name}");
+        metadata.contains_key(&key).then(|| flag(metadata, &key)).transpose()
+    };
+    let (known, frozen) = (newer("known")?, newer("frozen")?);
+    Ok(LoadedBlock { place, skipped, trained, known, frozen, powers, estimate, state })
 }
 
 /// The state of `block` that was saved as `name`, in the formats that the block has.
@@ -876,7 +887,7 @@ pub(crate) fn number<T: FromStr>(metadata: &HashMap<String, String>, key: &str) 
 }
 
 /// A counter, with room to count on.
-fn counter(metadata: &HashMap<String, String>, key: &str) -> Result<u64> {
+pub(crate) fn counter(metadata: &HashMap<String, String>, key: &str) -> Result<u64> {
     let count = number(metadata, key)?;
     if count >= MOST_COUNTED {
         bail!("`{key}`: expected a number below 2^62, got {count}")

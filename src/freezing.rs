@@ -5,14 +5,14 @@ use candle_core::{Result, bail};
 use crate::block::Block;
 use crate::optimizer::Srkl;
 use crate::ranks::claim;
-use crate::schedule::MeasureSchedule;
 
 impl Srkl {
     /// Freezes the parameters for which `which` is true of any of their names, from the next step on: they do not move, decay or
     /// count in sums over all parameters, and their gradients are not looked at. Their state stays, and takes its memory, for
     /// [`unfreeze`](Self::unfreeze). (To be rid of it: [`remove_parameters`](Self::remove_parameters).)
     ///
-    /// It is as in a group of `lr` 0, which needs no call. Checkpoints have it. Estimates of curvature stay, but for those of
+    /// A group of [`lr`](crate::ParamsSrkl::lr) 0 is frozen too, without a call. A checkpoint has what is frozen, and
+    /// [`load`](Self::load) takes it from there. Estimates of curvature stay, but for those of
     /// [`Scope::Global`](crate::Scope::Global), which are one of all.
     ///
     /// Candle computes gradients of frozen parameters all the same, unless the model detaches them.
@@ -43,8 +43,8 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// `which` is true for none of the parameters, a step that waits for its measurement, or a capture of a CUDA stream. Nothing
-    /// has changed then.
+    /// `which` is true for none of the parameters; a step that waits for its measurement; a learning rate that `step` would refuse; a
+    /// capture of a CUDA stream. Nothing has changed then.
     pub fn freeze(&mut self, which: impl Fn(&str) -> bool) -> Result<()> {
         let chosen = self.named_by("freeze", which);
         self.set_frozen("freeze", chosen, true)
@@ -62,7 +62,8 @@ impl Srkl {
         self.set_frozen("unfreeze", chosen, false)
     }
 
-    /// [`freeze`](Self::freeze) for the parameters of a group.
+    /// [`freeze`](Self::freeze) for the parameters that a group has now. (Those that are [added](Self::add_parameters) later are
+    /// not frozen.)
     ///
     /// # Errors
     ///
@@ -119,13 +120,21 @@ impl Srkl {
     }
 
     fn set_frozen(&mut self, call: &str, chosen: Result<Vec<bool>>, frozen: bool) -> Result<()> {
-        let ready = chosen.and_then(|chosen| self.refuse_pending().map(|()| chosen));
+        let ready = chosen.and_then(|chosen| {
+            self.scalars()?;
+            self.refuse_pending()?;
+            self.engine.refuse_capture(&format!("`{call}`"))?;
+            Ok(chosen)
+        });
         let claims = |chosen: &Vec<bool>, blocks: &[Block]| {
             let names = blocks.iter().zip(chosen).filter(|(_, chosen)| **chosen);
             let names: Vec<&str> = names.map(|(block, _)| block.name.as_str()).collect();
             Ok(vec![claim("the parameters", names.join(", "))])
         };
         let chosen = self.agree_on(call, ready, claims)?;
+        let changed =
+            |(block, chosen): (&Block, &bool)| *chosen && self.all.is_frozen(block) != frozen;
+        let changed: Vec<bool> = self.all.blocks.iter().zip(&chosen).map(changed).collect();
         // While frozen, a parameter without a direction passes for one that there is nothing to measure of.
         let measured = self.measure_schedule.is_some() && !frozen;
         let estimates = if measured { self.done(self.engine.estimates())? } else { vec![] };
@@ -136,17 +145,7 @@ impl Srkl {
             self.all.blocks.iter_mut().zip(before).for_each(|(block, group)| block.group = group);
         });
         self.done(sent)?;
-        let blocks = self.all.blocks.iter_mut().zip(estimates).zip(&chosen);
-        for ((block, estimate), _) in blocks.filter(|(_, chosen)| **chosen) {
-            block.known = estimate.is_known();
-        }
-        let all = &self.all;
-        let unknown = |block: &Block| {
-            let measured = MeasureSchedule::of(all.of(block)).is_some();
-            measured && !block.known && block.whole > 0
-        };
-        let mut thawed = all.blocks.iter().zip(&chosen).filter(|(_, chosen)| !frozen && **chosen);
-        self.measure_state.blind |= thawed.any(|(block, _)| unknown(block));
+        self.note_stepped(&changed, estimates);
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use crate::estimate::Estimate;
 use crate::matrices::hidden_matrices;
 use crate::optimizer::Srkl;
 use crate::rule::Powers;
+use crate::schedule::MeasureSchedule;
 
 impl Srkl {
     /// Adds parameters to a group that the optimizer was built with, behind all others: layers that a model grows, or an
@@ -94,7 +95,8 @@ impl Srkl {
             self.sort_storages();
             return Err(e);
         }
-        self.measure_state.blind |= self.measure_schedule.is_some();
+        let added = &self.all.groups[whole].params;
+        self.measure_state.blind |= MeasureSchedule::of(added).is_some() && added.lr > 0.;
         Ok(())
     }
 

@@ -49,7 +49,7 @@
 //! | `cuda` | steps on CUDA devices; needs nvcc to build and a driver to run |
 //! | `nccl` | ranks whose CUDA devices talk by NCCL: `Nccl`; needs its library to build and run |
 //! | `mpi` | ranks that are processes started by `mpirun`: `Mpi`; needs an MPI library and libclang to build |
-//! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`] and [`LrSchedule`] |
+//! | `serde` | `Serialize` and `Deserialize` for [`ParamsSrkl`], [`LrSchedule`] and [`GradScaler`] |
 //! | `tracing` | events of steps and measurements by the crate `tracing`: see [`monitor`] |
 //!
 //! The interface has types of `candle-core` and `candle-nn` 0.11: with another version of these comes another of this crate.
@@ -127,17 +127,24 @@ pub use params::{
 pub use snapshot::{Snapshot, SrklState};
 pub use telemetry::BlockTelemetry;
 
-/// The code of the README compiles and runs.
+/// The code of the README and of the pages compiles and runs.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
 
-/// And that of the page about ranks.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/ranks.md")]
-struct Ranks;
+    #[doc = include_str!("../docs/memory.md")]
+    struct Memory;
 
-/// And that of the page for those who know PyTorch.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/pytorch.md")]
-struct PyTorch;
+    #[doc = include_str!("../docs/monitoring.md")]
+    struct Monitoring;
+
+    #[doc = include_str!("../docs/pytorch.md")]
+    struct PyTorch;
+
+    #[doc = include_str!("../docs/ranks.md")]
+    struct Ranks;
+
+    #[doc = include_str!("../docs/standing-still.md")]
+    struct StandingStill;
+}

@@ -93,6 +93,8 @@ impl GradScaler {
 pub(crate) struct Scaling {
     pub scaler: GradScaler,
     pub state: ScalerState,
+    /// How many steps had been skipped before the one whose measurement is under way.
+    pub skipped_before: u64,
 }
 
 /// What a checkpoint saves of a scaler, besides the scale.
@@ -131,7 +133,7 @@ impl ScalerState {
 impl Scaling {
     /// The scale after the steps that `counters` have seen.
     pub fn follow(&mut self, scale: f64, counters: Counters) -> f64 {
-        let Self { scaler, state } = self;
+        let Self { scaler, state, .. } = self;
         let Counters { steps, skipped_steps, .. } = counters;
         let taken = steps.saturating_sub(state.steps);
         let failed = state.overflowed || skipped_steps > state.skipped;

@@ -43,7 +43,7 @@ const MAX_DEPTH: usize = 64;
 /// | `MultiStepLR(milestones=[a, b], gamma=g)` | `constant().then(a, constant().scaled(g)).then(b, constant().scaled(g * g))` |
 /// | `OneCycleLR(max_lr, total_steps=n, pct_start=p)` | `one_cycle(p n - 1, n - p n, 1. / 25., 4e-6)` with `lr` as `max_lr` |
 /// | `SequentialLR([a, b, c], milestones=[m, n])` | `a.then(m, b).then(n, c)` |
-/// | `ChainedScheduler([a, b])` | `a.times(b)` |
+/// | `ChainedScheduler([a, b])` | `a.times(b)`, of those that multiply the rate: not of `OneCycleLR`, nor a cosine whose `eta_min` is not 0 |
 /// | the warm-up of `transformers`' `get_cosine_schedule_with_warmup`, whose first step is 0 | `Linear { from: 0., to: 1., steps: n }` |
 ///
 /// Plain data: compare it, clone it, keep it in a file (feature `serde`). Write schedules by the functions below; ranges are

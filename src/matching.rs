@@ -7,7 +7,7 @@ use candle_core::{Result, bail};
 
 use crate::block::Block;
 use crate::checkpoint::{
-    LoadedBlock, Source, description, hash, load_block, number, optional, same_parameters,
+    LoadedBlock, Source, counter, description, hash, load_block, optional, same_parameters,
     version_of, with_file,
 };
 use crate::engine::Progress;
@@ -92,6 +92,7 @@ impl Srkl {
     fn matching(&self, source: &Source) -> Result<(Found, LoadReport)> {
         let metadata = source.metadata;
         self.refuse_pending()?;
+        self.engine.refuse_capture("loading state")?;
         let version = version_of(metadata)?;
         let places = optional::<u8>(metadata, "by_position")?.unwrap_or(0) != 0;
         if self.by_position || places {
@@ -101,7 +102,7 @@ impl Srkl {
             )
         }
         // Measurements keep their age.
-        let then = number::<u64>(metadata, "steps")? + number::<u64>(metadata, "skipped_steps")?;
+        let then = counter(metadata, "steps")? + counter(metadata, "skipped_steps")?;
         let now = self.steps()? + self.skipped_steps()?;
         let (mut all, mut report) = (vec![], LoadReport::default());
         for block in &self.all.blocks {
@@ -155,7 +156,7 @@ impl Srkl {
             }
         }
         self.engine.set_progress(&mut self.all, progress)?;
-        self.recall_estimates()?;
+        self.note_unknown();
         Ok(report)
     }
 

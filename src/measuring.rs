@@ -10,7 +10,7 @@ use candle_core::{DType, Error, Result, Tensor, bail};
 use crate::backend::Step;
 use crate::block::Block;
 use crate::engine::{Perturbation, Remaining};
-use crate::estimate::{Left, Measurements};
+use crate::estimate::{Estimate, Left, Measurements};
 use crate::micro_batches::{Accumulated, leaf};
 use crate::numerics::random_bits;
 use crate::optimizer::{Reduced, Srkl};
@@ -326,7 +326,19 @@ impl Srkl {
         };
         let MeasureState { step_calls, asked, requested, blind, measured, .. } = self.measure_state;
         let can = probe.is_some() || self.schedule != 0.;
-        !measured && can && (requested || blind || asked < first || step_calls % every == 0)
+        !measured
+            && can
+            && (requested || blind || asked < first || step_calls % every == 0)
+            && self.measures_any()
+    }
+
+    /// Whether any parameter that is stepped is of a group that measures.
+    fn measures_any(&self) -> bool {
+        let measured = |block: &Block| {
+            let params = self.all.of(block);
+            params.lr > 0. && block.whole > 0 && MeasureSchedule::of(params).is_some()
+        };
+        self.all.blocks.iter().any(measured)
     }
 
     /// When curvature is measured; `None` if no group measures it.
@@ -384,10 +396,13 @@ impl Srkl {
 
     /// Gives up the measurement that the last step waits for or, if it waits for none, the one that is due with the
     /// next step. Steps go on with the estimate there is. Without one, a step that does not measure has a `phi` of 0,
-    /// and the next step is due a measurement again.
+    /// and the next step is due a measurement again. Second gradients that have been [accumulated](Self::accumulate) are forgotten.
     pub fn skip_measurement(&mut self) {
         match std::mem::take(&mut self.measure_state.awaiting_observe) {
-            true => self.give_up(),
+            true => {
+                self.clear_accumulated();
+                self.give_up();
+            }
             false => self.measure_state.measured |= self.measuring(),
         }
     }
@@ -407,7 +422,7 @@ impl Srkl {
     pub(crate) fn observe_by(&mut self, grads_again: &GradStore, count: u64) -> Result<()> {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
-        if self.blames_scale(&again)? {
+        if self.blames_scale(&again, None)? {
             self.measure_state.requested = true;
             self.engine.release(&mut self.all);
         } else {
@@ -636,17 +651,23 @@ impl Srkl {
         self.measure_state.blind = !any || lost;
     }
 
-    /// The same after estimates were loaded, or settings of curvature have changed.
-    pub(crate) fn recall_estimates(&mut self) -> Result<()> {
-        if self.measure_schedule.is_none() {
-            return Ok(());
-        }
-        let estimates = self.engine.estimates()?;
-        for (block, estimate) in self.all.blocks.iter_mut().zip(estimates) {
+    /// The same after estimates were loaded.
+    pub(crate) fn note_unknown(&mut self) {
+        let measures = self.measure_schedule.is_some();
+        self.measure_state.blind |= measures && !self.all.blocks.iter().any(|block| block.known);
+    }
+
+    /// The same for the parameters of these places, which are `stepped` from now on, of which there are these `estimates`.
+    pub(crate) fn note_stepped(&mut self, stepped: &[bool], estimates: Vec<Estimate>) {
+        let all = &mut self.all;
+        for ((block, estimate), _) in
+            all.blocks.iter_mut().zip(estimates).zip(stepped).filter(|(_, stepped)| **stepped)
+        {
             block.known = estimate.is_known();
+            let params = &all.groups[block.group].params;
+            let measured = MeasureSchedule::of(params).is_some() && params.lr > 0.;
+            self.measure_state.blind |= measured && !block.known && block.whole > 0;
         }
-        self.measure_state.blind |= !self.all.blocks.iter().any(|block| block.known);
-        Ok(())
     }
 }
 
@@ -694,7 +715,7 @@ impl Perturbed<'_> {
     ///
     /// Another number of micro-batches. The parameters are restored, and the estimate is as it was.
     pub fn observe_accumulated(self) -> Result<()> {
-        let again = self.again.total(&self.opt.all.blocks)?;
+        let again = self.again.total()?;
         let count = self.again.count;
         self.observe_by(&again, count)
     }
@@ -709,7 +730,7 @@ impl Perturbed<'_> {
         });
         let again = Reduced::Own(grads_again);
         let (again, scalars) = self.opt.reduced("observe", again, count, local)?;
-        if self.opt.blames_scale(&again)? {
+        if self.opt.blames_scale(&again, Some(&self.grads))? {
             let Srkl { engine, all, .. } = &mut *self.opt;
             engine.release(all);
         } else {

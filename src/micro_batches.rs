@@ -1,7 +1,9 @@
 //! Sums of gradients over micro-batches, by a tree whose shape depends on their number alone.
 
+use std::collections::HashMap;
+
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, TensorId};
 
 use crate::block::Block;
 
@@ -26,18 +28,21 @@ impl Reduction {
     }
 }
 
+/// Gradients of a micro-batch, or sums of some, by parameter.
+pub(crate) type Gradients = HashMap<TensorId, Tensor>;
+
 /// Sums of gradients so far: complete trees over micro-batches, each of fewer than the one before it, as the digits of a binary
 /// number.
 #[derive(Debug, Default)]
 pub(crate) struct Accumulated {
     pub count: u64,
-    /// The height of each tree, and its sums in the order of blocks.
-    trees: Vec<(u32, Vec<Option<Tensor>>)>,
+    /// The height of each tree, and its sums.
+    trees: Vec<(u32, Gradients)>,
 }
 
 impl Accumulated {
     /// Nothing has changed if an addition fails, for want of memory.
-    pub fn push(&mut self, gradients: Vec<Option<Tensor>>) -> Result<()> {
+    pub fn push(&mut self, gradients: Gradients) -> Result<()> {
         let (mut height, mut sums) = (0, gradients);
         let mut joined = 0;
         for (other, before) in self.trees.iter().rev() {
@@ -53,43 +58,40 @@ impl Accumulated {
         Ok(())
     }
 
-    pub fn total(&self, blocks: &[Block]) -> Result<GradStore> {
-        let mut total: Option<Vec<Option<Tensor>>> = None;
+    pub fn total(&self) -> Result<GradStore> {
+        let mut total = Gradients::new();
         for (_, sums) in self.trees.iter().rev() {
-            total = Some(match total {
-                Some(total) => add_all(sums, total)?,
-                None => sums.clone(),
-            });
+            total = add_all(sums, total)?;
         }
         let mut grads = GradStore::default();
-        for (block, sum) in blocks.iter().zip(total.unwrap_or_default()) {
-            if let Some(sum) = sum {
-                grads.insert_id(block.id, sum);
-            }
-        }
+        total.into_iter().for_each(|(id, sum)| _ = grads.insert_id(id, sum));
         Ok(grads)
     }
 }
 
-fn add_all(a: &[Option<Tensor>], b: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
-    a.iter().zip(b).map(|(a, b)| add_present(a.clone(), b, add)).collect()
+/// What is in one alone is taken along: it is no 0, which would turn -0 into +0.
+fn add_all(a: &Gradients, mut b: Gradients) -> Result<Gradients> {
+    for (id, a) in a {
+        let sum = match b.remove(id) {
+            Some(b) => add(a.clone(), b)?,
+            None => a.clone(),
+        };
+        b.insert(*id, sum);
+    }
+    Ok(b)
 }
 
 /// The gradients of a micro-batch, as they are added up. They are copied if their memory may be `reused`.
-pub(crate) fn leaf(
-    blocks: &[Block],
-    grads: &GradStore,
-    reused: bool,
-) -> Result<Vec<Option<Tensor>>> {
-    let gradient = |block: &Block| {
-        let Some(gradient) = grads.get_id(block.id) else { return Ok(None) };
+pub(crate) fn leaf(blocks: &[Block], grads: &GradStore, reused: bool) -> Result<Gradients> {
+    let given = blocks.iter().filter_map(|block| Some((block, grads.get_id(block.id)?)));
+    let gradient = |(block, gradient): (&Block, &Tensor)| {
         block.check_gradient(gradient)?;
         let sum = sum_dtype(block.dtype, gradient.dtype());
         let same = reused && sum == gradient.dtype();
         let gradient = if same { gradient.copy()? } else { gradient.to_dtype(sum)? };
-        Ok(Some(gradient.detach()))
+        Ok((block.id, gradient.detach()))
     };
-    blocks.iter().map(gradient).collect()
+    given.map(gradient).collect()
 }
 
 /// The dtype in which gradients of a parameter are added up.

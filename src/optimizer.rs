@@ -57,6 +57,8 @@ pub struct Srkl {
     pub(crate) by_position: bool,
     /// The multiplier of the next step.
     pub(crate) schedule: f64,
+    /// That of the last step, if only a schedule has changed it since then.
+    pub(crate) last_schedule: Option<f64>,
     /// What sets it, if not the user.
     pub(crate) lr_schedule: Option<Scheduled>,
     pub(crate) grad_scale: f64,
@@ -173,6 +175,7 @@ impl Optimizer for Srkl {
     fn set_learning_rate(&mut self, lr: f64) {
         if let Some(base) = self.base_lr() {
             self.schedule = lr / base;
+            self.last_schedule = None;
             self.lr_schedule = None;
         }
         // What fails here fails again, and is reported, in the next step.
@@ -187,6 +190,7 @@ impl Srkl {
         let (grads, scalars) = self.reduced("step", Reduced::Own(grads), count, local)?;
         let grads = &grads;
         let measures = self.measuring() && !self.probes();
+        self.note_skipped(measures)?;
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         #[cfg(feature = "tracing")]
         let skipped = self.skipped_at_hand();
@@ -297,11 +301,19 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// A scale that is not finite and above 0, or whose reciprocal is not finite; or a step that waits for its
-    /// measurement, which needs the old scale. The old scale stays.
+    /// A scale that is not finite and above 0, or whose reciprocal is not finite in f32; a step that waits for its measurement, or
+    /// micro-batches that have been [accumulated](Self::accumulate), which need the old scale. The old scale stays.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<()> {
         check_grad_scale(grad_scale)?;
         self.refuse_pending()?;
+        if self.accumulated.count > 0 && grad_scale != self.grad_scale {
+            bail!(
+                "`grad_scale`: the losses of {} accumulated micro-batches have been multiplied by {}; call \
+                 `step_accumulated` or `clear_accumulated` first",
+                self.accumulated.count,
+                self.grad_scale
+            )
+        }
         let old = std::mem::replace(&mut self.grad_scale, grad_scale);
         self.upload_settings().inspect_err(|_| self.grad_scale = old)
     }
@@ -390,6 +402,7 @@ impl Srkl {
         let multiplier = scheduled.as_ref().map_or(1., Scheduled::multiplier);
         let old = std::mem::replace(&mut self.schedule, multiplier);
         self.upload_settings().inspect_err(|_| self.schedule = old)?;
+        self.last_schedule = None;
         self.lr_schedule = scheduled;
         Ok(())
     }
@@ -404,6 +417,7 @@ impl Srkl {
 
     /// Goes on to the multiplier of the next step.
     fn advance_schedule(&mut self) {
+        self.last_schedule = Some(self.schedule);
         let Some(scheduled) = &mut self.lr_schedule else { return };
         scheduled.step = scheduled.step.saturating_add(1);
         self.schedule = scheduled.multiplier();
@@ -454,6 +468,7 @@ impl Srkl {
     /// - no group of that name, or settings out of range;
     /// - a step that waits for its measurement;
     /// - groups that measure curvature in different ways;
+    /// - an `lr` that is not finite times a [schedule](Srkl::set_schedule)'s multiplier, at any step;
     /// - another [`nonfinite`](ParamsSrkl::nonfinite) than `SkipStep` beside a [`GradScaler`](crate::GradScaler);
     /// - settings that need other state than the group was built with: other `master_weights`, `rounding`, `state`
     ///   or `average_format`, another kind of direction, another `bf16` of [`Direction::Muon`](crate::Direction::Muon), an
@@ -462,6 +477,9 @@ impl Srkl {
         params.validate()?;
         if self.scaling.is_some() {
             refuse_unskipped(&params)?;
+        }
+        if let Some(scheduled) = &self.lr_schedule {
+            scheduled.schedule.check_lr(params.lr)?;
         }
         self.refuse_pending()?;
         let changed = |g: &Group| g.name == group;
@@ -473,15 +491,24 @@ impl Srkl {
         refuse_other_state(&group.name, &group.params, &params)?;
         let old = group.params.clone();
         let name = group.name.clone();
+        // What has not been measured so far is missed in the next step.
+        let starts = old.lr == 0. && params.lr > 0.;
+        let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
+        let stepped = |block: &Block| {
+            let thawed = starts && self.all.groups[block.group].name == name;
+            kind(self.measure_schedule) != kind(plan) || thawed
+        };
+        let stepped: Vec<bool> = self.all.blocks.iter().map(stepped).collect();
+        let asks = plan.is_some() && stepped.contains(&true);
+        let estimates = if asks { self.engine.estimates()? } else { vec![] };
         self.set_group(&name, params);
         if let Err(e) = self.upload_settings() {
             self.set_group(&name, old);
             return Err(e);
         }
-        let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
-        let had = std::mem::replace(&mut self.measure_schedule, plan);
-        // What has not been measured so far is missed in the next step.
-        if kind(had) == kind(plan) { Ok(()) } else { self.recall_estimates() }
+        self.measure_schedule = plan;
+        self.note_stepped(&stepped, estimates);
+        Ok(())
     }
 
     fn set_group(&mut self, name: &str, params: ParamsSrkl) {
@@ -551,7 +578,7 @@ impl Srkl {
     }
 
     /// The `lr` that learning rates are relative to: of the first group that is not frozen.
-    fn base_lr(&self) -> Option<f64> {
+    pub(crate) fn base_lr(&self) -> Option<f64> {
         self.all.groups.iter().map(|group| group.params.lr).find(|lr| *lr > 0.)
     }
 
@@ -633,7 +660,7 @@ impl Srkl {
     ) -> Result<(Reduced<'g>, StepScalars)> {
         let scalars = local.and_then(|()| self.scalars());
         let (measuring, probes, reduction) = (self.measuring(), self.probes(), self.reduction);
-        let Self { all, ranks, measure_state, seed, engine, records, .. } = self;
+        let Self { all, ranks, measure_state, seed, engine, records, scaling, .. } = self;
         // The sum over micro-batches is scaled as the loss is: their mean takes no operation on elements.
         let of_sum = |scalars: StepScalars, count: u64| {
             let grad_scale = scalars.grad_scale * reduction.divisor(count);
@@ -664,6 +691,7 @@ impl Srkl {
                 claim("whether a CUDA stream is captured", captured),
                 claim("the learning rate's multiplier", scalars.schedule),
                 claim("the gradient scale", scalars.grad_scale),
+                claim("the scaler of it", format!("{:?}", scaling.map(|scaling| scaling.scaler))),
                 claim("the seed", *seed),
                 claim("the number of random vectors before", measure_state.probe_count),
             ];

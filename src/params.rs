@@ -45,8 +45,7 @@ pub struct ParamsSrkl {
     /// and others, 2024). Default false. Without effect on [`Direction::Gradient`].
     ///
     /// The paper also divides `d` by the share of elements that are kept, which needs the whole tensor before its first element
-    /// moves; here it is not divided. A measured curvature makes steps longer by itself where fewer elements move; with a plain
-    /// `lr` take up to twice as much.
+    /// moves; here it is not divided. A measured curvature is that along the elements that move.
     pub cautious: bool,
     /// What `H` is. The reference's is [`Curvature::GradSquare`].
     pub curvature: Curvature,
@@ -139,7 +138,8 @@ pub enum Direction {
     /// Adam that looks ahead by its momentum (Nesterov; Dozat, 2016): [`Adam`](Self::Adam) with
     /// `d = (beta1 m / (1 - beta1^(t + 1)) + (1 - beta1) g / (1 - beta1^t)) / P`. State: m and v, 8 bytes a parameter.
     ///
-    /// It is optax's `nadam`. PyTorch's `NAdam` also raises `beta1` in the course of training (`momentum_decay`).
+    /// It is optax's `nadam`. PyTorch's `NAdam` differs: the weight of its look-ahead grows from half of `beta1` to `beta1` in the
+    /// course of training (`momentum_decay`).
     NesterovAdam {
         /// 0 or above and below 1; 0.9 is usual.
         beta1: f64,
@@ -898,7 +898,8 @@ pub(crate) fn check(field: &str, value: f64, above: Above) -> Result<()> {
 
 pub(crate) fn check_grad_scale(grad_scale: f64) -> Result<()> {
     check("grad_scale", grad_scale, Above::Zero)?;
-    check("1 / grad_scale", 1. / grad_scale, Above::Zero)
+    // Steps divide by it in f32.
+    check("1 / grad_scale", f64::from((1. / grad_scale) as f32), Above::Zero)
 }
 
 #[cfg(all(test, feature = "serde"))]

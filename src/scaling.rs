@@ -40,7 +40,28 @@ impl Srkl {
     /// measurement is given up, as by [`Srkl::skip_measurement`], the scale falls, and the next step measures again. That
     /// measurement counts whatever it is. (To see this a measurement reads the second gradients once more, one at a time.)
     ///
-    /// With several ranks all must set it alike. Replays of captured steps are not seen: call [`Srkl::update_grad_scale`].
+    /// With several ranks all must set it alike.
+    ///
+    /// **CUDA graphs.** Replays of captured steps are not seen: call [`Srkl::update_grad_scale`]. A scale that the loss is multiplied by
+    /// as a number is captured with it. So keep it in a variable on the device, which is written between replays:
+    ///
+    /// ```no_run
+    /// # use candle_core::{Device, Tensor, Var};
+    /// # use candle_nn::Optimizer;
+    /// # use candle_srkl::{GradScaler, ParamsSrkl, Srkl};
+    /// # let device = Device::new_cuda(0)?;
+    /// # let w = Var::new(&[1f32, -2., 3.], &device)?;
+    /// # let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(0.01))?;
+    /// # let loss = || w.sqr()?.sum_all();
+    /// opt.set_grad_scaler(Some(GradScaler::default()))?;
+    /// let scale = Var::new(opt.grad_scale() as f32, &device)?;
+    /// // What is captured:
+    /// opt.step(&(loss()? * scale.as_tensor())?.backward()?)?;
+    /// // After each replay, or some:
+    /// opt.update_grad_scale()?;
+    /// scale.set(&Tensor::new(opt.grad_scale() as f32, &device)?)?;
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -59,7 +80,8 @@ impl Srkl {
         self.refuse_pending()?;
         let Counters { steps, skipped_steps, .. } = self.engine.counters()?;
         self.set_grad_scale(f64::from(scaler.init_scale as f32))?;
-        self.scaling = Some(Scaling { scaler, state: ScalerState::after(steps, skipped_steps) });
+        let state = ScalerState::after(steps, skipped_steps);
+        self.scaling = Some(Scaling { scaler, state, skipped_before: skipped_steps });
         Ok(())
     }
 
@@ -70,7 +92,8 @@ impl Srkl {
     }
 
     /// Lets the scale follow now, whatever [`GradScaler::check_every`] is: after replays of captured steps, which are counted on
-    /// the device alone. Waits for it. Without a scaler it does nothing.
+    /// the device alone. Waits for it. Without a scaler it does nothing, and while micro-batches are
+    /// [accumulated](Srkl::accumulate), which have the old scale.
     ///
     /// # Errors
     ///
@@ -80,6 +103,9 @@ impl Srkl {
             return Ok(());
         }
         self.refuse_pending()?;
+        if self.accumulated.count > 0 {
+            return Ok(());
+        }
         let counters = self.engine.counters()?;
         let Some(scaling) = &mut self.scaling else { return Ok(()) };
         let before = *scaling;
@@ -90,36 +116,63 @@ impl Srkl {
         self.set_grad_scale(scale).inspect_err(|_| self.scaling = Some(before))
     }
 
-    /// After each whole step: lets the scale follow if it is time.
+    /// After each whole step: lets the scale follow if it is time, or a measurement was given up for it.
     pub(crate) fn step_is_whole(&mut self) -> Result<()> {
-        let Some(Scaling { scaler, state }) = &mut self.scaling else { return Ok(()) };
+        let Some(Scaling { scaler, state, .. }) = &mut self.scaling else { return Ok(()) };
         state.unseen += 1;
-        match state.unseen >= scaler.check_every {
+        match state.overflowed || state.unseen >= scaler.check_every {
             true => self.update_grad_scale(),
             false => Ok(()),
         }
     }
 
-    /// Whether second gradients, summed over ranks, are to be blamed on the scale. The next step then measures again.
-    pub(crate) fn blames_scale(&mut self, again: &GradStore) -> Result<bool> {
-        let Some(scaling) = &mut self.scaling else { return Ok(false) };
-        if std::mem::take(&mut scaling.state.repeats) {
-            return Ok(false);
+    /// Before a step that measures afterwards: how many were skipped, for [`Srkl::blames_scale`].
+    pub(crate) fn note_skipped(&mut self, measures: bool) -> Result<()> {
+        let Some(scaling) = self.scaling.as_mut().filter(|_| measures) else { return Ok(()) };
+        scaling.skipped_before = self.engine.counters()?.skipped_steps;
+        Ok(())
+    }
+
+    /// Whether a measurement is given up for its second gradients, summed over ranks. They are blamed on the scale, and the next
+    /// step measures again, if they are not finite and the `first` were. (Where these have been stepped by, the step tells: it was
+    /// skipped if not.)
+    pub(crate) fn blames_scale(
+        &mut self,
+        again: &GradStore,
+        first: Option<&GradStore>,
+    ) -> Result<bool> {
+        let Some(scaling) = &self.scaling else { return Ok(false) };
+        let useless = match first {
+            Some(first) => self.is_infinite(first)?,
+            None => self.engine.counters()?.skipped_steps > scaling.skipped_before,
+        };
+        let mut told = vec![useless, self.is_infinite(again)?];
+        if let Some(ranks) = &self.ranks {
+            told = ranks.or_abort(ranks.any(&told))?;
         }
-        let mut infinite = false;
+        let Some(Scaling { state, .. }) = &mut self.scaling else { return Ok(false) };
+        if told[0] {
+            // Of a step that was skipped the engine takes nothing; one that will be skipped it does not know of.
+            return Ok(first.is_some());
+        }
+        let blamed = told[1] && !state.repeats;
+        state.overflowed |= blamed;
+        state.repeats = blamed;
+        Ok(blamed)
+    }
+
+    /// Whether any of these gradients of parameters that are stepped has a NaN or an infinity.
+    fn is_infinite(&self, grads: &GradStore) -> Result<bool> {
         for block in self.all.blocks.iter().filter(|block| self.all.of(block).lr != 0.) {
-            if let Some(gradient) = again.get_id(block.id).filter(|g| g.elem_count() > 0) {
+            if let Some(gradient) = grads.get_id(block.id).filter(|g| g.elem_count() > 0) {
                 // 0 of finite numbers, and a NaN otherwise.
                 let zeros = gradient.affine(0., 0.)?.sum_all()?.to_dtype(DType::F64)?;
-                infinite |= zeros.to_scalar::<f64>()?.is_nan();
+                if zeros.to_scalar::<f64>()?.is_nan() {
+                    return Ok(true);
+                }
             }
         }
-        if let Some(ranks) = &self.ranks {
-            infinite = ranks.or_abort(ranks.any(&[infinite]))?[0];
-        }
-        scaling.state.overflowed |= infinite;
-        scaling.state.repeats = infinite;
-        Ok(infinite)
+        Ok(false)
     }
 
     /// Whether a measurement was given up for the scale, and is to be repeated.

@@ -155,27 +155,33 @@ impl SrklState {
     }
 
     /// The numbers of a kind of state of a parameter, in its shape and on the CPU: `m` and `v`, the moments, without bias
-    /// corrections; `master`; `average`; `q`, the squared row norms of
+    /// corrections; `v_max`, the largest `v` so far ([`Direction::AmsGrad`](crate::Direction::AmsGrad)); `master`; `average`; `q`, the squared row norms of
     /// [`Curvature::Hutchinson`](crate::Curvature::Hutchinson). They are f32, of packed state too; f64 for an f64 parameter.
     /// `None` for an unknown parameter and for state that it does not have.
     ///
     /// # Errors
     ///
     /// Another name of a kind of state; tensors that are not as [`Srkl::save`] writes them; `master` of
-    /// [`MasterWeights::Split`](crate::MasterWeights::Split), which is what the parameter lacks to it:
-    /// [`Srkl::state_of`] has it.
+    /// [`MasterWeights::Split`](crate::MasterWeights::Split), of which the state has the lower half alone (the upper one is the
+    /// parameter): [`Srkl::state_of`] has it.
     pub fn get(&self, parameter: &str, kind: &str) -> Result<Option<Tensor>> {
         check_kind(kind)?;
         let Some((dtype, saved, shape)) = self.saved(parameter, kind)? else { return Ok(None) };
         if saved.format == Format::Split {
             bail!(
-                "master of `{parameter}`: the state has what the parameter lacks to it; use `state_of` of the optimizer"
+                "master of `{parameter}`: the state has its lower half alone, the upper one is the parameter; use `state_of` \
+                 of the optimizer"
             )
         }
         let v = match kind {
             "m" if saved.format == Format::Compact => self.saved(parameter, "v")?,
             _ => None,
         };
+        if let Some((_, _, of_v)) = &v
+            && *of_v != shape
+        {
+            bail!("`{parameter}`: `m` has shape {shape:?}, and `v` {of_v:?}")
+        }
         decoded(kind, &saved, v.as_ref().map(|(_, v, _)| v), (dtype, &shape, &[])).map(Some)
     }
 
@@ -287,8 +293,9 @@ impl Srkl {
         Ok(SrklState { metadata: self.metadata()?, tensors, variables: variables.collect() })
     }
 
-    /// Goes on from a state: [`Srkl::load`] without the file, with the same checks. The parameters must be those of then: masters
-    /// that do not round to them are an error. ([`Srkl::snapshot`] and [`Srkl::restore`] take care of them.)
+    /// Goes on from a state: [`Srkl::load`] without the file, with the same checks. The parameters must have the values that they had
+    /// when it was taken: masters that do not round to them are an error. ([`Srkl::snapshot`] and [`Srkl::restore`] take care of
+    /// them.) Of several ranks all must call it.
     ///
     /// State is matched to parameters as by [`Srkl::load`]; but that of this very optimizer, or another one of the same variables
     /// under the same names, always by name.
@@ -344,7 +351,8 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// As [`Srkl::load_state`], and a snapshot without a value for some parameter. Nothing has changed then.
+    /// As [`Srkl::load_state`], and a snapshot without a value for some parameter. Nothing has changed then. (Unless a device fails,
+    /// or has no room for a copy of the largest parameter.)
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.load_with("restore", &snapshot.state, snapshot.values.clone())
     }
@@ -385,10 +393,7 @@ impl Srkl {
             )
         }
         let vars = self.vars_of_copy(named)?;
-        let state = self.state()?;
-        for (block, var) in self.all.blocks.iter().zip(&vars) {
-            var.set(&block.var.detach().to_device(var.device())?)?;
-        }
+        let Snapshot { state, values } = self.snapshot()?;
         let block = |(block, var): (&Block, Var)| {
             let (name, tied) = (block.name.clone(), block.tied.clone());
             let Block { group, matrices, place, .. } = *block;
@@ -403,6 +408,7 @@ impl Srkl {
             all,
             by_position: self.by_position,
             schedule: self.schedule,
+            last_schedule: None,
             lr_schedule: None, // That of the state is loaded.
             grad_scale: self.grad_scale,
             scaling: self.scaling,
@@ -416,9 +422,8 @@ impl Srkl {
             reduction: self.reduction,
             accumulated: Accumulated::default(),
         };
-        let none = BTreeMap::new();
-        let loaded = copy.load_checked(&state, &none, true)?;
-        copy.take("copy_to", Ok((loaded, ())), |()| String::new(), &none)?;
+        let loaded = copy.load_checked(&state, &values, true)?;
+        copy.take("copy_to", Ok((loaded, ())), |()| String::new(), &values)?;
         Ok(copy)
     }
 

@@ -10,7 +10,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    MasterWeights, NonFinite, ParamsSrkl, Rounding, Scope, Srkl, StateFormat, Threads,
+    GradScaler, LrSchedule, MasterWeights, NonFinite, ParamsSrkl, Rounding, Scope, Srkl,
+    StateFormat, Threads,
 };
 use common::*;
 
@@ -195,5 +196,34 @@ fn what_fails_changes_nothing() -> Result<()> {
         assert_eq!(opt.steps()?, 1);
         assert!(opt.measuring());
     }
+    Ok(())
+}
+
+/// A schedule and a scaler follow it as they follow `step`, and so do braked steps that do not measure.
+#[test]
+fn what_follows_steps_follows_consuming_ones() -> Result<()> {
+    let run = |consumes: bool| -> Result<(Vec<u64>, Vec<f64>)> {
+        let w = var(&noise(9000, 1., 1), DType::F32)?;
+        let params = ParamsSrkl::braked_adam();
+        let mut opt =
+            Srkl::builder().default_group(params).build([("w".to_string(), w.clone())])?;
+        opt.set_schedule(Some(LrSchedule::linear_decay(20, 0.1)))?;
+        opt.set_grad_scaler(Some(GradScaler { growth_interval: 3, ..GradScaler::default() }))?;
+        let mut seen = vec![];
+        for step in 0..25 {
+            let scale = opt.grad_scale();
+            seen.extend([scale, opt.learning_rate()]);
+            let loss = || w.sqr()?.mean_all()? * if step == 15 { f64::NAN } else { scale };
+            if consumes && !opt.measuring() {
+                opt.step_consuming(loss()?.backward()?)?;
+            } else {
+                opt.backward_step_with(loss)?;
+            }
+        }
+        Ok((bits(&w)?, seen))
+    };
+    let (bits, seen) = run(true)?;
+    assert!((bits, &seen) == (run(false)?.0, &run(false)?.1));
+    assert!(seen.windows(3).any(|s| s[0] > s[2]) && seen.windows(3).any(|s| s[0] < s[2]));
     Ok(())
 }

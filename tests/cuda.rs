@@ -10,6 +10,7 @@
 //! | of the presets, small enough for checks of every access | `the_same_bits_of_small_presets`, `.._of_small_packed_presets` |
 //! | wherever a gradient begins in 16 bytes | `the_same_bits_of_odd_sizes_misaligned` |
 //! | after a checkpoint of another device | `checkpoints_go_from_device_to_device` |
+//! | with parameters that are frozen, added, removed and copied | `checkpoints_of_living_optimizers_have_the_same_bits` |
 //! | a gradient on the wrong device changes nothing | `wrong_devices_are_named_and_change_nothing` |
 //! | memory that was replaced is noticed | `a_replaced_storage_is_noticed` |
 //!
@@ -18,13 +19,17 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorage;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Average, AverageFormat, Beta, Curvature, Direction, HutchinsonCurvature, MasterWeights,
-    Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, Srkl, StateFormat, StepCurvature,
+    Average, AverageFormat, Beta, Curvature, DEFAULT_GROUP, Direction, HutchinsonCurvature,
+    MasterWeights, Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, Srkl, StateFormat,
+    StepCurvature,
 };
 use common::cuda::{model, state, step};
 use common::training::{assert_same, train};
@@ -385,5 +390,119 @@ fn a_replaced_storage_is_noticed() -> Result<()> {
     vars[1].inplace_op1(&Replace)?;
     let error = step(&vars, &mut opt, 10).expect_err("a replaced storage").to_string();
     assert!(error.contains("`1`") && error.contains("replaced"), "{error}");
+    Ok(())
+}
+
+/// A training in which parameters are frozen, added and removed, with a snapshot, a state that is loaded in part, and a copy on
+/// `other`. Returns what is left after each of these.
+fn living(params: &ParamsSrkl, device: &Device, other: &Device) -> Result<Vec<Contents>> {
+    let sizes = [CHUNK + 1, 7, 5000, 300];
+    let vars: Vec<Var> = noisy_vars(&sizes, 1., DType::BF16)?
+        .iter()
+        .map(|var| Var::from_tensor(&var.to_device(device)?))
+        .collect::<Result<_>>()?;
+    let name = |i: usize| format!("w{i}");
+    let named = |range: Range<usize>| -> Vec<(String, Var)> {
+        range.map(|i| (name(i), vars[i].clone())).collect()
+    };
+    let step = |vars: &[Var], opt: &mut Srkl, step: u64| -> Result<()> {
+        let gradients = |salt: u64| {
+            let mut store = grads([]);
+            for (i, var) in vars.iter().enumerate() {
+                let g = noise(var.elem_count(), 0.1, 1000 * salt + 10 * step + i as u64);
+                store.insert(var, tensor(&g, DType::F32)?.to_device(var.device())?);
+            }
+            Ok::<_, candle_core::Error>(store)
+        };
+        let (first, again) = (gradients(1)?, gradients(2)?);
+        if opt.measuring() && matches!(params.curvature, Curvature::Hutchinson(_)) {
+            opt.perturb(&first)?.observe(&again)?;
+            return opt.step(&first);
+        }
+        let measures = opt.measuring();
+        opt.step(&first)?;
+        if measures { opt.observe(&again) } else { Ok(()) }
+    };
+    let mut left = vec![];
+    let mut note = |vars: &[Var], opt: &mut Srkl| -> Result<()> {
+        left.push(contents_of(vars, opt)?);
+        Ok(())
+    };
+    let mut opt = Srkl::builder().default_group(params.clone()).build(named(0..3))?;
+    (0..3).try_for_each(|i| step(&vars[..3], &mut opt, i))?;
+    opt.freeze(|name| name == "w0")?;
+    (3..5).try_for_each(|i| step(&vars[..3], &mut opt, i))?;
+    note(&vars[..3], &mut opt)?;
+    opt.add_parameters(DEFAULT_GROUP, named(3..4))?;
+    (5..7).try_for_each(|i| step(&vars, &mut opt, i))?;
+    note(&vars, &mut opt)?;
+    let snapshot = opt.snapshot()?;
+    opt.unfreeze(|_| true)?;
+    (7..9).try_for_each(|i| step(&vars, &mut opt, i))?;
+    note(&vars, &mut opt)?;
+    opt.restore(&snapshot)?;
+    opt.unfreeze(|name| name == "w0")?;
+    opt.remove_parameters(|name| name == "w1")?;
+    let rest = [vars[0].clone(), vars[2].clone(), vars[3].clone()];
+    (9..11).try_for_each(|i| step(&rest, &mut opt, i))?;
+    note(&rest, &mut opt)?;
+
+    let copies: Vec<Var> = rest
+        .iter()
+        .map(|var| Var::zeros(var.shape(), var.dtype(), other))
+        .collect::<Result<_>>()?;
+    let to = [0, 2, 3].into_iter().map(name).zip(copies.iter().cloned());
+    let mut copy = opt.copy_to(to)?;
+    copy.freeze(|name| name == "w3")?;
+    (11..13).try_for_each(|i| step(&copies, &mut copy, i))?;
+    note(&copies, &mut copy)?;
+    // The state of the copy, of which another optimizer has a part; its parameters have the values.
+    let state = copy.state()?;
+    for (var, copy) in rest.iter().zip(&copies) {
+        var.set(&copy.to_device(device)?)?;
+    }
+    let mut part = Srkl::builder().default_group(params.clone()).build(named(2..4))?;
+    let report = part.load_state_matching(&state)?;
+    assert_eq!(report.taken, ["w2", "w3"]);
+    step(&rest[1..], &mut part, 13)?;
+    note(&rest[1..], &mut part)?;
+    Ok(left)
+}
+
+type Contents = (Vec<Vec<u64>>, BTreeMap<String, String>, BTreeMap<String, Vec<f64>>);
+
+fn contents_of(vars: &[Var], opt: &mut Srkl) -> Result<Contents> {
+    let state = opt.state()?;
+    let metadata = state.metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let tensors = state.tensors()?.into_iter().map(|(name, t)| Ok((name, values(&t)?)));
+    let bits = |var: &Var| bits(&var.to_device(&Device::Cpu)?);
+    Ok((vars.iter().map(bits).collect::<Result<_>>()?, metadata, tensors.collect::<Result<_>>()?))
+}
+
+/// Frozen, grown and copied from device to device with the bits of the CPU.
+#[test]
+fn checkpoints_of_living_optimizers_have_the_same_bits() -> Result<()> {
+    let cuda = Device::new_cuda(0)?;
+    let step = ParamsSrkl { scope: Scope::Tensor, ..ParamsSrkl::braked_adam() };
+    let packed = ParamsSrkl {
+        state: StateFormat::Compact,
+        master_weights: MasterWeights::Split,
+        average: Some(Average::Exponential(0.9)),
+        average_format: AverageFormat::BF16,
+        ..ParamsSrkl::braked_adam()
+    };
+    let rows = ParamsSrkl { scope: Scope::Global, ..ParamsSrkl::hessian() };
+    let lion = ParamsSrkl { cautious: true, ..ParamsSrkl::lion(0.01) };
+    for params in [step, packed, rows, lion, ParamsSrkl::reference()] {
+        let expected = living(&params, &Device::Cpu, &Device::Cpu)?;
+        for (device, other) in [(&cuda, &cuda), (&cuda, &Device::Cpu), (&Device::Cpu, &cuda)] {
+            let found = living(&params, device, other)?;
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert!(found.0 == expected.0, "{i}: parameters, {params:?}");
+                assert_eq!(found.1, expected.1, "{i}: {params:?}");
+                assert!(found.2 == expected.2, "{i}: state, {params:?}");
+            }
+        }
+    }
     Ok(())
 }

@@ -14,8 +14,8 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Average, AverageFormat, Curvature, Dropout, Measure, ParamsSrkl, Srkl, StateFormat,
-    StepCurvature,
+    Average, AverageFormat, Curvature, Dropout, GradScaler, LrSchedule, Measure, ParamsSrkl, Srkl,
+    StateFormat, StepCurvature,
 };
 use common::cuda::{model, state, step};
 use common::*;
@@ -158,6 +158,102 @@ fn a_replayed_step_gives_the_bits_of_an_eager_one() -> Result<()> {
         assert_eq!(eager.state()?, replayed.state()?, "step {step}");
     }
     assert_eq!(replayed.opt.steps()?, 7);
+    Ok(())
+}
+
+/// What is frozen between replays stays where it is in them, and goes on when it is not; a schedule goes on by hand.
+#[test]
+fn replays_of_frozen_parameters_and_schedules() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    for params in [ParamsSrkl::adamw(0.1), ParamsSrkl::muon(0.1), ParamsSrkl::lion(0.1)] {
+        let mut eager = Learner::with(params.clone(), &device)?;
+        let mut replayed = Learner::with(params, &device)?;
+        for learner in [&mut eager, &mut replayed] {
+            learner.opt.set_schedule(Some(LrSchedule::linear_decay(12, 0.)))?;
+            learner.train()?;
+        }
+        let (graph, captured) = capture(&device, || replayed.train())?;
+        captured?;
+        for step in 1..10 {
+            replayed.opt.set_schedule_step(step)?;
+            for learner in [&mut eager, &mut replayed] {
+                match step {
+                    3 => learner.opt.freeze(|name| name != "1")?,
+                    6 => learner.opt.unfreeze(|name| name == "0")?,
+                    8 => learner.opt.unfreeze(|_| true)?,
+                    _ => {}
+                }
+            }
+            let before = bits(&replayed.vars[2].to_device(&Device::Cpu)?)?;
+            eager.train()?;
+            graph.launch().w()?;
+            assert_eq!(eager.state()?, replayed.state()?, "step {step}");
+            let stays = bits(&replayed.vars[2].to_device(&Device::Cpu)?)? == before;
+            assert_eq!(stays, (3..8).contains(&step), "step {step}");
+        }
+        // A list that a graph knows the addresses of stays as it is, and nothing is loaded inside a capture.
+        let state = replayed.opt.state()?;
+        assert_error(replayed.opt.remove_parameters(|_| true), &["captured in a CUDA graph"]);
+        let (_, done) = capture(&device, || {
+            let before = replayed.opt.frozen().len();
+            assert_error(replayed.opt.load_state(&state), &["capture"]);
+            assert_error(replayed.opt.load_state_matching(&state).map(|_| ()), &["capture"]);
+            assert_error(replayed.opt.freeze(|_| true), &["capture"]);
+            assert_eq!(replayed.opt.frozen().len(), before);
+            Ok(())
+        })?;
+        done?;
+        eager.train()?;
+        replayed.train()?;
+        assert_eq!(eager.state()?, replayed.state()?);
+    }
+    Ok(())
+}
+
+/// A scale that follows the gradients, through steps that overflow: the loss is multiplied by a variable on the device.
+#[test]
+fn replays_with_a_scaler() -> Result<()> {
+    let _turn = turn();
+    let device = capturable()?;
+    let _cache = device.as_cuda_device()?.enable_cuda_graph_htod_cache();
+    let build = || -> Result<(Var, Var, Srkl)> {
+        let w = Var::from_tensor(&tensor(&[1., -2., 3.], DType::F32)?.to_device(&device)?)?;
+        let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::adamw(0.01))?;
+        let scaler =
+            GradScaler { init_scale: 2f64.powi(126), growth_interval: 3, ..Default::default() };
+        opt.set_grad_scaler(Some(scaler))?;
+        Ok((w, Var::new(opt.grad_scale() as f32, &device)?, opt))
+    };
+    // Its gradient overflows from a scale of about 2^125 on.
+    let train = |(w, scale, opt): &mut (Var, Var, Srkl)| {
+        opt.step(&(w.sqr()?.sum_all()? * scale.as_tensor())?.backward()?)
+    };
+    let follow = |(_, scale, opt): &mut (Var, Var, Srkl)| {
+        opt.update_grad_scale()?;
+        scale.set(&Tensor::new(opt.grad_scale() as f32, &device)?)?;
+        Ok::<_, candle_core::Error>(opt.grad_scale())
+    };
+    let (mut eager, mut replayed) = (build()?, build()?);
+    train(&mut eager)?;
+    train(&mut replayed)?;
+    assert_eq!(follow(&mut eager)?, follow(&mut replayed)?);
+    let (graph, captured) = capture(&device, || train(&mut replayed))?;
+    captured?;
+    let mut scales = vec![];
+    for _ in 0..12 {
+        train(&mut eager)?;
+        graph.launch().w()?;
+        let scale = follow(&mut replayed)?;
+        assert_eq!(follow(&mut eager)?, scale);
+        scales.push(scale.log2());
+        let bits = |w: &Var| bits(&w.to_device(&Device::Cpu)?);
+        assert_eq!(bits(&eager.0)?, bits(&replayed.0)?);
+    }
+    let skipped = replayed.2.skipped_steps()?;
+    assert!(skipped > 1 && replayed.2.steps()? > 5, "{skipped} {scales:?}");
+    assert!(scales.windows(2).any(|s| s[0] < s[1]), "{scales:?}");
     Ok(())
 }
 

@@ -91,6 +91,20 @@ fn steps_and_measurements_are_told() -> Result<()> {
     Ok(())
 }
 
+/// The multiplier that a step was taken by, not that of the next one.
+#[test]
+fn multipliers_are_those_of_their_steps() -> Result<()> {
+    let (w, mut opt) = optimizer(ParamsSrkl::adamw(0.1))?;
+    opt.set_schedule(Some(candle_srkl::LrSchedule::linear_decay(4, 0.)))?;
+    let told = events(LevelFilter::DEBUG, || {
+        (0..3).try_for_each(|_| opt.backward_step(&w.sqr()?.sum_all()?))
+    })?;
+    let multipliers: Vec<f64> =
+        told.iter().map(|(_, fields)| fields["multiplier"].as_f64().unwrap()).collect();
+    assert_eq!(multipliers, [1., 0.75, 0.5]);
+    Ok(())
+}
+
 #[test]
 fn a_skipped_step_is_a_warning() -> Result<()> {
     let (w, mut opt) = optimizer(ParamsSrkl::adamw(0.1))?;

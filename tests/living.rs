@@ -8,8 +8,8 @@ use std::thread;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 use candle_srkl::{
-    Average, AverageFormat, DEFAULT_GROUP, MasterWeights, Measure, NonFinite, ParamsSrkl, Scope,
-    Srkl, SrklState, StateFormat, Threads,
+    Average, AverageFormat, DEFAULT_GROUP, LrSchedule, MasterWeights, Measure, NonFinite,
+    ParamsSrkl, Scope, Srkl, SrklState, StateFormat, Threads,
 };
 use common::*;
 use safetensors::SafeTensors;
@@ -241,6 +241,239 @@ fn copies_go_on_with_the_same_bits() -> Result<()> {
     Ok(())
 }
 
+/// With each curvature measured by itself: a parameter without a gradient has no estimate, in the middle between measurements.
+#[test]
+fn resumed_and_copied_runs_measure_when_the_first_does() -> Result<()> {
+    let measure = Measure { every: 10, first: 2, ..Measure::default() };
+    let params = ParamsSrkl { scope: Scope::Tensor, measure, ..ParamsSrkl::braked_adam() };
+    let loss = |vars: &[Var]| {
+        let all: Vec<_> = vars.iter().map(|v| v.sqr()?.sum_all()).collect::<Result<_>>()?;
+        // The last has a gradient of 0.
+        (&all[0] + &all[1])? + (&all[2] * 0.)?
+    };
+    let train = |vars: &[Var], opt: &mut Srkl, steps: usize| -> Result<Vec<bool>> {
+        let step = |_| {
+            let measures = opt.measuring();
+            opt.backward_step_with(|| loss(vars)).map(|_| measures)
+        };
+        (0..steps).map(step).collect()
+    };
+    let vars = noisy_vars(&SIZES_HERE, 1., DType::F32)?;
+    let mut opt = built(&vars, params.clone())?;
+    train(&vars, &mut opt, 5)?;
+    let snapshot = opt.snapshot()?;
+    let expected = train(&vars, &mut opt, 20)?;
+    assert_eq!(expected.iter().filter(|measures| **measures).count(), 2);
+    let end = everything(&vars, &mut opt)?;
+
+    opt.restore(&snapshot)?;
+    let others = noisy_vars(&SIZES_HERE, 7., DType::F32)?;
+    let mut copy = opt.copy_to(named(&others, 0))?;
+    assert_eq!(train(&others, &mut copy, 20)?, expected);
+    assert!(everything(&others, &mut copy)? == end);
+    let mut new = built(&vars, params)?;
+    for resumed in [&mut opt, &mut new] {
+        resumed.restore(&snapshot)?;
+        assert_eq!(train(&vars, resumed, 20)?, expected);
+        assert!(everything(&vars, resumed)? == end);
+    }
+    Ok(())
+}
+
+/// Nothing measures where all that would be measured stands still, and what comes back to life is measured at once.
+#[test]
+fn what_stands_still_is_not_measured() -> Result<()> {
+    let measure = Measure { every: 1000, first: 1, ..Measure::default() };
+    let braked = |lr| ParamsSrkl { lr, scope: Scope::Tensor, measure, ..ParamsSrkl::braked_adam() };
+    let loss = |vars: &[Var]| vars[0].sqr()?.sum_all()? + vars[1].sqr()?.sum_all()?;
+    let build = |vars: &[Var], lr| {
+        Srkl::builder()
+            .default_group(ParamsSrkl::adamw(0.1))
+            .group("braked", braked(lr), |name, _| name == "w1")
+            .build(named(vars, 0))
+    };
+    for way in 0..3 {
+        let vars = noisy_vars(&[300, 20], 1., DType::F32)?;
+        let mut opt = build(&vars, if way == 0 { 0. } else { 10. })?;
+        match way {
+            1 => opt.freeze_group("braked")?,
+            2 => _ = opt.remove_parameters(|name| name == "w1")?,
+            _ => {}
+        }
+        for _ in 0..3 {
+            assert!(!opt.measuring());
+            opt.backward_step(&loss(&vars)?)?;
+        }
+        let before = bits(&vars[1])?;
+        match way {
+            0 => opt.set_params("braked", braked(10.))?,
+            1 => opt.unfreeze_group("braked")?,
+            _ => opt.add_parameters("braked", named(&vars[1..], 1))?,
+        }
+        assert!(opt.measuring());
+        opt.backward_step_with(|| loss(&vars))?;
+        opt.backward_step(&loss(&vars)?)?;
+        assert!(bits(&vars[1])? != before);
+        // What moves already is not measured for that.
+        opt.unfreeze(|_| true)?;
+        opt.add_parameters(DEFAULT_GROUP, named(&noisy_vars(&[5], 1., DType::F32)?, 7))?;
+        assert!(!opt.measuring());
+    }
+    Ok(())
+}
+
+/// A frozen parameter brakes no other by the norm that was measured of it before.
+#[test]
+fn frozen_rows_do_not_brake() -> Result<()> {
+    let params = ParamsSrkl { scope: Scope::Global, ..ParamsSrkl::hessian() };
+    let run = |freezes: bool| -> Result<Option<f64>> {
+        let vars = noisy_vars(&[40, 10], 1., DType::F32)?;
+        let list = named(&vars, 0);
+        let mut opt = Srkl::builder().default_group(params.clone()).build(list)?;
+        // The first is steep.
+        let loss = || (vars[0].sqr()?.sum_all()? * 1e3)? + vars[1].sqr()?.sum_all()?;
+        opt.backward_step_with(loss)?;
+        if freezes {
+            opt.freeze(|name| name == "w0")?;
+        }
+        for _ in 0..4 {
+            opt.request_measurement();
+            opt.backward_step_with(loss)?;
+        }
+        Ok(opt.telemetry()?[1].curvature)
+    };
+    let (frozen, both) = (run(true)?.unwrap(), run(false)?.unwrap());
+    // Half the squared norm of the rows of the second alone: 2 in each element.
+    assert!(frozen < 2.5 * 10f64.sqrt() && both > 1e3, "{frozen} {both}");
+    Ok(())
+}
+
+/// Of two parameters that nothing tells apart but that one is frozen.
+#[test]
+fn a_match_by_value_sees_what_is_frozen() -> Result<()> {
+    let zeros = || -> Result<Vec<Var>> { (0..2).map(|_| var(&[0.; 3], DType::F32)).collect() };
+    let file = tempfile::NamedTempFile::new()?;
+    let mut opt = Srkl::new(zeros()?, ParamsSrkl::adamw(0.1))?;
+    opt.save(file.path())?;
+    Srkl::new(zeros()?, ParamsSrkl::adamw(0.1))?.load(file.path())?;
+    opt.freeze(|name| name == "1")?;
+    opt.save(file.path())?;
+    let mut other = Srkl::new(zeros()?, ParamsSrkl::adamw(0.1))?;
+    assert_error(other.load(file.path()), &["\"0\", \"1\"", "nothing tells"]);
+    Ok(())
+}
+
+/// A snapshot of other parameters is refused, whether they have come or gone.
+#[test]
+fn a_snapshot_of_other_parameters_changes_nothing() -> Result<()> {
+    let vars = noisy_vars(&SIZES_HERE, 1., DType::F32)?;
+    let mut opt = built(&vars[..2], adam())?;
+    step(&vars[..2], &mut opt, 0)?;
+    let two = opt.snapshot()?;
+    opt.add_parameters(DEFAULT_GROUP, named(&vars[2..], 2))?;
+    step(&vars, &mut opt, 1)?;
+    let three = opt.snapshot()?;
+    for (snapshot, gone, named) in [(two, None, "w2"), (three, Some("w0"), "w0")] {
+        if let Some(gone) = gone {
+            opt.remove_parameters(|name| name == gone)?;
+        }
+        let before = everything(&vars, &mut opt)?;
+        assert_error(opt.restore(&snapshot), &[named]);
+        assert!(everything(&vars, &mut opt)? == before);
+    }
+    Ok(())
+}
+
+/// State of every format into one of every other, in part as in whole; and what can't be read changes nothing.
+#[test]
+fn formats_are_converted_in_part_as_in_whole() -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0), (1, 1)] {
+        let vars = noisy_vars(&SIZES_HERE, 1., DType::BF16)?;
+        let mut opt = built(&vars, formats()[from].clone())?;
+        (0..3).try_for_each(|i| step(&vars, &mut opt, i))?;
+        let state = opt.state()?;
+        let mut whole = built(&vars, formats()[to].clone())?;
+        whole.load_state(&state)?;
+        let mut part = built(&vars, formats()[to].clone())?;
+        let report = part.load_state_matching(&state)?;
+        assert_eq!(report.taken.len(), vars.len());
+        assert!(contents(&part.state()?)?.1 == contents(&whole.state()?)?.1, "{from} {to}");
+
+        let before = contents(&part.state()?)?;
+        let tensors = state.tensors()?.into_iter().filter(|(name, _)| !name.starts_with("w2.m"));
+        let torn = SrklState::from_tensors(state.metadata().clone(), tensors)?;
+        assert!(part.load_state_matching(&torn).is_err());
+        assert!(contents(&part.state()?)? == before);
+    }
+    Ok(())
+}
+
+/// What was measured keeps its age; the frozen stay frozen, with the state that was loaded.
+#[test]
+fn estimates_and_frozen_parameters_in_part() -> Result<()> {
+    let vars = noisy_vars(&[300, 20], 1., DType::F32)?;
+    let loss = || vars[0].sqr()?.sum_all()? + vars[1].sqr()?.sum_all()?;
+    let params = ParamsSrkl { scope: Scope::Tensor, ..ParamsSrkl::braked_adam() };
+    let mut opt = built(&vars, params.clone())?;
+    opt.set_measure(Measure { every: 1000, first: 3, ..Measure::default() })?;
+    for _ in 0..7 {
+        opt.backward_step_with(loss)?;
+    }
+    let age = |opt: &Srkl| -> Result<Vec<_>> {
+        Ok(opt.telemetry()?.into_iter().map(|t| t.estimate_age).collect())
+    };
+    assert_eq!(age(&opt)?, [Some(4), Some(4)]);
+    let state = opt.state()?;
+    let mut other = built(&vars, params)?;
+    for _ in 0..6 {
+        other.backward_step_with(loss)?;
+    }
+    other.freeze(|name| name == "w1")?;
+    let m = opt.state_of("w1", "m")?.unwrap();
+    let report = other.load_state_matching(&state)?;
+    assert_eq!(report.taken, ["w0", "w1"]);
+    assert_eq!((age(&other)?, other.frozen()), (age(&opt)?, vec!["w1"]));
+    let before = bits(&vars[1])?;
+    other.backward_step_with(loss)?;
+    assert!(bits(&vars[1])? == before);
+    assert!(bits(&other.state_of("w1", "m")?.unwrap())? == bits(&m)?);
+    Ok(())
+}
+
+/// A learning rate that a schedule would take out of range is refused where it is set, and so is nothing later.
+#[test]
+fn settings_fit_the_schedule() -> Result<()> {
+    let vars = noisy_vars(&SIZES_HERE, 1., DType::F32)?;
+    let mut opt = built(&vars, adam())?;
+    opt.set_schedule(Some(LrSchedule::Linear { from: 0., to: 1e308, steps: 10 }))?;
+    assert_error(opt.set_params(DEFAULT_GROUP, ParamsSrkl { lr: 1e3, ..adam() }), &["schedule"]);
+    opt.copy_to(named(&noisy_vars(&SIZES_HERE, 7., DType::F32)?, 0))?;
+    Ok(())
+}
+
+/// A state that is not as `save` writes it is an error, whichever way it is read.
+#[test]
+fn states_of_strange_shapes() -> Result<()> {
+    let vars = noisy_vars(&[5000], 1., DType::F32)?;
+    let params = ParamsSrkl { state: StateFormat::Compact, ..ParamsSrkl::adamw(0.1) };
+    let mut opt = built(&vars, params)?;
+    step(&vars, &mut opt, 0)?;
+    let state = opt.state()?;
+    let mut tensors = state.tensors()?;
+    tensors.retain(|name, _| !name.starts_with("w0.v"));
+    tensors.insert("w0.v".to_string(), tensor(&[1.; 10], DType::F32)?);
+    let strange = SrklState::from_tensors(state.metadata().clone(), tensors)?;
+    assert_error(strange.get("w0", "m"), &["w0"]);
+    assert!(opt.load_state(&strange).is_err());
+    // More steps than there are numbers.
+    let mut metadata = state.metadata().clone();
+    metadata.insert("steps".to_string(), u64::MAX.to_string());
+    metadata.insert("skipped_steps".to_string(), "1".to_string());
+    let strange = SrklState::from_tensors(metadata, state.tensors()?)?;
+    assert_error(opt.load_state_matching(&strange), &["`steps`"]);
+    Ok(())
+}
+
 #[test]
 fn variables_that_are_no_copies_stay_as_they_are() -> Result<()> {
     let vars = noisy_vars(&SIZES_HERE, 1., DType::F32)?;
@@ -285,6 +518,12 @@ fn what_matches_is_loaded() -> Result<()> {
         let list = [("w0", &body), ("w1", &head), ("w9", &new)];
         let list = list.map(|(name, var)| (name.to_string(), var.clone()));
         let mut tuned = Srkl::builder().default_group(adam()).build(list.clone())?;
+        // What is not taken keeps the state that it has.
+        let mut first = grads([(&body, gradient(&body, 7, 7)?)]);
+        first.insert(&head, gradient(&head, 8, 7)?);
+        tuned.step(&first)?;
+        body.set(&vars[0].copy()?)?;
+        let untaken = contents(&tuned.state()?)?.1;
         let report = tuned.load_matching(file.path())?;
         assert_eq!(
             (&report.taken[..], &report.missing[..]),
@@ -293,14 +532,14 @@ fn what_matches_is_loaded() -> Result<()> {
         assert_eq!(report.left, ["w2"]);
         let [(name, reason)] = &report.mismatched[..] else { panic!("{report:?}") };
         assert!(name == "w1" && reason.contains("shape=[4]") && reason.contains("shape=[9]"));
-        assert_eq!(tuned.steps()?, 0);
+        assert_eq!(tuned.steps()?, 1);
 
-        let mut fresh = Srkl::builder()
-            .default_group(adam())
-            .build([("w1".to_string(), Var::from_tensor(&head.copy()?)?)])?;
         let loaded = contents(&tuned.state()?)?.1;
         assert!(loaded["w0.m"] == contents(&state)?.1["w0.m"]);
-        assert!(loaded["w1.m"] == contents(&fresh.state()?)?.1["w1.m"]);
+        for kind in ["m", "v", "average"].map(|kind| format!("w1.{kind}")) {
+            assert!(loaded[&kind] == untaken[&kind], "{kind}");
+        }
+        assert!(untaken["w1.m"].iter().any(|bits| *bits != 0));
         // The moments, and their bias corrections.
         step(&vars, &mut opt, 3)?;
         let mut store = grads([(&body, gradient(&body, 0, 3)?)]);

@@ -210,6 +210,117 @@ fn infinite_second_gradients() -> Result<()> {
     Ok(())
 }
 
+/// The scale falls at once for a measurement that was given up for it, however rarely it is looked at otherwise.
+#[test]
+fn infinite_second_gradients_between_looks() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    opt.set_grad_scaler(Some(GradScaler { check_every: 100, ..GradScaler::default() }))?;
+    let gradient =
+        |g: f64| Ok::<_, candle_core::Error>(grads([(&w, tensor(&[1., g, 1.], DType::F32)?)]));
+    for (again, scale, taken, nonfinite) in
+        [(f64::INFINITY, 32_768., 0, 0), (2., 32_768., 1, 0), (f64::INFINITY, 16_384., 1, 0)]
+    {
+        assert!(opt.measuring());
+        opt.step(&gradient(1.)?)?;
+        opt.observe(&gradient(again)?)?;
+        let found = opt.measurements()?;
+        assert_eq!((opt.grad_scale(), found.taken, found.nonfinite), (scale, taken, nonfinite));
+    }
+    Ok(())
+}
+
+/// A step that was skipped, or will be, says nothing of its second gradient: the next infinite one is blamed on the scale.
+#[test]
+fn infinite_first_gradients_blame_nothing() -> Result<()> {
+    for params in [ParamsSrkl::braked_adam(), ParamsSrkl::hessian()] {
+        let w = var(&[1., -2., 3.], DType::F32)?;
+        let mut opt = Srkl::new(vec![w.clone()], params.clone())?;
+        opt.set_grad_scaler(Some(GradScaler::default()))?;
+        for (first, scale) in [(f64::INFINITY, 32_768.), (1., 16_384.), (f64::NAN, 8_192.)] {
+            opt.request_measurement();
+            let first = grads([(&w, tensor(&[1., first, 1.], DType::F32)?)]);
+            let infinite = grads([(&w, tensor(&[1., f64::INFINITY, 1.], DType::F32)?)]);
+            if params == ParamsSrkl::hessian() {
+                opt.perturb(&first)?.observe(&infinite)?;
+                opt.step(&first)?;
+            } else {
+                opt.step(&first)?;
+                opt.observe(&infinite)?;
+            }
+            assert_eq!(opt.grad_scale(), scale, "{params:?}");
+            assert_eq!(opt.measurements()?.nonfinite, 0, "{params:?}");
+        }
+    }
+    Ok(())
+}
+
+/// What has been accumulated keeps its scale, and is no gradient of another optimizer's state.
+#[test]
+fn accumulated_gradients_keep_their_scale() -> Result<()> {
+    let (mut opt, w) = build(GradScaler { growth_interval: 1, ..GradScaler::default() })?;
+    let add = |opt: &mut Srkl| opt.accumulate(&grads([(&w, tensor(&[1.; 3], DType::F32)?)]));
+    add(&mut opt)?;
+    assert_error(opt.set_grad_scale(3.), &["`grad_scale`", "1 accumulated", "65536"]);
+    assert_error(
+        opt.set_grad_scaler(Some(GradScaler { init_scale: 2., ..Default::default() })),
+        &["`grad_scale`"],
+    );
+    assert_eq!(opt.grad_scaler().map(|scaler| scaler.growth_interval), Some(1));
+    // A step by other gradients would let it grow.
+    step(&mut opt, &w, false)?;
+    opt.update_grad_scale()?;
+    assert_eq!(opt.grad_scale(), 65_536.);
+    opt.step_accumulated()?;
+    assert_eq!(opt.grad_scale(), 131_072.);
+
+    let state = opt.snapshot()?;
+    add(&mut opt)?;
+    opt.restore(&state)?;
+    assert_eq!(opt.accumulated(), 0);
+    assert_error(opt.step_accumulated(), &["`step_accumulated`", "nothing"]);
+    Ok(())
+}
+
+/// Second gradients of a measurement that is given up do not get into the next step.
+#[test]
+fn accumulated_second_gradients_are_given_up() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    let add = |opt: &mut Srkl| opt.accumulate(&grads([(&w, tensor(&[1.; 3], DType::F32)?)]));
+    (0..2).try_for_each(|_| add(&mut opt))?;
+    opt.step_accumulated()?;
+    add(&mut opt)?;
+    opt.skip_measurement();
+    assert_eq!(opt.accumulated(), 0);
+    // Before a step what has been accumulated is that of the step.
+    add(&mut opt)?;
+    opt.skip_measurement();
+    assert_eq!(opt.accumulated(), 1);
+    Ok(())
+}
+
+/// A measuring step over micro-batches has one scale from the first to the last second gradient.
+#[test]
+fn measuring_micro_batches_have_one_scale() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    opt.set_grad_scaler(Some(GradScaler { growth_interval: 1, ..GradScaler::default() }))?;
+    let mut seen = vec![];
+    for _ in 0..2 {
+        for part in 0..2 {
+            for _ in 0..2 {
+                seen.push(opt.grad_scale() / 65_536.);
+                opt.accumulate(&(w.sqr()?.sum_all()? * opt.grad_scale())?.backward()?)?;
+            }
+            if part == 0 { opt.step_accumulated()? } else { opt.observe_accumulated()? }
+        }
+    }
+    assert_eq!(seen, [1., 1., 1., 1., 2., 2., 2., 2.]);
+    assert_eq!(opt.measurements()?.taken, 2);
+    Ok(())
+}
+
 /// A measurement that is given up ends its step.
 #[test]
 fn given_up_measurements() -> Result<()> {
@@ -238,8 +349,8 @@ fn ranks_have_one_scale() {
             let mut scales = vec![];
             for bad in [1, 2, 2, 0, 2, 2] {
                 let bad = opt.rank() == bad;
-                step(&mut opt, &w, bad)?;
-                // The first of the second gradients is infinite on rank 1.
+                // Of the first two a second gradient alone, on rank 1.
+                step(&mut opt, &w, bad && !scales.is_empty())?;
                 let again = if scales.is_empty() && bad { f64::INFINITY } else { 1. };
                 opt.observe(&grads([(&w, tensor(&[again; 3], DType::F32)?)]))?;
                 scales.push(opt.grad_scale() / 65_536.);
@@ -256,6 +367,27 @@ fn ranks_have_one_scale() {
     }
 }
 
+/// A scaler on one rank alone is an error of all, which names it.
+#[test]
+fn a_scaler_of_one_rank() {
+    let run = |rank: Threads| -> Result<String> {
+        let w = var(&[1., -2., 3.], DType::F32)?;
+        let builder = Srkl::builder().default_group(ParamsSrkl::braked_adam()).collective(rank);
+        let mut opt = builder.build([("w".to_string(), w.clone())])?;
+        if opt.rank() == 0 {
+            opt.set_grad_scaler(Some(GradScaler { init_scale: 1., ..Default::default() }))?;
+        }
+        Ok(step(&mut opt, &w, false).unwrap_err().to_string())
+    };
+    thread::scope(|scope| {
+        let ranks = Threads::new(2).into_iter().map(|rank| scope.spawn(|| run(rank)));
+        for rank in ranks.collect::<Vec<_>>() {
+            let told = rank.join().unwrap().unwrap();
+            assert!(told.contains("the scaler"), "{told}");
+        }
+    });
+}
+
 #[test]
 fn what_does_not_fit_is_named() -> Result<()> {
     let (mut opt, w) = build(GradScaler::default())?;
@@ -264,6 +396,8 @@ fn what_does_not_fit_is_named() -> Result<()> {
         ("init_scale", GradScaler { init_scale: 0., ..default() }),
         ("init_scale", GradScaler { init_scale: 1e39, ..default() }),
         ("min_scale", GradScaler { min_scale: 0., ..default() }),
+        // A f32, whose reciprocal is none.
+        ("grad_scale", GradScaler { min_scale: 1e-39, ..default() }),
         ("min_scale", GradScaler { min_scale: 1e6, ..default() }),
         ("growth_factor", GradScaler { growth_factor: 1., ..default() }),
         ("growth_factor", GradScaler { growth_factor: f64::NAN, ..default() }),

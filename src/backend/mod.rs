@@ -207,6 +207,11 @@ pub(crate) trait Backend: Send + Sync {
     /// A gradient that does not fit. Nothing has changed then.
     fn check(&self, all: &Parameters, grads: &GradStore) -> Result<()>;
 
+    /// An error if a capture is under way, which `what` can't be part of.
+    fn refuse_capture(&self, _what: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Stage 1: finds and checks the gradients of a run, and starts their sums.
     ///
     /// # Errors

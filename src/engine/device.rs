@@ -248,6 +248,10 @@ impl Engine for Device {
         Ok(captured)
     }
 
+    fn refuse_capture(&self, what: &str) -> Result<()> {
+        self.cuda.refuse_capture(what)
+    }
+
     fn is_captured(&self) -> Result<bool> {
         self.cuda.is_captured()
     }

@@ -598,8 +598,10 @@ impl Engine for Host {
         }
 
         let now = self.now();
-        let own = |tracked: &Tracked| Some(Pair { a: tracked.estimate.row_sum_sq, b: 0. });
-        let total = fold(&self.tracked.iter().map(own).collect::<Vec<_>>()).a;
+        let own = |(tracked, decay): (&Tracked, &Option<f64>)| {
+            decay.map(|_| Pair { a: tracked.estimate.row_sum_sq, b: 0. })
+        };
+        let total = fold(&self.tracked.iter().zip(&decays).map(own).collect::<Vec<_>>()).a;
         let mut left = vec![None; given.len()];
         for (place, (block, tracked)) in all.blocks.iter().zip(&mut self.tracked).enumerate() {
             let estimate = &mut tracked.estimate;
@@ -660,6 +662,10 @@ impl Engine for Host {
             |(powers, estimate, skipped)| Tracked { powers, estimate, skipped, ..Tracked::NEW };
         self.tracked = blocks.into_iter().map(tracked).collect();
         self.upload_estimates()
+    }
+
+    fn refuse_capture(&self, what: &str) -> Result<()> {
+        self.backends.iter().try_for_each(|backend| backend.refuse_capture(what))
     }
 
     fn may_reorder(&self) -> bool {

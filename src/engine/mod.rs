@@ -121,6 +121,11 @@ pub(crate) trait Engine: Send + Sync {
         Ok(false)
     }
 
+    /// An error if a capture is under way, which `what` can't be part of.
+    fn refuse_capture(&self, _what: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether steps have been captured, whose replays use its memory, or a capture is under way.
     fn is_captured(&self) -> Result<bool> {
         Ok(false)

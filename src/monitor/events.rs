@@ -62,7 +62,8 @@ impl Srkl {
             warn!(target: TARGET, step, skipped_steps = skipped, "step skipped: a gradient is not finite");
         } else {
             let measures = self.measure_state.awaiting_observe;
-            debug!(target: TARGET, step, multiplier = self.schedule, measures, "step");
+            let multiplier = self.last_schedule.unwrap_or(self.schedule);
+            debug!(target: TARGET, step, multiplier, measures, "step");
         }
     }
 

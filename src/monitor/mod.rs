@@ -35,7 +35,8 @@
 //!
 //! Each call gives all of its bytes to the underlying [`Write`] in one `write_all`. A file is written without a buffer, so that
 //! a program that ends in the middle of a training has lost nothing; what wraps a [`BufWriter`](std::io::BufWriter) has to
-//! flush it. If writing fails, as on a full disk, a part of the row may be in the file: `append` cuts it off.
+//! flush it. If writing fails, as on a full disk, a part of the row may be in the file: `append` cuts it off. (TensorBoard reads a file
+//! up to such a place: go on with another one, by `create`.)
 //!
 //! # Events
 //!
@@ -91,7 +92,7 @@ pub struct Metrics {
     pub step: u64,
     /// How many of them [`NonFinite::SkipStep`](crate::NonFinite::SkipStep) has skipped.
     pub skipped_steps: u64,
-    /// The learning rate that was set last: the schedule's multiplier times the `lr` of the default group.
+    /// That of the last step, or what has been set since then: the schedule's multiplier times the `lr` of the default group.
     pub learning_rate: f64,
     /// Each parameter, in order.
     pub parameters: Vec<BlockTelemetry>,
@@ -108,7 +109,8 @@ impl Srkl {
         let parameters = self.telemetry()?;
         let skipped_steps = self.skipped_steps()?;
         let step = self.steps()? + skipped_steps;
-        let learning_rate = candle_nn::Optimizer::learning_rate(self);
+        let learning_rate =
+            self.base_lr().map_or(0., |lr| self.last_schedule.unwrap_or(self.schedule) * lr);
         Ok(Metrics { step, skipped_steps, learning_rate, parameters })
     }
 }

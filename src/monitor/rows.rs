@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 
 use candle_core::{Result, bail};
@@ -82,12 +82,8 @@ impl Csv<File> {
     ///
     /// A file that can't be opened, or whose first line is not that of [`COLUMNS`]. The error names it.
     pub fn append(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let (out, first) = append(path, |first| match first.is_empty() || first == header() {
-            true => Ok(()),
-            false => bail!("expected the columns `{}`, found `{}`", header().trim(), first.trim()),
-        })?;
-        Ok(Self { out, begun: !first.is_empty() })
+        let (out, begun) = append(path.as_ref(), |first| begins(first, &header()))?;
+        Ok(Self { out, begun })
     }
 }
 
@@ -151,9 +147,10 @@ impl JsonLines<File> {
     ///
     /// # Errors
     ///
-    /// A file that can't be opened. The error names it.
+    /// A file that can't be opened, or that does not begin with a line of this kind. The error names it.
     pub fn append(path: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self(append(path.as_ref(), |_| Ok(()))?.0))
+        let begin = format!("{{\"{}\":", COLUMNS[0]);
+        Ok(Self(append(path.as_ref(), |first| begins(first, &begin))?.0))
     }
 }
 
@@ -239,36 +236,37 @@ fn create(path: &Path) -> Result<Out<File>> {
     Ok(Out::of_file(file, path))
 }
 
-/// A file to go on with behind its last whole line, and its first line, which `check` has seen before anything changed.
-fn append(path: &Path, check: impl FnOnce(&str) -> Result<()>) -> Result<(Out<File>, String)> {
+/// A file to go on with behind its last whole line, and whether there is one. `ours` is an error unless it begins as one of ours.
+fn append(path: &Path, ours: impl FnOnce(&str) -> Result<()>) -> Result<(Out<File>, bool)> {
     let open = || {
-        let mut options = File::options();
-        let mut file = options.read(true).append(true).create(true).open(path)?;
-        let end = end_of_lines(&mut file)?;
-        file.rewind()?;
-        let mut first = vec![];
-        BufReader::new(&file).take(end).read_until(b'\n', &mut first)?;
-        let first = String::from_utf8_lossy(&first).into_owned();
-        check(&first)?;
+        let file = File::options().read(true).append(true).create(true).open(path)?;
+        let mut lines = BufReader::new(&file);
+        let mut line = vec![];
+        lines.read_until(b'\n', &mut line)?;
+        ours(&String::from_utf8_lossy(&line))?;
+        // Behind the last line end that is not between quotes: names may have some.
+        let (mut length, mut end, mut quoted) = (0, 0, false);
+        while !line.is_empty() {
+            length += line.len() as u64;
+            quoted ^= line.iter().filter(|&&byte| byte == b'"').count() % 2 == 1;
+            if !quoted && line.ends_with(b"\n") {
+                end = length;
+            }
+            line.clear();
+            lines.read_until(b'\n', &mut line)?;
+        }
         file.set_len(end)?;
-        Ok((Out::of_file(file, path), first))
+        Ok((Out::of_file(file, path), end > 0))
     };
     open().map_err(|e: candle_core::Error| e.with_path(path))
 }
 
-/// How long a file is up to the end of its last whole line.
-fn end_of_lines(file: &mut File) -> Result<u64> {
-    let mut piece = [0; 4096];
-    let mut end = file.seek(SeekFrom::End(0))?;
-    while end > 0 {
-        let start = end.saturating_sub(piece.len() as u64);
-        let piece = &mut piece[..(end - start) as usize];
-        file.seek(SeekFrom::Start(start))?;
-        file.read_exact(piece)?;
-        if let Some(place) = piece.iter().rposition(|&byte| byte == b'\n') {
-            return Ok(start + place as u64 + 1);
+/// An error unless a line is the beginning of a `whole` one, or begins with that.
+fn begins(line: &str, whole: &str) -> Result<()> {
+    match line.starts_with(whole) || whole.starts_with(line) {
+        true => Ok(()),
+        false => {
+            bail!("expected a file that begins with `{}`, found `{}`", whole.trim(), line.trim())
         }
-        end = start;
     }
-    Ok(0)
 }

@@ -3,13 +3,14 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::Path;
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{
-    Average, AverageFormat, Beta, Curvature, DEFAULT_GROUP, Direction, HutchinsonCurvature,
-    MasterWeights, Measure, NonFinite, ParamsSrkl, Repeatable, Rounding, Scope, Srkl, StateFormat,
-    StepCurvature,
+    Average, AverageFormat, Beta, Curvature, DEFAULT_GROUP, Direction, GradScaler,
+    HutchinsonCurvature, LrSchedule, MasterWeights, Measure, NonFinite, ParamsSrkl, Repeatable,
+    Rounding, Scope, Srkl, SrklState, StateFormat, StepCurvature,
 };
 use peak_alloc::PeakAlloc;
 use safetensors::tensor::TensorView;
@@ -84,7 +85,15 @@ fn trained(choice: usize) -> Result<(Vec<Var>, Srkl)> {
             },
         ),
         3 => (DType::F16, [4, 4, 9], ParamsSrkl { trust: Some(0.1), ..ParamsSrkl::kinetic() }),
-        _ => (DType::F64, [3, 3, 3], ParamsSrkl::muon(0.1)),
+        4 => (DType::F64, [3, 3, 3], ParamsSrkl::muon(0.1)),
+        _ => (
+            DType::F32,
+            [3, 40, 2],
+            ParamsSrkl {
+                direction: Direction::AmsGrad { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
+                ..ParamsSrkl::adamw(0.1)
+            },
+        ),
     };
     let vars = noisy_vars(&sizes, 0.5, dtype)?;
     let mut opt = match choice {
@@ -99,6 +108,11 @@ fn trained(choice: usize) -> Result<(Vec<Var>, Srkl)> {
             Srkl::builder().default_group(params).build(named)?
         }
     };
+    if choice == 5 {
+        opt.set_schedule(Some(LrSchedule::warmup(3).then(3, LrSchedule::cosine(9, 0.1))))?;
+        opt.set_grad_scaler(Some(GradScaler { growth_interval: 3, ..GradScaler::default() }))?;
+        opt.freeze(|name| name == "layer.b")?;
+    }
     for salt in 0..2 {
         step_on(&mut opt, &vars, salt)?;
     }
@@ -241,7 +255,7 @@ impl Parts {
 }
 
 thread_local! {
-    static FILES: [OnceCell<Vec<u8>>; 5] = Default::default();
+    static FILES: [OnceCell<Vec<u8>>; 6] = Default::default();
 }
 
 /// What the optimizer of this number has saved.
@@ -268,7 +282,7 @@ fn same_numbers(a: &str, b: &str) -> bool {
 pub fn loader(bytes: &[u8]) {
     let mut choices = Choices(bytes);
     let choice = choices.byte();
-    let (mode, choice) = (choice / 5 % 4, choice as usize % 5);
+    let (mode, choice) = (choice / 6 % 4, choice as usize % 6);
     let mut changed = None;
     let file = match mode {
         0 => choices.0.to_vec(),
@@ -298,6 +312,7 @@ pub fn loader(bytes: &[u8]) {
     };
     let place = tempfile::NamedTempFile::new().unwrap();
     fs::write(place.path(), &file).unwrap();
+    in_part(&file, place.path(), choice);
     let (vars, mut opt) = trained(choice).unwrap();
     let before = saved(&mut opt).unwrap();
     let state: usize = before.1.values().map(Vec::len).sum();
@@ -319,7 +334,11 @@ pub fn loader(bytes: &[u8]) {
     }
     if let Some(parts) = changed.filter(|parts| parts.metadata["version"] == "3") {
         // These follow from the optimizer that has loaded.
-        let own = ["fingerprint.", "place.", "blind", "by_position"];
+        let mut own = vec!["fingerprint.", "place.", "blind", "by_position"];
+        // A scaler goes on by itself if the file has none.
+        if !parts.metadata.contains_key("grad_scaler") {
+            own.push("grad_scale");
+        }
         for (key, was) in parts.metadata {
             let Some(is) = after.0.get(&key) else { continue };
             let same = same_numbers(&was, is) || own.iter().any(|own| key.starts_with(own));
@@ -339,6 +358,36 @@ pub fn loader(bytes: &[u8]) {
     opt.measurements().unwrap();
     opt.save(place.path()).unwrap();
     opt.load(place.path()).unwrap();
+}
+
+/// Reads what it can of the bytes as a state in memory, and loads a part of the file.
+fn in_part(file: &[u8], path: &Path, choice: usize) {
+    let (vars, mut opt) = trained(choice).unwrap();
+    if let Ok(state) = SrklState::from_safetensors(file) {
+        let _ = state.tensors();
+        for parameter in state.parameters() {
+            for kind in ["m", "v", "v_max", "master", "average", "q"] {
+                let _ = state.get(parameter, kind);
+            }
+        }
+    }
+    let before = saved(&mut opt).unwrap();
+    match opt.load_matching(path) {
+        Err(e) => {
+            let after = saved(&mut opt).unwrap();
+            assert!(before == after, "changed by a load in part that failed: {e}");
+        }
+        Ok(report) => {
+            let names = report.taken.len() + report.missing.len() + report.mismatched.len();
+            assert_eq!(names, vars.len());
+            let after = saved(&mut opt).unwrap();
+            for (name, _) in &report.mismatched {
+                let own = after.1.iter().filter(|(key, _)| key.starts_with(&format!("{name}.")));
+                own.for_each(|(key, is)| assert!(before.1[key] == *is, "{key} is not as it was"));
+            }
+        }
+    }
+    step_on(&mut opt, &vars, 3).unwrap();
 }
 
 // The builder.
@@ -379,7 +428,7 @@ fn any_settings(choices: &mut Choices) -> ParamsSrkl {
     for _ in 0..choices.below(5) {
         let number = choices.of(&NUMBERS);
         let other = choices.of(&NUMBERS);
-        match choices.below(19) {
+        match choices.below(21) {
             0 => params.lr = number,
             1 => params.beta = Beta::Fixed(number),
             2 => params.beta = Beta::Tied(number),
@@ -412,6 +461,15 @@ fn any_settings(choices: &mut Choices) -> ParamsSrkl {
                 params.average = Some(choices.of(&both));
             }
             17 => {
+                let (beta1, beta2, eps) = (number, other, 1e-8);
+                params.direction = choices.of(&[
+                    Direction::NesterovAdam { beta1, beta2, eps },
+                    Direction::AmsGrad { beta1, beta2, eps },
+                    Direction::Lion { beta1, beta2 },
+                ]);
+            }
+            18 => params.cautious = !params.cautious,
+            19 => {
                 params.state = choices.of(&[StateFormat::F32, StateFormat::Compact]);
                 params.average_format = choices.of(&[AverageFormat::F32, AverageFormat::BF16]);
             }
@@ -562,14 +620,18 @@ fn settings(choices: &mut Choices) -> ParamsSrkl {
         5 => ParamsSrkl::muon(0.1),
         6 => ParamsSrkl::adamw(0.1),
         _ => {
-            let direction = match choices.below(4) {
+            let (beta1, beta2, eps) = (decay(choices), decay(choices), 1e-8);
+            let direction = match choices.below(7) {
                 0 => Direction::Gradient,
                 1 => {
                     let nesterov = choices.one_in(2);
                     Direction::Sgd { momentum: decay(choices), nesterov }
                 }
                 2 => Direction::Momentum { mu: decay(choices) },
-                _ => Direction::Adam { beta1: decay(choices), beta2: decay(choices), eps: 1e-8 },
+                3 => Direction::Adam { beta1, beta2, eps },
+                4 => Direction::NesterovAdam { beta1, beta2, eps },
+                5 => Direction::AmsGrad { beta1, beta2, eps },
+                _ => Direction::Lion { beta1, beta2 },
             };
             let curvature = choices.of(&[Curvature::None, Curvature::GradSquare]);
             let scope = match curvature {
@@ -603,6 +665,15 @@ fn settings(choices: &mut Choices) -> ParamsSrkl {
     params.master_weights = choices.of(&[Auto, Split, None]);
     params.rounding = choices.of(&[Rounding::Nearest, Rounding::Stochastic]);
     params.nonfinite = policy(choices);
+    params.cautious = choices.one_in(4);
+    if matches!(params.direction, Direction::AmsGrad { .. }) {
+        // It packs nothing.
+        params.state = StateFormat::F32;
+        params.average_format = AverageFormat::F32;
+        params.rounding = Rounding::Nearest;
+        params.master_weights =
+            if params.master_weights == Split { Auto } else { params.master_weights };
+    }
     params
 }
 
@@ -647,6 +718,7 @@ struct Before {
     w: Vec<f64>,
     m: Vec<f64>,
     v: Vec<f64>,
+    v_max: Vec<f64>,
 }
 
 /// State of this name of what an optimizer without packed formats has saved.
@@ -713,7 +785,7 @@ impl Training {
             let get = |kind: &str| state(&contents, &format!("{i}.{kind}"));
             let master = get("master");
             let w = if master.is_empty() { values(var)? } else { master };
-            Ok(Before { w, m: get("m"), v: get("v") })
+            Ok(Before { w, m: get("m"), v: get("v"), v_max: get("v_max") })
         };
         self.vars.iter().enumerate().map(of).collect()
     }
@@ -893,8 +965,8 @@ fn check_against_formula(
                 (Scope::Element | Scope::Mixed(_), Curvature::Hutchinson(_))
             );
         let spread = params.max_grad_norm.is_some() || params.scope == Scope::Global;
-        let Before { w, m, v } = &before[i];
-        let all_finite = [g, w, m, v].into_iter().all(finite);
+        let Before { w, m, v, v_max } = &before[i];
+        let all_finite = [g, w, m, v, v_max].into_iter().all(finite);
         if other || !all_finite || (any_bad && spread && params.nonfinite == NonFinite::Propagate) {
             continue;
         }
@@ -912,7 +984,21 @@ fn check_against_formula(
                     (new, 3. * eps * ((decay * old).abs() + (gain * g).abs()) + tiny)
                 };
                 let (m, v) = (has(m, k), has(v, k));
-                match direction {
+                // A first moment over the root of a second one, with the error of both.
+                let over_root = |(m, error): (f64, f64), v: f64, beta2: f64, least: f64| {
+                    let c2 = 1. / (1. - beta2.powi(t));
+                    let above = (c2 * v * (1. + 8. * eps) + c2 * tiny).sqrt() + least;
+                    let below = (c2 * v * (1. - 8. * eps) - c2 * tiny).max(0.).sqrt() + least;
+                    let ends = [m - error, m + error]
+                        .map(|m| [m / above, m / below].map(|d| (d, 6. * eps * d.abs())));
+                    let ends = ends.as_flattened();
+                    About {
+                        low: ends.iter().map(|(d, e)| d - e).fold(f64::INFINITY, f64::min),
+                        high: ends.iter().map(|(d, e)| d + e).fold(-f64::INFINITY, f64::max),
+                    }
+                };
+                let second = |beta2: f64| beta2 * v + (1. - beta2) * g * g;
+                let d = match direction {
                     Direction::Gradient => About::new(*g, 3. * eps * g.abs() + tiny),
                     Direction::Sgd { momentum: mu, nesterov } => {
                         let (new, error) = momentum(m, mu, 1.);
@@ -931,20 +1017,43 @@ fn check_against_formula(
                     Direction::Adam { beta1, beta2, eps: least } => {
                         let (new, error) = momentum(m, beta1, 1. - beta1);
                         let c1 = 1. / (1. - beta1.powi(t));
-                        let c2 = 1. / (1. - beta2.powi(t));
-                        let v = beta2 * v + (1. - beta2) * g * g;
-                        let above = (c2 * v * (1. + 8. * eps) + c2 * tiny).sqrt() + least;
-                        let below = (c2 * v * (1. - 8. * eps) - c2 * tiny).max(0.).sqrt() + least;
-                        let ends = [new - error, new + error].map(|m| {
-                            [c1 * m / above, c1 * m / below].map(|d| (d, 6. * eps * d.abs()))
-                        });
-                        let ends = ends.as_flattened();
-                        About {
-                            low: ends.iter().map(|(d, e)| d - e).fold(f64::INFINITY, f64::min),
-                            high: ends.iter().map(|(d, e)| d + e).fold(-f64::INFINITY, f64::max),
-                        }
+                        over_root((c1 * new, c1 * error), second(beta2), beta2, least)
+                    }
+                    Direction::NesterovAdam { beta1, beta2, eps: least } => {
+                        let (new, error) = momentum(m, beta1, 1. - beta1);
+                        let later = beta1 / (1. - beta1.powi(t + 1));
+                        let now = (1. - beta1) / (1. - beta1.powi(t));
+                        let error = later * error
+                            + 3. * eps * ((later * new).abs() + (now * g).abs())
+                            + tiny;
+                        over_root((later * new + now * g, error), second(beta2), beta2, least)
+                    }
+                    Direction::AmsGrad { beta1, beta2, eps: least } => {
+                        let (new, error) = momentum(m, beta1, 1. - beta1);
+                        let c1 = 1. / (1. - beta1.powi(t));
+                        let largest = second(beta2).max(has(v_max, k));
+                        over_root((c1 * new, c1 * error), largest, beta2, least)
+                    }
+                    Direction::Lion { beta1, .. } => {
+                        let (ahead, error) = momentum(m, beta1, 1. - beta1);
+                        let sign = |x: f64| {
+                            if x > 0. {
+                                1.
+                            } else if x < 0. {
+                                -1.
+                            } else {
+                                0.
+                            }
+                        };
+                        About { low: sign(ahead - error), high: sign(ahead + error) }
                     }
                     other => panic!("no {other:?} here"),
+                };
+                match params.cautious && direction != Direction::Gradient {
+                    true if *g > 0. => About { low: d.low.max(0.), high: d.high.max(0.) },
+                    true if *g < 0. => About { low: d.low.min(0.), high: d.high.min(0.) },
+                    true => About::new(0., 0.),
+                    false => d,
                 }
             })
             .collect();

@@ -465,6 +465,10 @@ impl Backend for CudaBackend {
         self.places.iter().try_for_each(|&place| self.gradient_of(all, place, grads).map(|_| ()))
     }
 
+    fn refuse_capture(&self, what: &str) -> Result<()> {
+        CudaBackend::refuse_capture(self, what)
+    }
+
     fn statistics<'g>(
         &mut self,
         all: &Parameters,

@@ -26,7 +26,7 @@ pub(crate) struct Orthogonalizer {
     _chunks_done: CudaSlice<u32>,
 }
 
-/// Matrices of one shape and group, which are multiplied together.
+/// Matrices of one shape and group, frozen or not, which are multiplied together.
 struct Batch {
     /// `(count, rows, cols)`
     room: Tensor,
@@ -40,6 +40,8 @@ impl Orthogonalizer {
         stream: &Arc<CudaStream>,
         all: &mut Parameters,
     ) -> Result<Option<Self>> {
+        // Those that are frozen are orthogonalised when they are not.
+        let groups = all.groups.len() / 2;
         // By what the matrices of a batch share, the places of its blocks.
         let mut alike: BTreeMap<(usize, [usize; 2], &str), Vec<usize>> = BTreeMap::new();
         let (mut matrices, mut chunks) = (vec![], vec![]);
@@ -48,7 +50,7 @@ impl Orthogonalizer {
         for (number, (place, block)) in here.enumerate() {
             let Some(of) = block.matrices.filter(|_| block.n > 0) else { continue };
             let dtype = products(block, all.groups[block.group].params.direction);
-            let key = (block.group, [of.rows, of.cols], dtype.as_str());
+            let key = (block.group % groups, [of.rows, of.cols], dtype.as_str());
             alike.entry(key).or_default().push(place);
             let n = of.rows * of.cols;
             for matrix in 0..of.count {
