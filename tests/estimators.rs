@@ -343,6 +343,32 @@ fn direction(of: Direction, gradients: &[Vec<f64>]) -> (Vec<f64>, Vec<f64>) {
             let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));
             (m.iter().zip(&v).map(|(m, v)| m / (v.sqrt() + eps)).collect(), m)
         }
+        Direction::NesterovAdam { beta1, beta2, eps } => {
+            let (m, v) = (average(beta1, |g| g), average(beta2, |g| g * g));
+            let t = gradients.len() as i32;
+            let later = beta1 * (1. - beta1.powi(t)) / (1. - beta1.powi(t + 1));
+            let now = (1. - beta1) / (1. - beta1.powi(t));
+            let last = gradients.last().unwrap();
+            let n: Vec<f64> = m.iter().zip(last).map(|(m, g)| later * m + now * g).collect();
+            (n.iter().zip(&v).map(|(n, v)| n / (v.sqrt() + eps)).collect(), n)
+        }
+        Direction::AmsGrad { beta1, beta2, eps } => {
+            let (mut v, mut largest) = (vec![0.; 26], vec![0f64; 26]);
+            for g in gradients {
+                v.iter_mut().zip(g).for_each(|(v, g)| *v = beta2 * *v + (1. - beta2) * g * g);
+                largest.iter_mut().zip(&v).for_each(|(largest, v)| *largest = largest.max(*v));
+            }
+            let (m, c) = (average(beta1, |g| g), 1. - beta2.powi(gradients.len() as i32));
+            (m.iter().zip(&largest).map(|(m, u)| m / ((u / c).sqrt() + eps)).collect(), m)
+        }
+        Direction::Lion { beta1, beta2 } => {
+            let (mut m, mut ahead) = (vec![0.; 26], vec![]);
+            for g in gradients {
+                ahead = m.iter().zip(g).map(|(m, g)| beta1 * m + (1. - beta1) * g).collect();
+                m.iter_mut().zip(g).for_each(|(m, g)| *m = beta2 * *m + (1. - beta2) * g);
+            }
+            (ahead.iter().map(|x: &f64| x.signum()).collect(), ahead)
+        }
         other => panic!("not here: {other:?}"),
     }
 }
@@ -353,7 +379,9 @@ fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 
     let of = |place: &std::ops::Range<usize>| {
         assert!(place.len() <= STRIP);
         let [change, step, d, m] = [change, step, d, m].map(|x| &x[place.clone()]);
-        (norm(change) * norm(step), dot(step, step) * dot(d, m) / dot(d, d))
+        // Without a direction, as where the cautious mask has left none, it has no part.
+        let metric = if norm(d) > 0. { dot(step, step) * dot(d, m) / dot(d, d) } else { 0. };
+        (norm(change) * norm(step), metric)
     };
     let (bounds, metrics): (Vec<f64>, Vec<f64>) = blocks.iter().map(of).unzip();
     bounds.iter().sum::<f64>() / metrics.iter().sum::<f64>()
@@ -363,11 +391,24 @@ fn along_step(blocks: &[std::ops::Range<usize>], [change, step, d, m]: [&[f64]; 
 #[test]
 fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
     let sgd = |nesterov| Direction::Sgd { momentum: 0.5, nesterov };
-    let averages = [Direction::Gradient, Direction::Momentum { mu: 0.9 }, ADAM];
-    for direction in averages.into_iter().chain([sgd(false), sgd(true)]) {
+    let (beta1, beta2, eps) = (0.9, 0.99, 1e-4);
+    let directions = [
+        (Direction::Gradient, false),
+        (Direction::Momentum { mu: 0.9 }, false),
+        (ADAM, false),
+        (sgd(false), false),
+        (sgd(true), false),
+        (Direction::NesterovAdam { beta1, beta2, eps }, false),
+        (Direction::AmsGrad { beta1, beta2: 0.5, eps }, false),
+        (Direction::Lion { beta1, beta2 }, false),
+        (Direction::Lion { beta1: 0.5, beta2 }, true),
+        (ADAM, true),
+    ];
+    for (direction, cautious) in directions {
         for scope in [Scope::Global, Scope::Tensor] {
             let network = Network::new()?;
-            let mut opt = Srkl::new(network.vars.clone(), along(0., scope, direction))?;
+            let params = ParamsSrkl { cautious, ..along(0., scope, direction) };
+            let mut opt = Srkl::new(network.vars.clone(), params)?;
             let mut gradients = vec![];
             let (mut estimates, mut longest) = (vec![], 0f64);
             for _ in 0..8 {
@@ -387,14 +428,21 @@ fn step_curvature_is_the_mean_hessian_along_the_step() -> Result<()> {
                     let product = times(&network.hessian(&on_the_way)?, &step);
                     change.iter_mut().zip(product).for_each(|(g, hd)| *g += weight / 12. * hd);
                 }
-                let (d, m) = self::direction(direction, &gradients);
+                let (mut d, m) = self::direction(direction, &gradients);
+                for (d, g) in d.iter_mut().zip(gradients.last().unwrap()).filter(|_| cautious) {
+                    *d = if *d * g > 0. { *d } else { 0. };
+                }
                 let of = |blocks: &[std::ops::Range<usize>]| {
                     along_step(blocks, [&change, &step, &d, &m])
                 };
-                estimates = match scope {
+                let exact = match scope {
                     Scope::Global => vec![of(&network.blocks()); 4],
                     _ => network.blocks().map(|block| of(&[block])).to_vec(),
                 };
+                // What can't be measured stays.
+                let stays =
+                    |(exact, i): (f64, usize)| if exact.is_nan() { estimates[i] } else { exact };
+                estimates = exact.into_iter().zip(0..).map(stays).collect();
             }
             assert!(longest > 0.02, "steps of {longest} of the weights prove little");
         }

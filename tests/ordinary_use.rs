@@ -13,7 +13,7 @@ use std::cell::Cell;
 use approx::assert_abs_diff_eq;
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
-use candle_srkl::{Dropout, ParamsSrkl, Repeatable, Scope, Srkl};
+use candle_srkl::{Direction, Dropout, ParamsSrkl, Repeatable, Scope, Srkl};
 use common::*;
 use data::{CLASSES, Digits, PIXELS, Part};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -703,6 +703,48 @@ fn lora_by_every_preset() -> Result<()> {
                 ours += accuracy * share;
             }
             assert!(ours >= adamw - behind, "B of {size}: {ours} beside {adamw}: {params:?}");
+        }
+    }
+    Ok(())
+}
+
+/// The brake holds with every direction by Adam's formulas, and Lion's signs, over four decades of learning rates.
+#[test]
+fn other_directions_at_any_learning_rate() -> Result<()> {
+    let digits = digits();
+    let share = 1. / seeds().count() as f64;
+    let mut adamw = 0.;
+    for seed in seeds() {
+        adamw += best_of_adamw(|| Network::new(seed), &digits, seed, Network::loss)? * share;
+    }
+    let (beta1, beta2, eps) = (0.9, 0.999, 1e-8);
+    let directions = [
+        ("Nesterov Adam", Direction::NesterovAdam { beta1, beta2, eps }, false),
+        ("AMSGrad", Direction::AmsGrad { beta1, beta2, eps }, false),
+        ("cautious Adam", Direction::Adam { beta1, beta2, eps }, true),
+        ("Lion", Direction::Lion { beta1: 0.9, beta2: 0.99 }, false),
+        ("cautious Lion", Direction::Lion { beta1: 0.9, beta2: 0.99 }, true),
+    ];
+    for (name, direction, cautious) in directions {
+        let mut means = vec![];
+        for lr in [0.1, 1., 10., 1000.] {
+            let mut mean = 0.;
+            for seed in seeds() {
+                let network = Network::new(seed)?;
+                let params = ParamsSrkl { lr, direction, cautious, ..ParamsSrkl::braked_adam() };
+                let mut opt = Srkl::from_varmap(&network.varmap, params)?;
+                train(&mut opt, &digits, seed, |part| network.loss(part))?;
+                let (accuracy, loss) = network.judge(&digits)?;
+                println!("{name}, lr {lr}, seed {seed}: {accuracy:.4}, {loss:.4}");
+                mean += accuracy * share;
+            }
+            means.push(mean);
+        }
+        println!("{name}: {means:.4?} beside AdamW's {adamw:.4}");
+        // Signs keep more of the noise between batches.
+        let behind = if matches!(direction, Direction::Lion { .. }) { 0.03 } else { 0.015 };
+        for mean in means {
+            assert!(mean >= adamw - behind, "{name}: {mean} beside {adamw}");
         }
     }
     Ok(())

@@ -30,7 +30,7 @@ fn more_cases() -> [(&'static str, ParamsSrkl); 4] {
     let (beta1, beta2, eps) = (0.9, 0.999, 1e-8);
     let adamw = |direction| ParamsSrkl { direction, ..ParamsSrkl::adamw(0.01) };
     [
-        ("amsgrad", adamw(Direction::AmsGrad { beta1, beta2, eps })),
+        ("amsgrad", adamw(Direction::AmsGrad { beta1, beta2: 0.9, eps })),
         ("nesterov adam", adamw(Direction::NesterovAdam { beta1, beta2, eps })),
         ("lion", ParamsSrkl::lion(0.01)),
         ("cautious", ParamsSrkl { cautious: true, ..ParamsSrkl::adamw(0.01) }),

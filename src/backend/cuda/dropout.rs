@@ -1,23 +1,16 @@
 //! Dropout on a CUDA device: launches the kernel of `kernels/dropout.cuh`.
 
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, bail};
 use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
     PushKernelArg, ValidAsZeroBits,
 };
-use cudarc::nvrtc::Ptx;
 
 use super::abi;
 use super::capture::is_capturing;
-use super::launch::FATBIN;
+use super::launch::module;
 use crate::backend::cpu::mask::Mask;
-
-/// The kernel in each context that has used it, by the context's address. Each entry keeps its context, so
-/// the address is of no other one; a device has one context, whoever opens it.
-static KERNELS: Mutex<Vec<(usize, CudaFunction)>> = Mutex::new(vec![]);
 
 /// The masked elements of a contiguous tensor.
 ///
@@ -68,7 +61,7 @@ fn apply_to<T: DeviceRepr + ValidAsZeroBits>(
     // SAFETY: the kernel writes all of its elements.
     let mut ys = unsafe { device.alloc::<T>(n) }?;
     let stream = device.cuda_stream();
-    let kernel = kernel(&stream)?;
+    let kernel = module(stream.context())?.load_function("srkl_dropout").w()?;
     {
         // With several streams these wait for events, and record their own where they are dropped.
         let (x, _read) = xs.device_ptr(&stream);
@@ -81,20 +74,6 @@ fn apply_to<T: DeviceRepr + ValidAsZeroBits>(
         unsafe { launch(mask, &stream, &kernel, x, y, n as u64, 0, dtype) }?;
     }
     Ok(ys)
-}
-
-/// The kernel in the context of a stream, loaded at its first use.
-fn kernel(stream: &CudaStream) -> Result<CudaFunction> {
-    let context = stream.context();
-    let key = context.cu_ctx() as usize;
-    let mut kernels = KERNELS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, kernel)) = kernels.iter().find(|(known, _)| *known == key) {
-        return Ok(kernel.clone());
-    }
-    let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
-    let kernel = module.load_function("srkl_dropout").w()?;
-    kernels.push((key, kernel.clone()));
-    Ok(kernel)
 }
 
 /// Masks `n` elements at `x` into `y`, from tile `first` on.
@@ -143,7 +122,7 @@ mod tests {
         let device = Device::new_cuda(0)?;
         let cuda = device.as_cuda_device()?;
         let stream = cuda.cuda_stream();
-        let kernel = kernel(&stream)?;
+        let kernel = module(stream.context())?.load_function("srkl_dropout").w()?;
         let mask = Mask::new(0.4, 1, 2);
         let values: Vec<f32> = (0..5001).map(|i| (i as f32 * 0.37).sin()).collect();
         let xs = cuda.clone_htod(&values)?;

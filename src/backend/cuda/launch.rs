@@ -1,17 +1,35 @@
 //! The launches of `kernels/srkl.cu`, whose launch contract stands at the top of that file.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Result;
 use candle_core::cuda_backend::WrapErr;
 use cudarc::driver::sys::CUdevice_attribute;
-use cudarc::driver::{CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg,
+};
 use cudarc::nvrtc::Ptx;
 
 use super::abi;
 
 /// Machine code and PTX of `kernels/srkl.cu`, from `build.rs`.
-pub(crate) static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
+static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/srkl.fatbin"));
+
+/// The kernels in each context that has used them, by the context's address. Each entry keeps its context, so the address is of
+/// no other one; a device has one context, whoever opens it.
+static MODULES: Mutex<Vec<(usize, Arc<CudaModule>)>> = Mutex::new(vec![]);
+
+/// The kernels in a context, loaded once, however many optimizers come and go.
+pub(crate) fn module(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>> {
+    let key = context.cu_ctx() as usize;
+    let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, module)) = modules.iter().find(|(known, _)| *known == key) {
+        return Ok(module.clone());
+    }
+    let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
+    modules.push((key, module.clone()));
+    Ok(module)
+}
 
 /// CTAs for each multiprocessor: as many as there is room for. (With fewer, meant to keep a gradient in L2 until its
 /// block is updated, a step took up to twice the time on an H100: too few loads are in flight for the bandwidth of
@@ -57,7 +75,7 @@ impl Kernels {
         let context = stream.context();
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).w()? as u32;
-        let module = context.load_module(Ptx::from_binary(FATBIN.to_vec())).w()?;
+        let module = module(context)?;
         let load = |name| module.load_function(name).w();
         Ok(Self {
             stream: stream.clone(),
