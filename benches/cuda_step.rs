@@ -22,7 +22,7 @@ use candle_core::backprop::GradStore;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
-use candle_srkl::{Measure, NonFinite, ParamsSrkl, Srkl};
+use candle_srkl::{Direction, Measure, NonFinite, ParamsSrkl, Srkl};
 use clap::Parser;
 use cudarc::driver::CudaStream;
 use cudarc::driver::sys::CUevent_flags;
@@ -48,7 +48,7 @@ struct Options {
     #[arg(long, default_value = "skip-step", value_parser = ["skip-step", "skip-block", "propagate"])]
     policy: String,
     /// With --steps: the settings; braked Adam measures at the first step
-    #[arg(long, default_value = "reference", value_parser = ["reference", "braked-adam", "sgd", "adamw", "muon"])]
+    #[arg(long, default_value = "reference", value_parser = PRESETS)]
     preset: String,
     /// With --steps: compact moments, and split masters of bf16
     #[arg(long)]
@@ -57,6 +57,18 @@ struct Options {
     #[arg(long, hide = true)]
     bench: bool,
 }
+
+const PRESETS: [&str; 9] = [
+    "reference",
+    "braked-adam",
+    "sgd",
+    "adamw",
+    "muon",
+    "lion",
+    "nesterov-adam",
+    "amsgrad",
+    "cautious-adamw",
+];
 
 const COPY_BYTES: usize = 512 << 20;
 
@@ -106,6 +118,10 @@ fn main() -> Result<()> {
             ("AdamW", 28., "adamw", "skip-step", false),
             ("AdamW, Propagate", 28., "adamw", "propagate", false),
             ("Muon, Propagate", 36., "muon", "propagate", false),
+            ("Lion, Propagate", 20., "lion", "propagate", false),
+            ("Nesterov Adam, Propagate", 28., "nesterov-adam", "propagate", false),
+            ("AMSGrad, Propagate", 36., "amsgrad", "propagate", false),
+            ("cautious AdamW, Propagate", 28., "cautious-adamw", "propagate", false),
         ] {
             let mut srkl = optimizer(&vars, settings(preset, policy, packs))?;
             step(&mut srkl, &vars, &grads)?;
@@ -155,6 +171,16 @@ fn settings(preset: &str, policy: &str, packs: bool) -> ParamsSrkl {
         "sgd" => ParamsSrkl::sgd(1e-3),
         "adamw" => ParamsSrkl::adamw(1e-3),
         "muon" => ParamsSrkl::muon(1e-3),
+        "lion" => ParamsSrkl::lion(1e-4),
+        "nesterov-adam" => ParamsSrkl {
+            direction: Direction::NesterovAdam { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+            ..ParamsSrkl::adamw(1e-3)
+        },
+        "amsgrad" => ParamsSrkl {
+            direction: Direction::AmsGrad { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+            ..ParamsSrkl::adamw(1e-3)
+        },
+        "cautious-adamw" => ParamsSrkl { cautious: true, ..ParamsSrkl::adamw(1e-3) },
         // Measures at its first step alone.
         _ => ParamsSrkl {
             measure: Measure { every: u64::MAX, first: 1, ..Measure::default() },

@@ -164,7 +164,8 @@ pub enum Direction {
     /// `m <- beta2 m + (1 - beta2) g`. The sign of 0 is 0. State: m, 4 bytes a parameter.
     ///
     /// Every element steps by `phi`, so a plain `lr` is 3 to 10 times smaller than AdamW's, and `weight_decay` as many times
-    /// larger. A measured curvature ([`Curvature::Step`]) brakes it like the others.
+    /// larger. With a measured curvature ([`Curvature::Step`]) no `lr` is to be chosen, as with the others; but signs keep more of the
+    /// noise between batches than Adam's direction does.
     Lion {
         /// The decay of what the sign is taken of. 0 or above and below 1; 0.9 in [`ParamsSrkl::lion`].
         beta1: f64,
