@@ -205,6 +205,7 @@ fn replays_of_frozen_parameters_and_schedules() -> Result<()> {
             Ok(())
         })?;
         done?;
+        replayed.opt.set_schedule_step(10)?;
         eager.train()?;
         replayed.train()?;
         assert_eq!(eager.state()?, replayed.state()?);
