@@ -30,10 +30,11 @@ __device__ inline void load_parameters(Elements<C, N> (&xs)[ROWS], const Part<P,
         for (int e = 0; e < N; e++) xs[j][e] = (C)widen(ws[j][e]);
 }
 
-// The wide part of a chunk; G is the gradient's type. All threads of a warp come to each exchange.
-template <u32 DIRECTION, typename P, typename C, typename G>
+// The wide part of a chunk; G is the gradient's type. All threads of a warp come to each exchange. If steps
+// are CAUTIOUS, the mask may be asked for.
+template <bool CAUTIOUS, u32 DIRECTION, typename P, typename C, typename G>
 __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wide, bool reset_master,
-                                      const Coefficients<C> &k) {
+                                      bool is_cautious, const Coefficients<C> &k) {
     // A thread takes N neighbours, as many as 16 bytes of the smaller type hold, in BATCH rows at a time, so
     // that their loads are in flight together.
     const int N = 16 / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
@@ -41,7 +42,8 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
     const int STRIDE = SRKL_THREADS * N;
     // Registers don't suffice for all at once: if there is state, the parameter is loaded after it.
     const bool LATE = DIRECTION != SRKL_GRADIENT;
-    const bool SECOND = DIRECTION == SRKL_ADAM || DIRECTION == SRKL_NESTEROV_ADAM;
+    const bool LARGEST = DIRECTION == SRKL_AMSGRAD;
+    const bool SECOND = DIRECTION == SRKL_ADAM || DIRECTION == SRKL_NESTEROV_ADAM || LARGEST;
     const bool AHEAD = DIRECTION == SRKL_NESTEROV || DIRECTION == SRKL_NESTEROV_ADAM;
     for (int first = 0; first < wide; first += BATCH * STRIDE) {
         const int at = first + threadIdx.x * N;
@@ -73,9 +75,24 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
             }
             if (SECOND) {
                 part.v().store(at + j * STRIDE, wide, states[j]);
+                if (LARGEST) {
+                    // There is room for it until the parameter is loaded.
+                    part.v_max().template load<STRIDE>(xs, at, wide);
+#pragma unroll
+                    for (int e = 0; e < N; e++) states[j][e] = k.moments.largest(xs[j][e], states[j][e]);
+                    part.v_max().store(at + j * STRIDE, wide, states[j]);
+                }
 #pragma unroll
                 for (int e = 0; e < N; e++) ds[j][e] = div(ds[j][e], k.moments.denom(states[j][e]));
             }
+        }
+        if (CAUTIOUS && is_cautious) {
+            // Out of the cache: registers don't suffice to keep it.
+            load_elements<STRIDE>(gs, g, at, wide);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+#pragma unroll
+                for (int e = 0; e < N; e++) ds[j][e] = cautious(ds[j][e], (C)widen(gs[j][e]));
         }
         if (LATE) load_parameters<STRIDE>(xs, part, at, wide, reset_master);
 #pragma unroll
@@ -105,23 +122,26 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
 
 template <bool ALL, typename P, typename C, typename G>
 __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
-                                     bool reset_master, u32 direction, const Coefficients<C> &k) {
+                                     bool reset_master, const SrklGroup &group, const Coefficients<C> &k) {
     const G *p = (const G *)g.address;
     const int wide = vector_part(p, start, len, n);
-    if (ALL && direction == SRKL_LION) {
-        update_vectors<SRKL_LION>(part, p + start, wide, reset_master, k);
-        return wide;
-    }
-    if (ALL && direction == SRKL_NESTEROV_ADAM) {
-        update_vectors<SRKL_NESTEROV_ADAM>(part, p + start, wide, reset_master, k);
-        return wide;
-    }
-    switch (direction) {
-    case SRKL_GRADIENT: update_vectors<SRKL_GRADIENT>(part, p + start, wide, reset_master, k); break;
-    case SRKL_MOMENTUM: update_vectors<SRKL_MOMENTUM>(part, p + start, wide, reset_master, k); break;
-    case SRKL_NESTEROV: update_vectors<SRKL_NESTEROV>(part, p + start, wide, reset_master, k); break;
-    default: update_vectors<SRKL_ADAM>(part, p + start, wide, reset_master, k); break;
-    }
+    const u32 direction = group.direction;
+    const bool masks = group.cautious;
+    p += start;
+    if (ALL && direction == SRKL_LION)
+        update_vectors<ALL, SRKL_LION>(part, p, wide, reset_master, masks, k);
+    else if (ALL && direction == SRKL_NESTEROV_ADAM)
+        update_vectors<ALL, SRKL_NESTEROV_ADAM>(part, p, wide, reset_master, masks, k);
+    else if (ALL && direction == SRKL_AMSGRAD)
+        update_vectors<ALL, SRKL_AMSGRAD>(part, p, wide, reset_master, masks, k);
+    else if (direction == SRKL_GRADIENT)
+        update_vectors<false, SRKL_GRADIENT>(part, p, wide, reset_master, false, k);
+    else if (direction == SRKL_MOMENTUM)
+        update_vectors<ALL, SRKL_MOMENTUM>(part, p, wide, reset_master, masks, k);
+    else if (direction == SRKL_NESTEROV)
+        update_vectors<ALL, SRKL_NESTEROV>(part, p, wide, reset_master, masks, k);
+    else
+        update_vectors<ALL, SRKL_ADAM>(part, p, wide, reset_master, masks, k);
     return wide;
 }
 
@@ -206,16 +226,15 @@ __device__ __forceinline__ void update(const SrklBlock &block, const SrklGradien
                                        double *strips) {
     const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
-    const u32 direction = block_step.group.direction;
-    const bool one_by_one = direction == SRKL_MUON || (ELEMENTS && direction == SRKL_AMSGRAD) ||
-                            (ELEMENTS && (block_step.group.cautious || has_element_brakes(block_step.group)));
+    const SrklGroup &group = block_step.group;
+    const bool one_by_one = group.direction == SRKL_MUON || (ELEMENTS && has_element_brakes(group));
     const bool vectors = !MEASURES && !one_by_one;
     int wide = 0;
     if (vectors && g.dtype == block.dtype)
-        wide = update_vectors<ELEMENTS, P, C, P>(part, g, start, len, block.n, reset_master, direction, k);
+        wide = update_vectors<ELEMENTS, P, C, P>(part, g, start, len, block.n, reset_master, group, k);
     else if (vectors && g.dtype == SRKL_F32 && sizeof(P) == 2)
-        wide = update_vectors<ELEMENTS, P, C, C>(part, g, start, len, block.n, reset_master, direction, k);
-    if (ELEMENTS && has_element_brakes(block_step.group))
+        wide = update_vectors<ELEMENTS, P, C, C>(part, g, start, len, block.n, reset_master, group, k);
+    if (ELEMENTS && has_element_brakes(group))
         update_scalars<ELEMENTS, true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes,
                                                  strips);
     else

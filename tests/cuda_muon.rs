@@ -283,13 +283,15 @@ fn small_matrices_thaw_after_growing() -> Result<()> {
             values(&trained.to_device(&Device::Cpu)?)
         };
         let cuda = Device::new_cuda(0)?;
-        // Of a matrix that was always alone, and frozen for no time; an element steps by 0.02.
-        let expected = if bf16 { run(&cuda, 2)? } else { run(&Device::Cpu, 2)? };
+        // Of a matrix that was always alone, and frozen for no time. What is not orthogonalised is off by more than half.
+        let expected = run(&Device::Cpu, 2)?;
+        let start = noise(12 * 20, 1., 0);
+        let minus =
+            |a: &[f64], b: &[f64]| -> Vec<f64> { a.iter().zip(b).map(|(a, b)| a - b).collect() };
+        let length = norm(&minus(&expected, &start));
         for way in 0..3 {
-            for (found, expected) in run(&cuda, way)?.iter().zip(&expected) {
-                let off = if bf16 { 1e-3 } else { 1e-5 };
-                assert!(abs_diff_eq!(found, expected, epsilon = off), "{found} {expected}");
-            }
+            let off = norm(&minus(&run(&cuda, way)?, &expected)) / length;
+            assert!(off < if bf16 { 0.1 } else { 1e-4 }, "bf16: {bf16}, {way}: {off}");
         }
     }
     Ok(())

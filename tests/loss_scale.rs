@@ -416,3 +416,15 @@ fn what_does_not_fit_is_named() -> Result<()> {
     assert_eq!((opt.grad_scaler(), opt.grad_scale()), (None, 1.));
     Ok(())
 }
+
+#[cfg(feature = "serde")]
+#[test]
+fn settings_survive_json() {
+    let scaler = GradScaler { growth_interval: 7, check_every: 3, ..GradScaler::default() };
+    let json = serde_json::to_string(&scaler).unwrap();
+    assert_eq!(serde_json::from_str::<GradScaler>(&json).unwrap(), scaler);
+    // Fields that are missing have their defaults, and a misspelled one is an error.
+    let read = serde_json::from_str::<GradScaler>;
+    assert_eq!(read(r#"{"growth_interval": 7, "check_every": 3}"#).unwrap(), scaler);
+    assert!(read(r#"{"growth": 7}"#).unwrap_err().to_string().contains("unknown field"));
+}
