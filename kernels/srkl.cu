@@ -309,9 +309,9 @@ extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM)
     step<false, false, false>(table, lanes, work);
 }
 
-// The same for all directions, cautious ones, and settings where elements have their own brakes. Two CTAs
+// The same for all directions, cautious ones, and settings where elements have their own brakes. Three CTAs
 // less for each multiprocessor leave registers enough not to spill.
-extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 2)
+extern "C" __global__ void __launch_bounds__(SRKL_THREADS, SRKL_CTAS_PER_SM - 3)
     srkl_step_elements(const SrklTable table) {
     __shared__ Lanes lanes;
     __shared__ Work work;

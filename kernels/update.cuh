@@ -52,6 +52,8 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
         load_elements<STRIDE>(gs, g, at, wide);
         if (DIRECTION != SRKL_GRADIENT) part.m().template load<STRIDE>(ds, at, wide);
         if (SECOND) part.v().template load<STRIDE>(states, at, wide);
+        // There is room for it until the parameter is loaded.
+        if (LARGEST) part.v_max().template load<STRIDE>(xs, at, wide);
         if (!LATE) load_parameters<STRIDE>(xs, part, at, wide, reset_master);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
@@ -76,8 +78,6 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
             if (SECOND) {
                 part.v().store(at + j * STRIDE, wide, states[j]);
                 if (LARGEST) {
-                    // There is room for it until the parameter is loaded.
-                    part.v_max().template load<STRIDE>(xs, at, wide);
 #pragma unroll
                     for (int e = 0; e < N; e++) states[j][e] = k.moments.largest(xs[j][e], states[j][e]);
                     part.v_max().store(at + j * STRIDE, wide, states[j]);
@@ -87,8 +87,6 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
             }
         }
         if (CAUTIOUS && is_cautious) {
-            // Out of the cache: registers don't suffice to keep it.
-            load_elements<STRIDE>(gs, g, at, wide);
 #pragma unroll
             for (int j = 0; j < BATCH; j++)
 #pragma unroll
