@@ -248,8 +248,9 @@ fn resumed_and_copied_runs_measure_when_the_first_does() -> Result<()> {
     let params = ParamsSrkl { scope: Scope::Tensor, measure, ..ParamsSrkl::braked_adam() };
     let loss = |vars: &[Var]| {
         let all: Vec<_> = vars.iter().map(|v| v.sqr()?.sum_all()).collect::<Result<_>>()?;
-        // The last has a gradient of 0.
-        (&all[0] + &all[1])? + (&all[2] * 0.)?
+        // The last has a gradient of 0. (A factor that is no tensor would leave it without one.)
+        let zero = tensor(&[0.], DType::F32)?.reshape(())?;
+        (&all[0] + &all[1])? + (&all[2] * &zero)?
     };
     let train = |vars: &[Var], opt: &mut Srkl, steps: usize| -> Result<Vec<bool>> {
         let step = |_| {
