@@ -38,7 +38,8 @@ impl Srkl {
     /// A step that measures uses one scale for both gradients: in a closure read it before (`let scale = opt.grad_scale();`). A
     /// second gradient that is not finite, where the first one was, may come from the scale and not from the curvature. So the
     /// measurement is given up, as by [`Srkl::skip_measurement`], the scale falls, and the next step measures again. That
-    /// measurement counts whatever it is. (To see this a measurement reads the second gradients once more, one at a time.)
+    /// measurement counts whatever it is. (To see this a step that measures reads the counters before it, and its measurement the
+    /// second gradients once more, one at a time.)
     ///
     /// With several ranks all must set it alike.
     ///
