@@ -165,7 +165,7 @@ impl Srkl {
         Ok((self.accumulated.total()?, count))
     }
 
-    /// Gives what has been accumulated to `take`; it stays if that fails.
+    /// Gives what has been accumulated to `take`; it stays if that fails before the step, or the measurement, is done.
     fn consume_accumulated(
         &mut self,
         call: &str,
@@ -174,7 +174,13 @@ impl Srkl {
         let (grads, count) = self.total_of(call)?;
         // Gone before the scale follows the step.
         let accumulated = std::mem::take(&mut self.accumulated);
-        take(self, &grads, count).inspect_err(|_| self.accumulated = accumulated)
+        let place = |opt: &Self| (opt.measure_state.step_calls, opt.measure_state.awaiting_observe);
+        let before = place(self);
+        let done = take(self, &grads, count);
+        if done.is_err() && place(self) == before {
+            self.accumulated = accumulated;
+        }
+        done
     }
 
     /// The sum of the gradients of `count` losses, and the losses.

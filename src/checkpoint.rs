@@ -19,7 +19,7 @@
 //! | metadata | `powers.NAME` | products of decays: of the first and second moment and the average, f64 |
 //! | metadata | `curvature.NAME` | the estimate of its curvature: mean, row_sum_sq, power, variance, entered, curvature, last, lowest, highest (f64), in_average, infinite, still, measured_at, then the counts taken, nonfinite, unmoved, uninformative, missing, and reach (f64), which older files do not have |
 //! | metadata | `trained.NAME` | whether any step has had a gradient for it, 0 or 1 |
-//! | metadata | `known.NAME` | whether it lacks no estimate of its curvature, 0 or 1; older files do not tell |
+//! | metadata | `known.NAME` | whether it has an estimate of its curvature, or the last measurement found no direction to measure along, 0 or 1; older files do not tell |
 //! | metadata | `frozen.NAME` | whether it is frozen by itself, 0 or 1; older files do not tell |
 //! | tensor | `NAME.STATE` | f32 (f64 for an f64 parameter, bf16 for a packed average), the parameter's shape; STATE is one of `master`, `m`, `v`, `v_max`, `average`, `q` |
 //! | tensor | `NAME.m.codes`, `NAME.v.codes` | of a compact moment in place of that: i8, u8, the parameter's shape |

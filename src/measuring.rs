@@ -282,7 +282,8 @@ impl Srkl {
     /// - after [`Srkl::request_measurement`];
     /// - if there is no estimate to use.
     ///
-    /// With [`Curvature::Step`](crate::Curvature::Step) a step whose schedule is 0 never measures.
+    /// With [`Curvature::Step`](crate::Curvature::Step) a step whose schedule is 0 never measures, and no step does while all parameters
+    /// that would be measured are frozen.
     ///
     /// In a loop of your own, with [`Curvature::Step`](crate::Curvature::Step):
     ///
@@ -423,7 +424,6 @@ impl Srkl {
         let local = self.refuse_unobservable(count);
         let (again, scalars) = self.reduced("observe", Reduced::Own(grads_again), count, local)?;
         if self.blames_scale(&again, None)? {
-            self.measure_state.requested = true;
             self.engine.release(&mut self.all);
         } else {
             let remaining = self.engine.observe(&mut self.all, &again, scalars);
@@ -431,12 +431,15 @@ impl Srkl {
             self.note_estimates(remaining);
         }
         self.measure_state.awaiting_observe = false;
+        // Also where the repeated one was of a step that was skipped.
+        self.measure_state.requested |= self.repeats_measurement();
         self.step_is_whole()
     }
 
     /// Ends a step without its measurement.
     fn give_up(&mut self) {
         self.engine.release(&mut self.all);
+        self.forget_repeat();
         // What fails here fails again, and is reported, in the next step.
         let _ = self.step_is_whole();
     }

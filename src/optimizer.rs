@@ -190,7 +190,8 @@ impl Srkl {
         let (grads, scalars) = self.reduced("step", Reduced::Own(grads), count, local)?;
         let grads = &grads;
         let measures = self.measuring() && !self.probes();
-        self.note_skipped(measures)?;
+        let noted = self.note_skipped(measures);
+        self.done(noted)?;
         let step = Step { grads, scalars, measures, records: self.records, steps: 0 };
         #[cfg(feature = "tracing")]
         let skipped = self.skipped_at_hand();
@@ -492,7 +493,8 @@ impl Srkl {
         let old = group.params.clone();
         let name = group.name.clone();
         // What has not been measured so far is missed in the next step.
-        let starts = old.lr == 0. && params.lr > 0.;
+        let measures = |p: &ParamsSrkl| p.lr > 0. && MeasureSchedule::of(p).is_some();
+        let starts = !measures(&old) && measures(&params);
         let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
         let stepped = |block: &Block| {
             let thawed = starts && self.all.groups[block.group].name == name;
@@ -500,6 +502,9 @@ impl Srkl {
         };
         let stepped: Vec<bool> = self.all.blocks.iter().map(stepped).collect();
         let asks = plan.is_some() && stepped.contains(&true);
+        if asks {
+            self.engine.refuse_capture("`set_params`")?;
+        }
         let estimates = if asks { self.engine.estimates()? } else { vec![] };
         self.set_group(&name, params);
         if let Err(e) = self.upload_settings() {

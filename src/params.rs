@@ -899,7 +899,7 @@ pub(crate) fn check(field: &str, value: f64, above: Above) -> Result<()> {
 
 pub(crate) fn check_grad_scale(grad_scale: f64) -> Result<()> {
     check("grad_scale", grad_scale, Above::Zero)?;
-    // Steps divide by it in f32.
+    // Moments of f32 take it in f32.
     check("1 / grad_scale", f64::from((1. / grad_scale) as f32), Above::Zero)
 }
 

@@ -66,7 +66,7 @@ impl Srkl {
     ///
     /// # Errors
     ///
-    /// Settings out of range; a group whose [`nonfinite`](crate::ParamsSrkl::nonfinite) is not [`SkipStep`](crate::NonFinite::SkipStep); a step that waits for its
+    /// Settings out of range; micro-batches that have been [accumulated](Srkl::accumulate) by another scale; a group whose [`nonfinite`](crate::ParamsSrkl::nonfinite) is not [`SkipStep`](crate::NonFinite::SkipStep); a step that waits for its
     /// measurement. Nothing has changed then.
     pub fn set_grad_scaler(&mut self, scaler: Option<GradScaler>) -> Result<()> {
         let Some(scaler) = scaler else {
@@ -130,6 +130,7 @@ impl Srkl {
     /// Before a step that measures afterwards: how many were skipped, for [`Srkl::blames_scale`].
     pub(crate) fn note_skipped(&mut self, measures: bool) -> Result<()> {
         let Some(scaling) = self.scaling.as_mut().filter(|_| measures) else { return Ok(()) };
+        self.engine.refuse_capture("a step that measures the curvature")?;
         scaling.skipped_before = self.engine.counters()?.skipped_steps;
         Ok(())
     }
@@ -143,11 +144,14 @@ impl Srkl {
         first: Option<&GradStore>,
     ) -> Result<bool> {
         let Some(scaling) = &self.scaling else { return Ok(false) };
-        let useless = match first {
-            Some(first) => self.is_infinite(first)?,
-            None => self.engine.counters()?.skipped_steps > scaling.skipped_before,
+        let told = || {
+            let useless = match first {
+                Some(first) => self.is_infinite(first)?,
+                None => self.engine.counters()?.skipped_steps > scaling.skipped_before,
+            };
+            Ok(vec![useless, self.is_infinite(again)?])
         };
-        let mut told = vec![useless, self.is_infinite(again)?];
+        let mut told = self.done(told())?;
         if let Some(ranks) = &self.ranks {
             told = ranks.or_abort(ranks.any(&told))?;
         }
@@ -174,6 +178,13 @@ impl Srkl {
             }
         }
         Ok(false)
+    }
+
+    /// A measurement that the user gives up is not repeated.
+    pub(crate) fn forget_repeat(&mut self) {
+        if let Some(scaling) = &mut self.scaling {
+            scaling.state.repeats = false;
+        }
     }
 
     /// Whether a measurement was given up for the scale, and is to be repeated.

@@ -323,6 +323,31 @@ fn what_stands_still_is_not_measured() -> Result<()> {
     Ok(())
 }
 
+/// A group that begins to measure beside one that does is measured at once: without an estimate it would stand still.
+#[test]
+fn another_group_begins_to_measure() -> Result<()> {
+    let measure = Measure { every: 1000, first: 1, ..Measure::default() };
+    let braked = ParamsSrkl { scope: Scope::Tensor, measure, ..ParamsSrkl::braked_adam() };
+    let plain = ParamsSrkl { scope: Scope::Tensor, measure, ..ParamsSrkl::adamw(0.1) };
+    let vars = noisy_vars(&[300, 20], 1., DType::F32)?;
+    let mut opt = Srkl::builder()
+        .default_group(braked.clone())
+        .group("plain", plain, |name, _| name == "w1")
+        .build(named(&vars, 0))?;
+    let loss = || vars[0].sqr()?.sum_all()? + vars[1].sqr()?.sum_all()?;
+    for _ in 0..3 {
+        opt.backward_step_with(loss)?;
+    }
+    assert!(!opt.measuring());
+    opt.set_params("plain", braked)?;
+    assert!(opt.measuring());
+    opt.backward_step_with(loss)?;
+    let before = bits(&vars[1])?;
+    opt.backward_step(&loss()?)?;
+    assert!(bits(&vars[1])? != before);
+    Ok(())
+}
+
 /// A frozen parameter brakes no other by the norm that was measured of it before.
 #[test]
 fn frozen_rows_do_not_brake() -> Result<()> {

@@ -8,7 +8,7 @@ use std::thread;
 
 use candle_core::{DType, Result, Var};
 use candle_nn::Optimizer;
-use candle_srkl::{GradScaler, NonFinite, ParamsSrkl, Srkl, Threads};
+use candle_srkl::{GradScaler, Measure, NonFinite, ParamsSrkl, Srkl, Threads};
 use common::*;
 use serde_json::Value;
 
@@ -195,7 +195,7 @@ fn infinite_second_gradients() -> Result<()> {
                 opt.observe(&infinite)
             }
         };
-        opt.set_measure(candle_srkl::Measure { every: 1000, first: 1, ..params.measure })?;
+        opt.set_measure(Measure { every: 1000, first: 1, ..params.measure })?;
         opt.request_measurement();
         measure(&mut opt)?;
         assert_eq!(opt.grad_scale(), 32_768.);
@@ -252,6 +252,42 @@ fn infinite_first_gradients_blame_nothing() -> Result<()> {
             assert_eq!(opt.measurements()?.nonfinite, 0, "{params:?}");
         }
     }
+    Ok(())
+}
+
+/// A measurement is repeated until a step is taken that it can be made along.
+#[test]
+fn repeated_measurements_of_skipped_steps() -> Result<()> {
+    let w = var(&[1., -2., 3.], DType::F32)?;
+    let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
+    opt.set_grad_scaler(Some(GradScaler::default()))?;
+    let gradient = |g: f64| -> Result<_> { Ok(grads([(&w, tensor(&[1., g, 1.], DType::F32)?)])) };
+    opt.step(&gradient(1.)?)?;
+    opt.observe(&gradient(2.)?)?;
+    let measure = Measure { every: 1000, first: 1, ..Measure::default() };
+    opt.set_measure(measure)?;
+    opt.request_measurement();
+    for (first, again, scale) in
+        [(1., f64::INFINITY, 0.5), (f64::INFINITY, 1., 0.25), (1., 3., 0.25)]
+    {
+        assert!(opt.measuring(), "{first} {again}");
+        opt.step(&gradient(first)?)?;
+        opt.observe(&gradient(again)?)?;
+        assert_eq!(opt.grad_scale(), 65_536. * scale);
+    }
+    assert!(!opt.measuring());
+    assert_eq!((opt.measurements()?.taken, opt.measurements()?.nonfinite), (2, 0));
+    // One that is given up is not repeated, and the next is a first one.
+    opt.request_measurement();
+    opt.step(&gradient(1.)?)?;
+    opt.observe(&gradient(f64::INFINITY)?)?;
+    opt.step(&gradient(1.)?)?;
+    opt.skip_measurement();
+    assert!(!opt.measuring());
+    opt.request_measurement();
+    opt.step(&gradient(1.)?)?;
+    opt.observe(&gradient(f64::INFINITY)?)?;
+    assert_eq!((opt.measurements()?.nonfinite, opt.measuring()), (0, true));
     Ok(())
 }
 

@@ -218,6 +218,40 @@ fn files_are_gone_on_with_behind_their_last_whole_line() -> Result<()> {
     Ok(())
 }
 
+/// Whatever quotes names have, and whatever was torn in the middle: what is behind it stays.
+#[test]
+fn rows_behind_a_torn_one_stay() -> Result<()> {
+    let mut metrics = training(1)?.remove(0);
+    metrics.parameters[1].name = "w\"".to_string();
+    let folder = tempfile::tempdir()?;
+    let [csv, json] = ["t.csv", "t.jsonl"].map(|name| folder.path().join(name));
+    Csv::create(&csv)?.write(&metrics)?;
+    JsonLines::create(&json)?.write(&metrics)?;
+    for (path, torn) in [(&csv, "2,\"a"), (&json, "{\"step\":2,\"na")] {
+        fs::File::options().append(true).open(path)?.write_all(torn.as_bytes())?;
+        // By somebody who goes on behind it.
+        let file = fs::File::options().append(true).open(path)?;
+        if path == &csv {
+            let mut rest = Csv::new(vec![]);
+            rest.write(&metrics)?;
+            let rest = String::from_utf8(rest.into_inner()).unwrap();
+            let rest: String = rest.split_inclusive('\n').skip(1).collect();
+            { file }.write_all(rest.as_bytes())?;
+        } else {
+            JsonLines::new(file).write(&metrics)?;
+        }
+        let before = fs::read(path)?;
+        if path == &csv {
+            Csv::append(path)?.write(&metrics)?;
+        } else {
+            JsonLines::append(path)?.write(&metrics)?;
+        }
+        let after = fs::read(path)?;
+        assert!(after.starts_with(&before) && after.len() > before.len(), "{torn}");
+    }
+    Ok(())
+}
+
 #[test]
 fn errors_name_the_file() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -73,7 +73,7 @@ impl Csv<File> {
         Ok(Self { out: create(path.as_ref())?, begun: false })
     }
 
-    /// Goes on at the end of a file, or begins one that is not there. A last line that does not end is cut off.
+    /// Goes on at the end of a file, or begins one that is not there. A last row that does not end is cut off.
     ///
     /// A training that goes on from a checkpoint writes the steps after it once more: of two rows of one step and one name the
     /// later counts.
@@ -82,7 +82,7 @@ impl Csv<File> {
     ///
     /// A file that can't be opened, or whose first line is not that of [`COLUMNS`]. The error names it.
     pub fn append(path: impl AsRef<Path>) -> Result<Self> {
-        let (out, begun) = append(path.as_ref(), |first| begins(first, &header()))?;
+        let (out, begun) = append(path.as_ref(), &header(), false)?;
         Ok(Self { out, begun })
     }
 }
@@ -150,7 +150,7 @@ impl JsonLines<File> {
     /// A file that can't be opened, or that does not begin with a line of this kind. The error names it.
     pub fn append(path: impl AsRef<Path>) -> Result<Self> {
         let begin = format!("{{\"{}\":", COLUMNS[0]);
-        Ok(Self(append(path.as_ref(), |first| begins(first, &begin))?.0))
+        Ok(Self(append(path.as_ref(), &begin, true)?.0))
     }
 }
 
@@ -236,19 +236,24 @@ fn create(path: &Path) -> Result<Out<File>> {
     Ok(Out::of_file(file, path))
 }
 
-/// A file to go on with behind its last whole line, and whether there is one. `ours` is an error unless it begins as one of ours.
-fn append(path: &Path, ours: impl FnOnce(&str) -> Result<()>) -> Result<(Out<File>, bool)> {
+/// A file to go on with behind its last whole row, and whether there is one. It must begin with `begin`, or be the beginning of
+/// that. A row may have line ends between quotes, as in a name, unless it `is_line`.
+fn append(path: &Path, begin: &str, is_line: bool) -> Result<(Out<File>, bool)> {
     let open = || {
         let file = File::options().read(true).append(true).create(true).open(path)?;
         let mut lines = BufReader::new(&file);
         let mut line = vec![];
         lines.read_until(b'\n', &mut line)?;
-        ours(&String::from_utf8_lossy(&line))?;
-        // Behind the last line end that is not between quotes: names may have some.
+        let first = String::from_utf8_lossy(&line);
+        if !first.starts_with(begin) && !begin.starts_with(&*first) {
+            bail!("expected a file that begins with `{}`, found `{}`", begin.trim(), first.trim())
+        }
         let (mut length, mut end, mut quoted) = (0, 0, false);
         while !line.is_empty() {
             length += line.len() as u64;
-            quoted ^= line.iter().filter(|&&byte| byte == b'"').count() % 2 == 1;
+            // Quotes that a torn row has opened end where the next one begins.
+            quoted &= !begins_row(&line);
+            quoted ^= !is_line && line.iter().filter(|&&byte| byte == b'"').count() % 2 == 1;
             if !quoted && line.ends_with(b"\n") {
                 end = length;
             }
@@ -261,12 +266,8 @@ fn append(path: &Path, ours: impl FnOnce(&str) -> Result<()>) -> Result<(Out<Fil
     open().map_err(|e: candle_core::Error| e.with_path(path))
 }
 
-/// An error unless a line is the beginning of a `whole` one, or begins with that.
-fn begins(line: &str, whole: &str) -> Result<()> {
-    match line.starts_with(whole) || whole.starts_with(line) {
-        true => Ok(()),
-        false => {
-            bail!("expected a file that begins with `{}`, found `{}`", whole.trim(), line.trim())
-        }
-    }
+/// Whether a line of CSV is the first of a row, which begins with the number of a step.
+fn begins_row(line: &[u8]) -> bool {
+    let digits = line.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    digits > 0 && line.get(digits) == Some(&b',')
 }

@@ -31,6 +31,8 @@ struct Batch {
     /// `(count, rows, cols)`
     room: Tensor,
     group: usize,
+    /// Of its blocks, among all.
+    places: Vec<usize>,
 }
 
 impl Orthogonalizer {
@@ -78,12 +80,12 @@ impl Orthogonalizer {
             let dtype = products(&all.blocks[places[0]], all.groups[group].params.direction);
             let room = Tensor::zeros(shape, dtype, &Device::Cuda(device.clone()))?;
             let mut first = 0;
-            for place in places {
+            for &place in &places {
                 let count = count(&all.blocks[place]);
                 all.blocks[place].orthogonal = Some(room.narrow(0, first, count)?);
                 first += count;
             }
-            batches.push(Batch { room, group });
+            batches.push(Batch { room, group, places });
         }
         let chunk_sums = device.alloc_zeros(chunks.len())?;
         let sums = device.alloc_zeros(matrices.len())?;
@@ -113,14 +115,16 @@ impl Orthogonalizer {
         &self.table
     }
 
-    /// Orthogonalises what is in the rooms; in a capture those of frozen groups too, which a replay may find thawed.
+    /// Orthogonalises what is in the rooms, but for batches that are frozen altogether; in a capture those too, which a replay
+    /// may find thawed.
     pub fn run(&self, all: &Parameters, kernels: &Kernels, captured: bool) -> Result<()> {
-        for Batch { room, group } in &self.batches {
+        for Batch { room, group, places } in &self.batches {
             let params = &all.groups[*group].params;
             let Direction::Muon { steps, .. } = params.direction else {
                 bail!("expected `Direction::Muon`, got {:?}", params.direction)
             };
-            if params.lr == 0. && !captured {
+            let still = places.iter().all(|&place| all.of(&all.blocks[place]).lr == 0.);
+            if still && !captured {
                 continue;
             }
             newton_schulz(room, steps, |y, a, x, b| {
