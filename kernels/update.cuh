@@ -216,8 +216,8 @@ __device__ inline void update_scalars(const Part<P, C> &part, const SrklGradient
 }
 
 // Updates elements `start..start + len` of a block, one chunk. ELEMENTS: whether elements may have their own
-// brakes, whose double precision takes registers: blocks of such groups go element by element. If it MEASURES, it
-// leaves the sums of `D^2` and `d m` in the lanes.
+// brakes, whose double precision takes registers: blocks of such groups go element by element. If it
+// MEASURES, it leaves the sums of `D^2` and `d m` in the lanes.
 template <bool ELEMENTS, bool MEASURES, typename P, typename C>
 __device__ __forceinline__ void update(const SrklBlock &block, const SrklGradient &g, u64 start, int len,
                                        bool reset_master, const BlockStep &block_step, Lanes &lanes,
