@@ -120,11 +120,9 @@ __device__ inline void update_vectors(const Part<P, C> &part, const G *g, int wi
 
 template <bool ALL, typename P, typename C, typename G>
 __device__ inline int update_vectors(const Part<P, C> &part, const SrklGradient &g, u64 start, int len, u64 n,
-                                     bool reset_master, const SrklGroup &group, const Coefficients<C> &k) {
+                                     bool reset_master, u32 direction, bool masks, const Coefficients<C> &k) {
     const G *p = (const G *)g.address;
     const int wide = vector_part(p, start, len, n);
-    const u32 direction = group.direction;
-    const bool masks = group.cautious;
     p += start;
     if (ALL && direction == SRKL_LION)
         update_vectors<ALL, SRKL_LION>(part, p, wide, reset_master, masks, k);
@@ -225,13 +223,18 @@ __device__ __forceinline__ void update(const SrklBlock &block, const SrklGradien
     const Coefficients<C> k(block_step);
     const Part<P, C> part(block, start);
     const SrklGroup &group = block_step.group;
-    const bool one_by_one = group.direction == SRKL_MUON || (ELEMENTS && has_element_brakes(group));
+    // Read once: each of a CTA's reads counts.
+    const u32 direction = group.direction;
+    const bool masks = ELEMENTS && group.cautious;
+    const bool one_by_one = direction == SRKL_MUON || (ELEMENTS && has_element_brakes(group));
     const bool vectors = !MEASURES && !one_by_one;
     int wide = 0;
     if (vectors && g.dtype == block.dtype)
-        wide = update_vectors<ELEMENTS, P, C, P>(part, g, start, len, block.n, reset_master, group, k);
+        wide = update_vectors<ELEMENTS, P, C, P>(part, g, start, len, block.n, reset_master, direction, masks,
+                                                 k);
     else if (vectors && g.dtype == SRKL_F32 && sizeof(P) == 2)
-        wide = update_vectors<ELEMENTS, P, C, C>(part, g, start, len, block.n, reset_master, group, k);
+        wide = update_vectors<ELEMENTS, P, C, C>(part, g, start, len, block.n, reset_master, direction, masks,
+                                                 k);
     if (ELEMENTS && has_element_brakes(group))
         update_scalars<ELEMENTS, true, MEASURES>(part, g, start, 0, len, reset_master, block_step, k, lanes,
                                                  strips);
