@@ -96,7 +96,7 @@ impl Srkl {
             return Err(e);
         }
         let added = &self.all.groups[whole].params;
-        self.measure_state.blind |= MeasureSchedule::of(added).is_some() && added.lr > 0.;
+        self.measure_state.blind |= MeasureSchedule::measures(added);
         Ok(())
     }
 

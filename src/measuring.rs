@@ -335,10 +335,8 @@ impl Srkl {
 
     /// Whether any parameter that is stepped is of a group that measures.
     fn measures_any(&self) -> bool {
-        let measured = |block: &Block| {
-            let params = self.all.of(block);
-            params.lr > 0. && block.whole > 0 && MeasureSchedule::of(params).is_some()
-        };
+        let measured =
+            |block: &Block| block.whole > 0 && MeasureSchedule::measures(self.all.of(block));
         self.all.blocks.iter().any(measured)
     }
 
@@ -629,10 +627,9 @@ impl Srkl {
         }
         let all = &self.all;
         let missing = |block: &Block| {
-            let params = all.of(block);
-            let measured = !block.known && MeasureSchedule::of(params).is_some();
+            let measured = !block.known && MeasureSchedule::measures(all.of(block));
             // Looked up last: with thousands of parameters that takes time.
-            measured && block.whole > 0 && params.lr > 0. && given(block)
+            measured && block.whole > 0 && given(block)
         };
         if !measures && self.all.blocks.iter().any(missing) {
             self.measure_state.blind = true;
@@ -667,8 +664,7 @@ impl Srkl {
             all.blocks.iter_mut().zip(estimates).zip(stepped).filter(|(_, stepped)| **stepped)
         {
             block.known = estimate.is_known();
-            let params = &all.groups[block.group].params;
-            let measured = MeasureSchedule::of(params).is_some() && params.lr > 0.;
+            let measured = MeasureSchedule::measures(&all.groups[block.group].params);
             self.measure_state.blind |= measured && !block.known && block.whole > 0;
         }
     }

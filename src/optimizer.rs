@@ -416,6 +416,11 @@ impl Srkl {
         })
     }
 
+    /// The multiplier of the last step, or what has been set since then.
+    pub(crate) fn multiplier(&self) -> f64 {
+        self.last_schedule.unwrap_or(self.schedule)
+    }
+
     /// Goes on to the multiplier of the next step.
     fn advance_schedule(&mut self) {
         self.last_schedule = Some(self.schedule);
@@ -493,8 +498,7 @@ impl Srkl {
         let old = group.params.clone();
         let name = group.name.clone();
         // What has not been measured so far is missed in the next step.
-        let measures = |p: &ParamsSrkl| p.lr > 0. && MeasureSchedule::of(p).is_some();
-        let starts = !measures(&old) && measures(&params);
+        let starts = !MeasureSchedule::measures(&old) && MeasureSchedule::measures(&params);
         let kind = |schedule: Option<MeasureSchedule>| schedule.map(|s| s.probe.is_some());
         let stepped = |block: &Block| {
             let thawed = starts && self.all.groups[block.group].name == name;

@@ -156,11 +156,12 @@ impl Srkl {
             told = ranks.or_abort(ranks.any(&told))?;
         }
         let Some(Scaling { state, .. }) = &mut self.scaling else { return Ok(false) };
-        if told[0] {
+        let (useless, infinite) = (told[0], told[1]);
+        if useless {
             // Of a step that was skipped the engine takes nothing; one that will be skipped it does not know of.
             return Ok(first.is_some());
         }
-        let blamed = told[1] && !state.repeats;
+        let blamed = infinite && !state.repeats;
         state.overflowed |= blamed;
         state.repeats = blamed;
         Ok(blamed)

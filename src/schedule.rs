@@ -23,6 +23,11 @@ impl MeasureSchedule {
         }
     }
 
+    /// Whether parameters of these settings are stepped, and measured.
+    pub fn measures(params: &ParamsSrkl) -> bool {
+        params.lr > 0. && Self::of(params).is_some()
+    }
+
     /// # Errors
     ///
     /// Two groups that measure, but not alike.

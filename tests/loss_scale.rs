@@ -6,16 +6,21 @@ mod common;
 
 use std::thread;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Var};
 use candle_nn::Optimizer;
 use candle_srkl::{GradScaler, Measure, NonFinite, ParamsSrkl, Srkl, Threads};
 use common::*;
 use serde_json::Value;
 
+/// A gradient of three elements, of which `g` is the second.
+fn gradient(w: &Var, g: f64) -> Result<GradStore> {
+    Ok(grads([(w, tensor(&[1., g, 1.], DType::F32)?)]))
+}
+
 /// A step by finite gradients, or by an infinite one.
 fn step(opt: &mut Srkl, w: &Var, bad: bool) -> Result<()> {
-    let g = if bad { f64::INFINITY } else { 1. };
-    opt.step(&grads([(w, tensor(&[1., g, 1.], DType::F32)?)]))
+    opt.step(&gradient(w, if bad { f64::INFINITY } else { 1. })?)
 }
 
 fn build(scaler: GradScaler) -> Result<(Srkl, Var)> {
@@ -183,7 +188,7 @@ fn infinite_second_gradients() -> Result<()> {
         let measure = |opt: &mut Srkl| -> Result<()> {
             assert!(opt.measuring());
             let first = (w.sqr()?.sum_all()? * opt.grad_scale())?.backward()?;
-            let infinite = grads([(&w, tensor(&[1., f64::INFINITY, 1.], DType::F32)?)]);
+            let infinite = gradient(&w, f64::INFINITY)?;
             let scale = opt.grad_scale();
             if probes {
                 opt.perturb(&first)?.observe(&infinite)?;
@@ -216,14 +221,12 @@ fn infinite_second_gradients_between_looks() -> Result<()> {
     let w = var(&[1., -2., 3.], DType::F32)?;
     let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
     opt.set_grad_scaler(Some(GradScaler { check_every: 100, ..GradScaler::default() }))?;
-    let gradient =
-        |g: f64| Ok::<_, candle_core::Error>(grads([(&w, tensor(&[1., g, 1.], DType::F32)?)]));
     for (again, scale, taken, nonfinite) in
         [(f64::INFINITY, 32_768., 0, 0), (2., 32_768., 1, 0), (f64::INFINITY, 16_384., 1, 0)]
     {
         assert!(opt.measuring());
-        opt.step(&gradient(1.)?)?;
-        opt.observe(&gradient(again)?)?;
+        opt.step(&gradient(&w, 1.)?)?;
+        opt.observe(&gradient(&w, again)?)?;
         let found = opt.measurements()?;
         assert_eq!((opt.grad_scale(), found.taken, found.nonfinite), (scale, taken, nonfinite));
     }
@@ -239,8 +242,8 @@ fn infinite_first_gradients_blame_nothing() -> Result<()> {
         opt.set_grad_scaler(Some(GradScaler::default()))?;
         for (first, scale) in [(f64::INFINITY, 32_768.), (1., 16_384.), (f64::NAN, 8_192.)] {
             opt.request_measurement();
-            let first = grads([(&w, tensor(&[1., first, 1.], DType::F32)?)]);
-            let infinite = grads([(&w, tensor(&[1., f64::INFINITY, 1.], DType::F32)?)]);
+            let first = gradient(&w, first)?;
+            let infinite = gradient(&w, f64::INFINITY)?;
             if params == ParamsSrkl::hessian() {
                 opt.perturb(&first)?.observe(&infinite)?;
                 opt.step(&first)?;
@@ -261,9 +264,8 @@ fn repeated_measurements_of_skipped_steps() -> Result<()> {
     let w = var(&[1., -2., 3.], DType::F32)?;
     let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
     opt.set_grad_scaler(Some(GradScaler::default()))?;
-    let gradient = |g: f64| -> Result<_> { Ok(grads([(&w, tensor(&[1., g, 1.], DType::F32)?)])) };
-    opt.step(&gradient(1.)?)?;
-    opt.observe(&gradient(2.)?)?;
+    opt.step(&gradient(&w, 1.)?)?;
+    opt.observe(&gradient(&w, 2.)?)?;
     let measure = Measure { every: 1000, first: 1, ..Measure::default() };
     opt.set_measure(measure)?;
     opt.request_measurement();
@@ -271,22 +273,22 @@ fn repeated_measurements_of_skipped_steps() -> Result<()> {
         [(1., f64::INFINITY, 0.5), (f64::INFINITY, 1., 0.25), (1., 3., 0.25)]
     {
         assert!(opt.measuring(), "{first} {again}");
-        opt.step(&gradient(first)?)?;
-        opt.observe(&gradient(again)?)?;
+        opt.step(&gradient(&w, first)?)?;
+        opt.observe(&gradient(&w, again)?)?;
         assert_eq!(opt.grad_scale(), 65_536. * scale);
     }
     assert!(!opt.measuring());
     assert_eq!((opt.measurements()?.taken, opt.measurements()?.nonfinite), (2, 0));
     // One that is given up is not repeated, and the next is a first one.
     opt.request_measurement();
-    opt.step(&gradient(1.)?)?;
-    opt.observe(&gradient(f64::INFINITY)?)?;
-    opt.step(&gradient(1.)?)?;
+    opt.step(&gradient(&w, 1.)?)?;
+    opt.observe(&gradient(&w, f64::INFINITY)?)?;
+    opt.step(&gradient(&w, 1.)?)?;
     opt.skip_measurement();
     assert!(!opt.measuring());
     opt.request_measurement();
-    opt.step(&gradient(1.)?)?;
-    opt.observe(&gradient(f64::INFINITY)?)?;
+    opt.step(&gradient(&w, 1.)?)?;
+    opt.observe(&gradient(&w, f64::INFINITY)?)?;
     assert_eq!((opt.measurements()?.nonfinite, opt.measuring()), (0, true));
     Ok(())
 }
@@ -295,7 +297,7 @@ fn repeated_measurements_of_skipped_steps() -> Result<()> {
 #[test]
 fn accumulated_gradients_keep_their_scale() -> Result<()> {
     let (mut opt, w) = build(GradScaler { growth_interval: 1, ..GradScaler::default() })?;
-    let add = |opt: &mut Srkl| opt.accumulate(&grads([(&w, tensor(&[1.; 3], DType::F32)?)]));
+    let add = |opt: &mut Srkl| opt.accumulate(&gradient(&w, 1.)?);
     add(&mut opt)?;
     assert_error(opt.set_grad_scale(3.), &["`grad_scale`", "1 accumulated", "65536"]);
     assert_error(
@@ -323,7 +325,7 @@ fn accumulated_gradients_keep_their_scale() -> Result<()> {
 fn accumulated_second_gradients_are_given_up() -> Result<()> {
     let w = var(&[1., -2., 3.], DType::F32)?;
     let mut opt = Srkl::new(vec![w.clone()], ParamsSrkl::braked_adam())?;
-    let add = |opt: &mut Srkl| opt.accumulate(&grads([(&w, tensor(&[1.; 3], DType::F32)?)]));
+    let add = |opt: &mut Srkl| opt.accumulate(&gradient(&w, 1.)?);
     (0..2).try_for_each(|_| add(&mut opt))?;
     opt.step_accumulated()?;
     add(&mut opt)?;

@@ -62,8 +62,7 @@ impl Srkl {
             warn!(target: TARGET, step, skipped_steps = skipped, "step skipped: a gradient is not finite");
         } else {
             let measures = self.measure_state.awaiting_observe;
-            let multiplier = self.last_schedule.unwrap_or(self.schedule);
-            debug!(target: TARGET, step, multiplier, measures, "step");
+            debug!(target: TARGET, step, multiplier = self.multiplier(), measures, "step");
         }
     }
 

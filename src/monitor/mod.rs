@@ -109,8 +109,7 @@ impl Srkl {
         let parameters = self.telemetry()?;
         let skipped_steps = self.skipped_steps()?;
         let step = self.steps()? + skipped_steps;
-        let learning_rate =
-            self.base_lr().map_or(0., |lr| self.last_schedule.unwrap_or(self.schedule) * lr);
+        let learning_rate = self.multiplier() * self.base_lr().unwrap_or(0.);
         Ok(Metrics { step, skipped_steps, learning_rate, parameters })
     }
 }
