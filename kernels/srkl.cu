@@ -39,6 +39,7 @@
 #include "update.cuh"
 
 #define NO_CHUNK (~0ull)
+#define NO_BLOCK (~0ull)
 
 // While a block is not decided, statistics of up to this many chunks behind it may be done: the work of some
 // dozen microseconds, but little in L2. None if the block's updates will sweep L2.
@@ -103,6 +104,8 @@ __device__ inline void take(const SrklTable &table, Work &work, u64 stage, u64 c
     work.stage = stage;
     work.chunk = chunk;
     work.start = part.start;
+    // Mostly the block of the chunk before.
+    if (part.block == work.b) return;
     work.b = part.block;
     work.block = ((const SrklBlock *)table.blocks)[part.block];
     work.gradient = ((const SrklGradient *)table.gradients)[part.block];
@@ -277,6 +280,7 @@ __device__ __forceinline__ void step(const SrklTable &table, Lanes &lanes, Work 
     if (threadIdx.x == 0) {
         work.scalars = *(const SrklScalars *)table.scalars;
         work.pending = NO_CHUNK;
+        work.b = NO_BLOCK;
     }
     for (;;) {
         if (threadIdx.x == 0) choose<ELEMENTS, PACKED>(table, work);
