@@ -19,6 +19,7 @@
 //! | kinetic, f32, likewise | 36: g; g, m, w for the trust clip; read w, g, m, write w, m |
 //! | Muon, f32 | 44: read g, m, write X; read and write X for its norm; read g, m, X, w, write m, w; and what its products take |
 //! | plain loop, f32 | 12: read, read, write |
+//! | reading loop, f32 | 4 |
 //!
 //! "measuring" is a step that measures, with `observe`, but without the model's second backward pass.
 //!
@@ -69,26 +70,43 @@ impl Bench<'_> {
 
     /// Reads and writes what a step of gradient descent must, with nothing else to do.
     fn plain_loop(&mut self, list: &List, contender: &'static str, threads: usize) {
+        self.bare_loop(list, contender, threads, |w, g| {
+            for (w, g) in w.iter_mut().zip(g) {
+                *w -= 1e-3 * g;
+            }
+        });
+    }
+
+    /// Reads the gradients, as a second reading must.
+    fn reading_loop(&mut self, list: &List, contender: &'static str, threads: usize) {
+        self.bare_loop(list, contender, threads, |_, g| {
+            black_box(g.iter().fold(true, |finite, g| finite & g.is_finite()));
+        });
+    }
+
+    fn bare_loop(
+        &mut self,
+        list: &List,
+        contender: &'static str,
+        threads: usize,
+        body: impl Fn(&mut [f32], &[f32]) + Sync,
+    ) {
         const PIECE: usize = 1 << 17;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let lengths = list.shapes.iter().map(|shape| shape.iter().product());
         let mut pairs: Vec<(Vec<f32>, Vec<f32>)> =
             lengths.map(|n: usize| (vec![1f32; n], vec![1e-3f32; n])).collect();
         self.run(list, contender, || {
-            let body = |(w, g): (&mut [f32], &[f32])| {
-                for (w, g) in w.iter_mut().zip(g) {
-                    *w -= 1e-3 * g;
-                }
-            };
             pool.install(|| {
                 pairs
                     .par_iter_mut()
                     .with_min_len(if list.shapes.len() > 1000 { 512 } else { 1 })
                     .for_each(|(w, g)| {
                         if w.len() <= PIECE {
-                            body((w, g));
+                            body(w, g);
                         } else {
-                            w.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE)).for_each(body);
+                            let pieces = w.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE));
+                            pieces.for_each(|(w, g)| body(w, g));
                         }
                     });
             });
@@ -101,7 +119,7 @@ impl Bench<'_> {
 /// readings of a gradient that is larger than the caches.
 type Contender = (&'static str, usize, usize);
 
-const CONTENDERS: [Contender; 15] = [
+const CONTENDERS: [Contender; 16] = [
     (SRKL, 12, 16),
     (SRKL_SKIP_BLOCK, 12, 16),
     (BRAKED, 28, 32),
@@ -117,6 +135,7 @@ const CONTENDERS: [Contender; 15] = [
     (CANDLE_ADAMW, 28, 28),
     (PLAIN_1, 12, 12),
     (PLAIN_2, 12, 12),
+    (READING_2, 4, 4),
 ];
 
 const SRKL: &str = "srkl reference";
@@ -134,6 +153,7 @@ const CANDLE_SGD: &str = "candle SGD";
 const CANDLE_ADAMW: &str = "candle AdamW";
 const PLAIN_1: &str = "plain loop, 1 thread";
 const PLAIN_2: &str = "plain loop, 2 threads";
+const READING_2: &str = "reading loop, 2 threads";
 
 /// Measures once, at the first step, or at every step.
 fn measured(params: ParamsSrkl, every: u64) -> ParamsSrkl {
@@ -200,6 +220,7 @@ fn main() -> anyhow::Result<()> {
         drop(srkl);
         bench.plain_loop(&list, PLAIN_1, 1);
         bench.plain_loop(&list, PLAIN_2, 2);
+        bench.reading_loop(&list, READING_2, 2);
         let mut sgd = SGD::new(vars.clone(), 1e-3)?;
         bench.run(&list, CANDLE_SGD, || sgd.step(&grads).unwrap());
         let mut adamw = AdamW::new(vars, ParamsAdamW::default())?;

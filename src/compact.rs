@@ -244,10 +244,15 @@ pub(crate) fn unit_of(v: Option<&[f32]>, u: usize) -> Option<&[f32]> {
 pub(crate) fn round_row(to: &mut [bf16], from: &[f32], key: u64, unit: u64) {
     let units = to.chunks_mut(UNIT).zip(from.chunks(UNIT));
     for (u, (to, from)) in (unit..).zip(units) {
-        let base = offset_base(key, u);
-        for (i, (to, x)) in to.iter_mut().zip(from).enumerate() {
-            *to = bf16::from_bits(round_bf16(*x, offset(base, i as u32) >> 16));
-        }
+        round_part(to, from, offset_base(key, u), 0);
+    }
+}
+
+/// Rounds elements from `first` of a unit on at random, whose offsets have this base.
+#[inline(always)]
+pub(crate) fn round_part(to: &mut [bf16], from: &[f32], base: u32, first: u32) {
+    for ((to, x), i) in to.iter_mut().zip(from).zip(first..) {
+        *to = bf16::from_bits(round_bf16(*x, offset(base, i) >> 16));
     }
 }
 

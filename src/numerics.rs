@@ -153,6 +153,8 @@ pub(crate) trait Real: Copy + PartialOrd + Default + Send + Sync + 'static {
     fn to_f64(self) -> f64;
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
+    /// `self * a + sum` in f64, with product and sum rounded. (Products of f32 numbers are exact there.)
+    fn add_product(self, a: Self, sum: f64) -> f64;
     fn mul(self, a: Self) -> Self;
     fn add(self, a: Self) -> Self;
     fn sub(self, a: Self) -> Self;
@@ -180,6 +182,11 @@ macro_rules! impl_real {
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
                 <$t>::mul_add(self, a, b)
+            }
+            #[inline(always)]
+            fn add_product(self, a: Self, sum: f64) -> f64 {
+                let (x, a) = (self.to_f64(), a.to_f64());
+                if Self::SCALED { sum + x * a } else { x.mul_add(a, sum) }
             }
             #[inline(always)]
             fn mul(self, a: Self) -> Self {

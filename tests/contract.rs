@@ -265,6 +265,7 @@ const MODULES: [&str; 64] = [
     "backend/cpu/update",
     "backend/cpu/statistics",
     "backend/cpu/rows",
+    "backend/cpu/row_step",
     "backend/cpu/mask",
     "backend/cpu/access",
     "backend/cpu/gradient",

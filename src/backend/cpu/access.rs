@@ -12,7 +12,7 @@ use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::state::MASTER_SAMPLES;
 
 /// A parameter's dtype, with conversions to and from its compute type.
-pub(crate) trait Parameter: Copy + Send + Sync {
+pub(crate) trait Parameter: Copy + Default + Send + Sync {
     type Compute: Compute;
     fn widen(self) -> Self::Compute;
     /// Rounded to nearest even.
@@ -22,8 +22,8 @@ pub(crate) trait Parameter: Copy + Send + Sync {
     fn bits(self) -> u16 {
         0
     }
-    /// Rounds a row at random, that begins with unit `unit` of its block: bf16 alone.
-    fn round_row(_w: &mut [Self], _x: &[Self::Compute], _key: u64, _unit: u64) {}
+    /// Rounds elements from `first` of a unit on at random, whose offsets have this base: bf16 alone.
+    fn round_part(_w: &mut [Self], _x: &[Self::Compute], _base: u32, _first: u32) {}
 }
 
 macro_rules! impl_parameter {
@@ -58,8 +58,8 @@ impl_parameter!(
         self.to_bits()
     },
     #[inline(always)]
-    fn round_row(w: &mut [bf16], x: &[f32], key: u64, unit: u64) {
-        compact::round_row(w, x, key, unit);
+    fn round_part(w: &mut [bf16], x: &[f32], base: u32, first: u32) {
+        compact::round_part(w, x, base, first);
     }
 );
 impl_parameter!(f16, f32, |x: f16| f16_to_f32(x.to_bits()), |x| { f16::from_bits(f32_to_f16(x)) });

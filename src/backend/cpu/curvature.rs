@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
+use super::row_step::{AHEAD, WIDTH, each, load};
 use super::rows::{Exact, Packed, Row, StateRows, row_norms};
 use super::simd::{Kernel, Simd};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
@@ -245,12 +246,24 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
             let squares = &mut f64::buffer(squares)[..len];
             let (one, two) =
                 (first.row::<C>(start + at, len, one), again.row::<C>(start + at, len, two));
-            let pairs = one.iter().zip(two);
-            for ((square, lane), (first, again)) in squares.iter_mut().zip(&mut *change).zip(pairs)
-            {
+            let streams = [first, again].map(|g| g.stream(start + at + AHEAD));
+            let lanes = &mut change[..len];
+            let term = |first: C, again: C| {
                 let difference = factor * (again.to_f64() - first.to_f64());
-                *square = difference * difference;
-                *lane += *square;
+                difference * difference
+            };
+            let whole = len - len % WIDTH;
+            for i in (0..whole).step_by(WIDTH) {
+                streams.iter().flatten().for_each(|stream| stream.prefetch(i));
+                let (one, two): ([C; WIDTH], [C; WIDTH]) = (load(&one[i..]), load(&two[i..]));
+                let terms = each::<_, WIDTH>(|i| term(one[i], two[i]));
+                let lanes = &mut lanes[i..i + WIDTH];
+                lanes.copy_from_slice(&each::<_, WIDTH>(|i| lanes[i] + terms[i]));
+                squares[i..i + WIDTH].copy_from_slice(&terms);
+            }
+            for i in whole..len {
+                squares[i] = term(one[i], two[i]);
+                lanes[i] += squares[i];
             }
             let strip = at / STRIP;
             let bound = &mut bound[strip..][..len.div_ceil(STRIP)];

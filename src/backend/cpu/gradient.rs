@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut, Range};
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
-use super::simd::prefetch;
+use super::simd::{Stream, prefetch};
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
 /// A gradient, or a parameter, in CPU memory, in the order of its logical elements.
@@ -142,6 +142,18 @@ impl<'a> Gradient<'a> {
         if self.contiguous {
             prefetch(self.address() + start * size, len * size);
         }
+    }
+
+    /// Where its elements are in memory from `start` on, if it is contiguous.
+    #[inline(always)]
+    pub fn stream(&self, start: usize) -> Option<Stream> {
+        let offset = self.layout.start_offset() + start;
+        self.contiguous.then(|| match self.values {
+            Values::F32(values) => Stream::of(values, offset),
+            Values::F64(values) => Stream::of(values, offset),
+            Values::BF16(values) => Stream::of(values, offset),
+            Values::F16(values) => Stream::of(values, offset),
+        })
     }
 
     /// The number of elements.

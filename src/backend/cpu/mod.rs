@@ -31,6 +31,7 @@ pub(crate) mod mask;
 mod orthogonal;
 mod pool;
 mod replace;
+mod row_step;
 mod rows;
 pub(crate) mod simd;
 mod statistics;

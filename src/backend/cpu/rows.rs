@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::access::{Parameter, Samples, agree};
 use super::gradient::{Compute, RowBuffer};
-use super::simd::prefetch;
+use super::simd::{Stream, prefetch};
 use crate::compact::{self, Offsets, UNIT};
 use crate::numerics::bf16_to_f32;
 use crate::state::{Format, Slot, State};
@@ -37,8 +37,11 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
         room: &'r mut Room,
     ) -> RowMut<'r, C>;
 
-    /// Asks for `len` elements from `start` on to be brought into the caches.
+    /// Asks for `len` elements from `start` on to be brought into the caches, if some of them are packed.
     fn prefetch(&self, start: usize, len: usize);
+
+    /// Where numbers are in memory from element `start` on, if none of them are packed: masters, moments and average.
+    fn streams(&self, start: usize) -> [Option<Stream>; 4];
 
     /// Stores what was changed after [`StateRows::load`].
     fn store(&mut self, room: &mut Room);
@@ -151,11 +154,12 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     }
 
     #[inline(always)]
-    fn prefetch(&self, start: usize, len: usize) {
+    fn prefetch(&self, _: usize, _: usize) {}
+
+    #[inline(always)]
+    fn streams(&self, start: usize) -> [Option<Stream>; 4] {
         let Self { master, m, v, average, .. } = self;
-        for numbers in [master, m, v, average].into_iter().flatten() {
-            prefetch(numbers.as_ptr().wrapping_add(start).addr(), size_of::<C>() * len);
-        }
+        [master, m, v, average].map(|numbers| numbers.as_ref().map(|x| Stream::of(x, start)))
     }
 
     #[inline(always)]
@@ -443,6 +447,11 @@ impl StateRows<f32> for Packed<'_> {
         let average = average.as_mut().map(|average| average.load(len, None, average_room));
         let q = q.as_mut().map(|q| q.load(len, None, q_room));
         RowMut { master, m, v, v_max, average, q }
+    }
+
+    #[inline(always)]
+    fn streams(&self, _: usize) -> [Option<Stream>; 4] {
+        [None; 4]
     }
 
     #[inline(always)]

@@ -100,14 +100,41 @@ fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 /// Asks for the memory at an address, which need not be valid, to be brought into the caches.
 #[inline(always)]
 pub(crate) fn prefetch(address: usize, bytes: usize) {
-    for line in (address..address + bytes).step_by(64) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a prefetch is a hint: it reads no value and never faults. SSE is part of x86_64.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(line)) }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
+    for line in 0..bytes.div_ceil(64) {
+        prefetch_line(address + 64 * line);
+    }
+}
+
+#[inline(always)]
+fn prefetch_line(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is a hint: it reads no value and never faults. SSE is part of x86_64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+/// Where an array goes on in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Stream {
+    address: usize,
+    size: usize,
+}
+
+impl Stream {
+    /// From element `start` on, which may be beyond its end.
+    #[inline(always)]
+    pub fn of<T>(array: &[T], start: usize) -> Self {
+        let size = size_of::<T>();
+        Self { address: array.as_ptr().addr() + start * size, size }
+    }
+
+    /// Asks for the line with element `i`.
+    #[inline(always)]
+    pub fn prefetch(&self, i: usize) {
+        prefetch_line(self.address + i * self.size);
     }
 }

@@ -5,15 +5,16 @@ use rayon::prelude::*;
 
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
+use super::row_step::{AHEAD, Adam, Followed, Known, NoSums, RowStep, RowSums};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
-use super::simd::{Kernel, Simd, prefetch};
+use super::simd::{Kernel, Simd, Stream, prefetch};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
-use crate::compact::UNIT;
+use crate::compact::{UNIT, offset_base};
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, Moments, Powers, apply_step, cautious, lerp, sign};
+use crate::rule::{Coefficients, Decision, Powers, cautious, lerp, sign};
 
 /// The numbers of one block's step.
 #[derive(Clone, Copy)]
@@ -65,7 +66,7 @@ pub(crate) fn update(
     let orthogonal = orthogonal.as_ref().map(|(storage, layout)| Gradient::new(storage, layout));
     let orthogonal = orthogonal.transpose()?;
     let gradient = Gradient::new(&storage, layout)?;
-    let g = Followed { gradient: &gradient, orthogonal: orthogonal.as_ref() };
+    let given = Given { gradient: &gradient, orthogonal: orthogonal.as_ref() };
     with_storage_mut(var, |storage| {
         if packs {
             let keys = Keys::new(step.steps, step.place);
@@ -73,13 +74,13 @@ pub(crate) fn update(
             let random = rounds.then_some((keys.parameters, first));
             moved = match storage {
                 CpuStorage::F32(w) => {
-                    block_update(&mut w[own], state, None, g, step, simd, scratch)
+                    block_update(&mut w[own], state, None, given, step, simd, scratch)
                 }
                 CpuStorage::BF16(w) => {
-                    block_update(&mut w[own], state, random, g, step, simd, scratch)
+                    block_update(&mut w[own], state, random, given, step, simd, scratch)
                 }
                 CpuStorage::F16(w) => {
-                    block_update(&mut w[own], state, None, g, step, simd, scratch)
+                    block_update(&mut w[own], state, None, given, step, simd, scratch)
                 }
                 _ => bail!("expected a parameter of f32, bf16 or f16"),
             };
@@ -87,16 +88,16 @@ pub(crate) fn update(
         }
         moved = match storage {
             CpuStorage::F32(w) => {
-                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
             }
             CpuStorage::F64(w) => {
-                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
             }
             CpuStorage::BF16(w) => {
-                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
             }
             CpuStorage::F16(w) => {
-                block_update(&mut w[own], Exact::new(state), None, g, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
             }
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         };
@@ -105,12 +106,9 @@ pub(crate) fn update(
     Ok(moved)
 }
 
-/// So many elements after the next row memory is asked for.
-const AHEAD: usize = 2 * UNIT;
-
-/// What a step follows.
+/// What a step is computed from, besides the state.
 #[derive(Clone, Copy)]
-struct Followed<'a> {
+struct Given<'a> {
     gradient: &'a Gradient<'a>,
     /// With [`Direction::Muon`] the orthogonalised momentum.
     orthogonal: Option<&'a Gradient<'a>>,
@@ -122,7 +120,7 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     w: &mut [P],
     mut state: S,
     random: Option<(u64, usize)>,
-    g: Followed,
+    given: Given,
     step: BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
@@ -135,7 +133,7 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     let part = Part { w: &mut *w, state, strips: &mut strips };
     let update = |scratch: &mut Scratch, start, part| {
         let sums_up = step.sums_up;
-        simd.run(Update { start, part, g, coefficients, random, sums_up, scratch })
+        simd.run(Update { start, part, given, coefficients, random, sums_up, scratch })
     };
     let chunks = if !splits(n) {
         update(scratch, 0, part)
@@ -157,6 +155,14 @@ struct Part<'a, P, S> {
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
+    /// Where its arrays and the gradient go on in memory, some elements ahead. (In place of one that there is not, the parameter's.)
+    #[inline(always)]
+    fn streams(&self, gradient: Option<Stream>) -> [Stream; 6] {
+        let w = Stream::of(self.w, AHEAD);
+        let [a, b, c, d] = self.state.streams(AHEAD).map(|stream| stream.unwrap_or(w));
+        [w, gradient.unwrap_or(w), a, b, c, d]
+    }
+
     /// Splits off the first `len` elements.
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
@@ -177,7 +183,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
 struct Update<'a, P: Parameter, S> {
     start: usize,
     part: Part<'a, P, S>,
-    g: Followed<'a>,
+    given: Given<'a>,
     coefficients: Coefficients<P::Compute>,
     random: Option<(u64, usize)>,
     /// Whether to compute the sums over the step.
@@ -191,57 +197,34 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
 
     #[inline(always)]
     fn run(self) -> Vec<StepSums> {
-        let Self { start, mut part, g: followed, coefficients, .. } = self;
+        let Self { start, mut part, given, coefficients, .. } = self;
         let Self { random, sums_up, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, ahead, d, masked, terms: [squares, _] } = rows;
-        let InputRows { tensors: [row, before], state: room } = inputs;
+        let InputRows { tensors: [row, _], state: room } = inputs;
         let Coefficients { moments, phi, element, average, .. } = coefficients;
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
         let mut chunks = vec![];
-        // While numbers are packed or summed up nothing is loaded, so the processor would not fetch what comes next: it is
-        // asked to, by short rows, since it can fetch only so many lines at a time.
-        let computes = S::PACKED || sums_up;
-        let row_len = if computes { UNIT } else { LANES };
+        // While numbers are packed or summed up little is loaded, so the processor would not fetch what comes next: it is
+        // asked to, a row ahead or all along one. Rows are short then, since it can fetch only so many lines at a time.
+        let row_len = if S::PACKED || sums_up { UNIT } else { LANES };
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            if computes {
+            let next = at + w.len() + AHEAD;
+            if S::PACKED {
                 prefetch(part.w.as_ptr().wrapping_add(AHEAD).addr(), row_len * size_of::<P>());
-                followed.gradient.prefetch(start + at + row_len + AHEAD, row_len);
+                given.gradient.prefetch(start + next, row_len);
                 part.state.prefetch(AHEAD, row_len);
             }
             let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
-            let before = &mut P::Compute::buffer(before)[..w.len()];
-            if sums_up {
-                before.iter_mut().zip(&*w).for_each(|(before, w)| *before = w.widen());
-            }
-            let g = followed.gradient.row(start + at, w.len(), row);
-            let plain = element.is_none() && !sums_up && !moments.cautious;
-            // The direction; and the momentum that it is made of, for the sums.
-            let (direction, m): (&[P::Compute], &[P::Compute]) = match (moments.direction, m, v) {
-                (Direction::Adam { .. }, Some(m), Some(v)) if plain => {
-                    // One loop: arithmetic hides the latency of memory.
-                    let step = |w, m: &mut P::Compute, v: &mut P::Compute, g| {
-                        *m = moments.first_moment(*m, g);
-                        *v = moments.second_moment(*v, g);
-                        apply_step(w, m.div(moments.denom(*v)), step_size, decay_factor)
-                    };
-                    let state = m.iter_mut().zip(v).zip(g);
-                    match &mut master {
-                        Some(x) => {
-                            for ((w, x), ((m, v), g)) in w.iter_mut().zip(x.iter_mut()).zip(state) {
-                                *x = step(*x, m, v, *g);
-                                *w = P::narrow(*x);
-                            }
-                        }
-                        None => {
-                            for (w, ((m, v), g)) in w.iter_mut().zip(state) {
-                                *w = P::narrow(step(w.widen(), m, v, *g));
-                            }
-                        }
-                    }
-                    (&[], &[])
+            let g = given.gradient.row(start + at, w.len(), row);
+            let known = |d, m| Followed::Known(Known { d, m });
+            let follows = match (moments.direction, m, v) {
+                (Direction::Adam { .. }, Some(m), Some(v))
+                    if element.is_none() && !moments.cautious =>
+                {
+                    Followed::Adam(Adam { m, v, g, moments })
                 }
                 (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
@@ -249,7 +232,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *m = moments.first_moment(*m, *g);
                         *d = moments.look_ahead(*m, *g);
                     }
-                    (d, &[])
+                    known(d, &[])
                 }
                 (Direction::Lion { .. }, Some(m), _) => {
                     let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
@@ -259,7 +242,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *m = moments.first_moment(*m, *g);
                         *d = sign(*ahead);
                     }
-                    (d, ahead)
+                    known(d, ahead)
                 }
                 (Direction::NesterovAdam { .. }, Some(m), Some(v)) => {
                     let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
@@ -272,7 +255,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *ahead = moments.look_ahead(*m, *g);
                         *d = ahead.div(moments.denom(*v));
                     }
-                    (d, ahead)
+                    known(d, ahead)
                 }
                 (Direction::AmsGrad { .. }, Some(m), Some(v)) => {
                     let d = &mut P::Compute::buffer(d)[..w.len()];
@@ -283,7 +266,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *v_max = moments.largest(*v_max, *v);
                         *d = m.div(moments.denom(*v_max));
                     }
-                    (d, m)
+                    known(d, m)
                 }
                 (
                     Direction::Momentum { .. } | Direction::Sgd { .. } | Direction::Muon { .. },
@@ -291,9 +274,16 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     _,
                 ) => {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
-                    match followed.orthogonal {
-                        Some(orthogonal) => (orthogonal.row(start + at, w.len(), d), m),
-                        None => (m, m),
+                    match (given.orthogonal, moments.direction) {
+                        (None, _) => known(m, &[]),
+                        (Some(orthogonal), Direction::Muon { nesterov: true, .. }) => {
+                            let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
+                            for ((ahead, m), g) in ahead.iter_mut().zip(m).zip(g) {
+                                *ahead = moments.look_ahead(*m, *g);
+                            }
+                            known(orthogonal.row(start + at, w.len(), d), ahead)
+                        }
+                        (Some(orthogonal), _) => known(orthogonal.row(start + at, w.len(), d), m),
                     }
                 }
                 (Direction::Adam { .. }, Some(m), Some(v)) => {
@@ -303,32 +293,55 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                         *v = moments.second_moment(*v, *g);
                         *d = m.div(moments.denom(*v));
                     }
-                    (d, m)
+                    known(d, m)
                 }
-                _ => (g, &[]),
+                _ => known(g, &[]),
             };
-            let d = match moments.cautious {
-                true => mask(direction, g, &mut P::Compute::buffer(masked)[..w.len()]),
-                false => direction,
+            let follows = match follows {
+                Followed::Known(Known { d, m }) if moments.cautious => {
+                    known(mask(d, g, &mut P::Compute::buffer(masked)[..w.len()]), m)
+                }
+                follows => follows,
             };
-            match element {
-                None if d.is_empty() => {}
-                None => for_each(w, master.as_deref_mut(), d, |w, d| {
-                    apply_step(w, d, step_size, decay_factor)
-                }),
+            // A row of those that are rounded at random is a unit.
+            let unit = |(key, first)| offset_base(key, ((first + start + at) / UNIT) as u64);
+            let random = random.map(unit);
+            let len = w.len();
+            let row = RowStep { w: &mut *w, master: master.as_deref_mut(), random };
+            let sizes = |i: usize| match element {
+                None => (step_size, decay_factor),
                 Some(brake) => {
-                    for i in 0..w.len() {
-                        let q = q.as_ref().map_or(0., |q| q[i].to_f64());
-                        let (step_size, decay_factor) =
-                            coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q));
-                        let master = master.as_deref_mut().map(|master| &mut master[i..=i]);
-                        let (w, d) = (&mut w[i..=i], &d[i..=i]);
-                        for_each(w, master, d, |w, d| apply_step(w, d, step_size, decay_factor));
-                    }
+                    let q = q.as_ref().map_or(0., |q| q[i].to_f64());
+                    coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q))
                 }
-            }
-            if let (Some((key, first)), Some(x)) = (random, master.as_deref()) {
-                P::round_row(w, x, key, ((first + start + at) / UNIT) as u64);
+            };
+            if !sums_up {
+                row.follow(follows, &mut NoSums, element.is_some(), sizes, |_| {});
+            } else {
+                let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
+                let width = in_chunk.clamp(MIN_LANES, LANES).next_power_of_two();
+                let mut lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
+                if at % CHUNK == 0 {
+                    lanes.iter_mut().for_each(|lanes| lanes.fill(0.));
+                }
+                let streams = part.streams(given.gradient.stream(start + next));
+                let ahead = |i: usize| streams.iter().for_each(|stream| stream.prefetch(i));
+                let has_momentum = follows.has_momentum();
+                let mut sums = RowSums {
+                    lanes: lanes.each_mut().map(|lanes| &mut lanes[at % LANES..][..len]),
+                    squares: &mut f64::buffer(squares)[..len],
+                    has_momentum,
+                };
+                row.follow(follows, &mut sums, element.is_some(), sizes, ahead);
+                if !strips.is_empty() {
+                    strip_sums(strips, sums.squares);
+                }
+                if at + len == n || (at + len) % CHUNK == 0 {
+                    let [step, direction, along] = lanes;
+                    let (step, direction) = (tree(step), tree(direction));
+                    let along = if has_momentum { tree(along) } else { direction };
+                    chunks.push(StepSums { step, direction, along });
+                }
             }
             match (a, master) {
                 (None, _) => {}
@@ -337,39 +350,6 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }
                 (Some(a), None) => {
                     a.iter_mut().zip(&*w).for_each(|(a, w)| *a = lerp(*a, w.widen(), average));
-                }
-            }
-            if sums_up {
-                let len = CHUNK.min(n - at / CHUNK * CHUNK);
-                let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
-                let mut lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
-                if at % CHUNK == 0 {
-                    lanes.iter_mut().for_each(|lanes| lanes.fill(0.));
-                }
-                let [step, direction, along] =
-                    lanes.each_mut().map(|lanes| &mut lanes[at % LANES..]);
-                let squares = &mut f64::buffer(squares)[..w.len()];
-                step_squares(squares, step, before, w);
-                if !strips.is_empty() {
-                    strip_sums(strips, squares);
-                }
-                // Else the terms of `d m` are those of `d^2`: also where a mask leaves out the same elements of both.
-                let apart = moments.direction.has_second_moment()
-                    || matches!(moments.direction, Direction::Lion { .. });
-                match followed.orthogonal {
-                    Some(_) => {
-                        add_squares(direction, d);
-                        add_along_orthogonal(along, d, m, g, &moments);
-                    }
-                    None if apart => add_direction(direction, along, d, m),
-                    None => add_squares(direction, d),
-                }
-                if at + w.len() == n || (at + w.len()) % CHUNK == 0 {
-                    let [step, direction, along] = lanes;
-                    let (step, direction) = (tree(step), tree(direction));
-                    let apart = apart || followed.orthogonal.is_some();
-                    let along = if apart { tree(along) } else { direction };
-                    chunks.push(StepSums { step, direction, along });
                 }
             }
             state.store(room);
@@ -385,78 +365,6 @@ fn mask<'r, C: Real>(d: &[C], g: &[C], masked: &'r mut [C]) -> &'r [C] {
         *masked = cautious(*d, *g);
     }
     masked
-}
-
-/// The terms of `D^2` of a row, and adds them: `D` is the step as stored, rounded to the parameter's dtype.
-#[inline(always)]
-fn step_squares<P: Parameter>(
-    squares: &mut [f64],
-    lanes: &mut [f64],
-    before: &[P::Compute],
-    w: &[P],
-) {
-    for (((square, lane), before), w) in squares.iter_mut().zip(lanes).zip(before).zip(w) {
-        let step = w.widen().to_f64() - before.to_f64();
-        *square = step * step;
-        *lane += *square;
-    }
-}
-
-/// Adds the terms of `d^2` and `d m` of a row.
-#[inline(always)]
-fn add_direction<C: Real>(direction: &mut [f64], along: &mut [f64], d: &[C], m: &[C]) {
-    for (((direction, along), d), m) in direction.iter_mut().zip(along).zip(d).zip(m) {
-        let d = d.to_f64();
-        *direction += d * d;
-        *along += d * m.to_f64();
-    }
-}
-
-/// Adds the terms of `d m` of a row, of an orthogonal direction `d` of the momentum `m`, which may look ahead.
-#[inline(always)]
-fn add_along_orthogonal<C: Real>(
-    along: &mut [f64],
-    d: &[C],
-    m: &[C],
-    g: &[C],
-    moments: &Moments<C>,
-) {
-    let ahead = matches!(moments.direction, Direction::Muon { nesterov: true, .. });
-    for (((along, d), m), g) in along.iter_mut().zip(d).zip(m).zip(g) {
-        let m = if ahead { moments.look_ahead(*m, *g) } else { *m };
-        *along += d.to_f64() * m.to_f64();
-    }
-}
-
-/// Adds the terms of `d^2` of a row.
-#[inline(always)]
-fn add_squares<C: Real>(lanes: &mut [f64], d: &[C]) {
-    for (lane, d) in lanes.iter_mut().zip(d) {
-        *lane += d.to_f64() * d.to_f64();
-    }
-}
-
-/// Steps every element of a row in the compute type, and stores it as the parameter's.
-#[inline(always)]
-fn for_each<P: Parameter>(
-    w: &mut [P],
-    master: Option<&mut [P::Compute]>,
-    g: &[P::Compute],
-    step: impl Fn(P::Compute, P::Compute) -> P::Compute,
-) {
-    match master {
-        Some(master) => {
-            for ((w, master), g) in w.iter_mut().zip(master).zip(g) {
-                *master = step(*master, *g);
-                *w = P::narrow(*master);
-            }
-        }
-        None => {
-            for (w, g) in w.iter_mut().zip(g) {
-                *w = P::narrow(step(w.widen(), *g));
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,238 @@
+//! Steps a row of elements, and adds up the terms of its sums.
+//!
+//! Elements are taken [`WIDTH`] at a time, in arrays of that length: the compiler keeps these in registers and makes vector code of loops
+//! over them, however many arrays there are. So all of a step is one loop, in which the arithmetic of some elements hides the latencies
+//! of others.
+
+use super::access::Parameter;
+use crate::compact::UNIT;
+use crate::numerics::Real;
+use crate::rule::{Moments, apply_step};
+
+/// So many elements are taken at a time.
+pub(crate) const WIDTH: usize = 16;
+
+/// Memory is asked for so many elements before it is needed, or a row more.
+pub(crate) const AHEAD: usize = 2 * UNIT;
+
+/// The array of these values.
+#[inline(always)]
+pub(crate) fn each<T: Copy + Default, const N: usize>(value: impl Fn(usize) -> T) -> [T; N] {
+    // Not `array::from_fn`, of which the compiler does not make vector code.
+    let mut values = [T::default(); N];
+    for (i, x) in values.iter_mut().enumerate() {
+        *x = value(i);
+    }
+    values
+}
+
+/// The first `N`.
+#[inline(always)]
+pub(crate) fn load<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
+    let values = &values[..N];
+    each(|i| values[i])
+}
+
+/// What a row follows.
+pub(crate) enum Followed<'r, C> {
+    Known(Known<'r, C>),
+    Adam(Adam<'r, C>),
+}
+
+/// A direction `d`, and the momentum `m` that it is made of; this is empty if it is the direction itself.
+pub(crate) struct Known<'r, C> {
+    pub d: &'r [C],
+    pub m: &'r [C],
+}
+
+/// The direction of Adam, which is computed as the row is stepped.
+pub(crate) struct Adam<'r, C> {
+    pub m: &'r mut [C],
+    pub v: &'r mut [C],
+    pub g: &'r [C],
+    pub moments: Moments<C>,
+}
+
+impl<C> Followed<'_, C> {
+    /// Whether the terms of `d m` are others than those of `d^2`.
+    pub fn has_momentum(&self) -> bool {
+        match self {
+            Self::Known(known) => !known.m.is_empty(),
+            Self::Adam(_) => true,
+        }
+    }
+}
+
+trait Directions<C> {
+    /// The direction, and the momentum that it is made of, of elements `at..at + N`.
+    fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2];
+}
+
+impl<C: Real> Directions<C> for Known<'_, C> {
+    #[inline(always)]
+    fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2] {
+        let d = load(&self.d[at..]);
+        [d, if self.m.is_empty() { d } else { load(&self.m[at..]) }]
+    }
+}
+
+impl<C: Real> Directions<C> for Adam<'_, C> {
+    #[inline(always)]
+    fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2] {
+        let Self { m, v, g, moments } = self;
+        let (m, v, g) = (&mut m[at..at + N], &mut v[at..at + N], &g[at..at + N]);
+        let new_m = each(|i| moments.first_moment(m[i], g[i]));
+        let new_v = each::<_, N>(|i| moments.second_moment(v[i], g[i]));
+        m.copy_from_slice(&new_m);
+        v.copy_from_slice(&new_v);
+        [each(|i| new_m[i].div(moments.denom(new_v[i]))), new_m]
+    }
+}
+
+/// What is done with the terms of elements that have been stepped.
+pub(crate) trait Terms<C> {
+    /// `steps` are the steps of elements `at..at + N` as stored, `d` their directions, `m` the momenta.
+    fn add<const N: usize>(
+        &mut self,
+        at: usize,
+        steps: impl Fn(usize) -> f64,
+        d: [C; N],
+        m: [C; N],
+    );
+}
+
+/// There are no sums.
+pub(crate) struct NoSums;
+
+impl<C> Terms<C> for NoSums {
+    #[inline(always)]
+    fn add<const N: usize>(&mut self, _: usize, _: impl Fn(usize) -> f64, _: [C; N], _: [C; N]) {}
+}
+
+/// The sums of a row, over `D^2`, `d^2` and `d m`, with `D` the step as stored.
+pub(crate) struct RowSums<'a> {
+    pub lanes: [&'a mut [f64]; 3],
+    /// The terms of `D^2`.
+    pub squares: &'a mut [f64],
+    /// Whether there are terms of `d m`: see [`Followed::has_momentum`].
+    pub has_momentum: bool,
+}
+
+impl<C: Real> Terms<C> for RowSums<'_> {
+    #[inline(always)]
+    fn add<const N: usize>(
+        &mut self,
+        at: usize,
+        steps: impl Fn(usize) -> f64,
+        d: [C; N],
+        m: [C; N],
+    ) {
+        let Self { lanes, squares, has_momentum } = self;
+        let [step, direction, along] = lanes.each_mut().map(|lanes| &mut lanes[at..at + N]);
+        let terms = each::<_, N>(|i| steps(i) * steps(i));
+        squares[at..at + N].copy_from_slice(&terms);
+        step.copy_from_slice(&each::<_, N>(|i| step[i] + terms[i]));
+        direction.copy_from_slice(&each::<_, N>(|i| d[i].add_product(d[i], direction[i])));
+        if *has_momentum {
+            along.copy_from_slice(&each::<_, N>(|i| d[i].add_product(m[i], along[i])));
+        }
+    }
+}
+
+/// A row of parameters. They are stepped in the compute type, as their masters if there are any, and stored rounded.
+pub(crate) struct RowStep<'a, P: Parameter> {
+    pub w: &'a mut [P],
+    pub master: Option<&'a mut [P::Compute]>,
+    /// By what bf16 parameters are rounded at random; not at random if `None`.
+    pub random: Option<u32>,
+}
+
+impl<P: Parameter> RowStep<'_, P> {
+    /// Steps all elements. `sizes` gives the `step_size` and `decay_factor` of each if they are `braked` each by themselves, else those
+    /// of all. `prefetch` is called with the first of
+    /// those that are stepped next.
+    #[inline(always)]
+    pub fn follow<T: Terms<P::Compute>>(
+        self,
+        followed: Followed<P::Compute>,
+        terms: &mut T,
+        braked: bool,
+        sizes: impl Fn(usize) -> (P::Compute, P::Compute),
+        prefetch: impl Fn(usize),
+    ) {
+        match followed {
+            Followed::Known(known) if braked => self.run::<1, _, _>(known, terms, sizes, prefetch),
+            Followed::Known(known) => self.run::<WIDTH, _, _>(known, terms, sizes, prefetch),
+            Followed::Adam(adam) => self.run::<WIDTH, _, _>(adam, terms, sizes, prefetch),
+        }
+    }
+
+    #[inline(always)]
+    fn run<const N: usize, D: Directions<P::Compute>, T: Terms<P::Compute>>(
+        mut self,
+        directions: D,
+        terms: &mut T,
+        sizes: impl Fn(usize) -> (P::Compute, P::Compute),
+        prefetch: impl Fn(usize),
+    ) {
+        // Two loops, since one that asked at each turn whether there are masters would take a sixth longer.
+        match self.master {
+            Some(_) => self.run_by::<N, true, _, _>(directions, terms, sizes, prefetch),
+            None => self.run_by::<N, false, _, _>(directions, terms, sizes, prefetch),
+        }
+    }
+
+    #[inline(always)]
+    fn run_by<
+        const N: usize,
+        const MASTER: bool,
+        D: Directions<P::Compute>,
+        T: Terms<P::Compute>,
+    >(
+        &mut self,
+        mut directions: D,
+        terms: &mut T,
+        sizes: impl Fn(usize) -> (P::Compute, P::Compute),
+        prefetch: impl Fn(usize),
+    ) {
+        let len = self.w.len();
+        let whole = len - len % N;
+        for at in (0..whole).step_by(N) {
+            prefetch(at);
+            self.step::<N, MASTER, _, _>(at, &mut directions, terms, sizes(at));
+        }
+        for at in whole..len {
+            self.step::<1, MASTER, _, _>(at, &mut directions, terms, sizes(at));
+        }
+    }
+
+    /// Steps elements `at..at + N`.
+    #[inline(always)]
+    fn step<const N: usize, const MASTER: bool, D: Directions<P::Compute>, T: Terms<P::Compute>>(
+        &mut self,
+        at: usize,
+        directions: &mut D,
+        terms: &mut T,
+        (step_size, decay_factor): (P::Compute, P::Compute),
+    ) {
+        let Self { w, master, random } = self;
+        let w = &mut w[at..at + N];
+        let master = master.as_deref_mut().filter(|_| MASTER).map(|master| &mut master[at..at + N]);
+        let [d, m] = directions.next::<N>(at);
+        let before = each::<_, N>(|i| w[i].widen());
+        let x = master.as_deref().map_or(before, load);
+        let x = each::<_, N>(|i| apply_step(x[i], d[i], step_size, decay_factor));
+        match (master, random) {
+            (Some(master), Some(base)) => {
+                master.copy_from_slice(&x);
+                P::round_part(w, &x, *base, at as u32);
+            }
+            (Some(master), None) => {
+                master.copy_from_slice(&x);
+                w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i])));
+            }
+            (None, _) => w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i]))),
+        }
+        terms.add(at, |i| w[i].widen().to_f64() - before[i].to_f64(), d, m);
+    }
+}
