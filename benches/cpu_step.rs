@@ -78,8 +78,8 @@ impl Bench<'_> {
     }
 
     /// Reads the gradients, as a second reading must.
-    fn reading_loop(&mut self, list: &List, contender: &'static str, threads: usize) {
-        self.bare_loop(list, contender, threads, |_, g| {
+    fn reading_loop(&mut self, list: &List) {
+        self.bare_loop(list, READING_2, 2, |_, g| {
             black_box(g.iter().fold(true, |finite, g| finite & g.is_finite()));
         });
     }
@@ -220,7 +220,7 @@ fn main() -> anyhow::Result<()> {
         drop(srkl);
         bench.plain_loop(&list, PLAIN_1, 1);
         bench.plain_loop(&list, PLAIN_2, 2);
-        bench.reading_loop(&list, READING_2, 2);
+        bench.reading_loop(&list);
         let mut sgd = SGD::new(vars.clone(), 1e-3)?;
         bench.run(&list, CANDLE_SGD, || sgd.step(&grads).unwrap());
         let mut adamw = AdamW::new(vars, ParamsAdamW::default())?;

@@ -251,8 +251,8 @@ pub(crate) fn round_row(to: &mut [bf16], from: &[f32], key: u64, unit: u64) {
 /// Rounds elements from `first` of a unit on at random, whose offsets have this base.
 #[inline(always)]
 pub(crate) fn round_part(to: &mut [bf16], from: &[f32], base: u32, first: u32) {
-    for ((to, x), i) in to.iter_mut().zip(from).zip(first..) {
-        *to = bf16::from_bits(round_bf16(*x, offset(base, i) >> 16));
+    for (i, (to, x)) in to.iter_mut().zip(from).enumerate() {
+        *to = bf16::from_bits(round_bf16(*x, offset(base, first + i as u32) >> 16));
     }
 }
 

@@ -153,7 +153,7 @@ pub(crate) trait Real: Copy + PartialOrd + Default + Send + Sync + 'static {
     fn to_f64(self) -> f64;
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
-    /// `self * a + sum` in f64, with product and sum rounded. (Products of f32 numbers are exact there.)
+    /// `self * a + sum` in f64, with product and sum rounded. (Products of f32 numbers are exact there, so that one instruction does it.)
     fn add_product(self, a: Self, sum: f64) -> f64;
     fn mul(self, a: Self) -> Self;
     fn add(self, a: Self) -> Self;

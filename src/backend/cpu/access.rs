@@ -22,8 +22,11 @@ pub(crate) trait Parameter: Copy + Default + Send + Sync {
     fn bits(self) -> u16 {
         0
     }
-    /// Rounds elements from `first` of a unit on at random, whose offsets have this base: bf16 alone.
-    fn round_part(_w: &mut [Self], _x: &[Self::Compute], _base: u32, _first: u32) {}
+    /// Rounds elements from `first` of a unit on at random, whose offsets have this base. Only bf16 is.
+    #[inline(always)]
+    fn round_part(w: &mut [Self], x: &[Self::Compute], _base: u32, _first: u32) {
+        w.iter_mut().zip(x).for_each(|(w, x)| *w = Self::narrow(*x));
+    }
 }
 
 macro_rules! impl_parameter {

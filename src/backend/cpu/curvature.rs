@@ -8,9 +8,8 @@ use rayon::prelude::*;
 
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
-use super::row_step::{AHEAD, WIDTH, each, load};
 use super::rows::{Exact, Packed, Row, StateRows, row_norms};
-use super::simd::{Kernel, Simd};
+use super::simd::{AHEAD, Kernel, Simd, WIDTH, each, load};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
 use crate::block::Block;

@@ -5,33 +5,9 @@
 //! of others.
 
 use super::access::Parameter;
-use crate::compact::UNIT;
+use super::simd::{WIDTH, each, load};
 use crate::numerics::Real;
 use crate::rule::{Moments, apply_step};
-
-/// So many elements are taken at a time.
-pub(crate) const WIDTH: usize = 16;
-
-/// Memory is asked for so many elements before it is needed, or a row more.
-pub(crate) const AHEAD: usize = 2 * UNIT;
-
-/// The array of these values.
-#[inline(always)]
-pub(crate) fn each<T: Copy + Default, const N: usize>(value: impl Fn(usize) -> T) -> [T; N] {
-    // Not `array::from_fn`, of which the compiler does not make vector code.
-    let mut values = [T::default(); N];
-    for (i, x) in values.iter_mut().enumerate() {
-        *x = value(i);
-    }
-    values
-}
-
-/// The first `N`.
-#[inline(always)]
-pub(crate) fn load<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
-    let values = &values[..N];
-    each(|i| values[i])
-}
 
 /// What a row follows.
 pub(crate) enum Followed<'r, C> {
@@ -39,7 +15,8 @@ pub(crate) enum Followed<'r, C> {
     Adam(Adam<'r, C>),
 }
 
-/// A direction `d`, and the momentum `m` that it is made of; this is empty if it is the direction itself.
+/// A direction `d`, and the momentum `m` that it is made of. This is empty if it is the direction itself, perhaps before a mask: the
+/// terms of `d m` are then those of `d^2`, since both have a term of 0 where an element is left out.
 pub(crate) struct Known<'r, C> {
     pub d: &'r [C],
     pub m: &'r [C],
@@ -55,6 +32,7 @@ pub(crate) struct Adam<'r, C> {
 
 impl<C> Followed<'_, C> {
     /// Whether the terms of `d m` are others than those of `d^2`.
+    #[inline(always)]
     pub fn has_momentum(&self) -> bool {
         match self {
             Self::Known(known) => !known.m.is_empty(),
@@ -63,12 +41,13 @@ impl<C> Followed<'_, C> {
     }
 }
 
-trait Directions<C> {
+/// Gives the directions of a row, from its first element to its last.
+trait RowDirections<C> {
     /// The direction, and the momentum that it is made of, of elements `at..at + N`.
     fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2];
 }
 
-impl<C: Real> Directions<C> for Known<'_, C> {
+impl<C: Real> RowDirections<C> for Known<'_, C> {
     #[inline(always)]
     fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2] {
         let d = load(&self.d[at..]);
@@ -76,7 +55,7 @@ impl<C: Real> Directions<C> for Known<'_, C> {
     }
 }
 
-impl<C: Real> Directions<C> for Adam<'_, C> {
+impl<C: Real> RowDirections<C> for Adam<'_, C> {
     #[inline(always)]
     fn next<const N: usize>(&mut self, at: usize) -> [[C; N]; 2] {
         let Self { m, v, g, moments } = self;
@@ -90,7 +69,7 @@ impl<C: Real> Directions<C> for Adam<'_, C> {
 }
 
 /// What is done with the terms of elements that have been stepped.
-pub(crate) trait Terms<C> {
+pub(crate) trait RowTerms<C> {
     /// `steps` are the steps of elements `at..at + N` as stored, `d` their directions, `m` the momenta.
     fn add<const N: usize>(
         &mut self,
@@ -104,7 +83,7 @@ pub(crate) trait Terms<C> {
 /// There are no sums.
 pub(crate) struct NoSums;
 
-impl<C> Terms<C> for NoSums {
+impl<C> RowTerms<C> for NoSums {
     #[inline(always)]
     fn add<const N: usize>(&mut self, _: usize, _: impl Fn(usize) -> f64, _: [C; N], _: [C; N]) {}
 }
@@ -118,7 +97,7 @@ pub(crate) struct RowSums<'a> {
     pub has_momentum: bool,
 }
 
-impl<C: Real> Terms<C> for RowSums<'_> {
+impl<C: Real> RowTerms<C> for RowSums<'_> {
     #[inline(always)]
     fn add<const N: usize>(
         &mut self,
@@ -143,16 +122,16 @@ impl<C: Real> Terms<C> for RowSums<'_> {
 pub(crate) struct RowStep<'a, P: Parameter> {
     pub w: &'a mut [P],
     pub master: Option<&'a mut [P::Compute]>,
-    /// By what bf16 parameters are rounded at random; not at random if `None`.
+    /// The base of the offsets by which bf16 parameters are rounded at random, of which the row is a unit; `None` if they are rounded to
+    /// nearest.
     pub random: Option<u32>,
 }
 
 impl<P: Parameter> RowStep<'_, P> {
-    /// Steps all elements. `sizes` gives the `step_size` and `decay_factor` of each if they are `braked` each by themselves, else those
-    /// of all. `prefetch` is called with the first of
-    /// those that are stepped next.
+    /// Steps all elements, by the `step_size` and `decay_factor` that `sizes` gives: those of each element if they are `braked` each by
+    /// themselves, else those of all. Before [`WIDTH`] elements are stepped, `prefetch` is called with the first of them.
     #[inline(always)]
-    pub fn follow<T: Terms<P::Compute>>(
+    pub fn follow<T: RowTerms<P::Compute>>(
         self,
         followed: Followed<P::Compute>,
         terms: &mut T,
@@ -168,7 +147,7 @@ impl<P: Parameter> RowStep<'_, P> {
     }
 
     #[inline(always)]
-    fn run<const N: usize, D: Directions<P::Compute>, T: Terms<P::Compute>>(
+    fn run<const N: usize, D: RowDirections<P::Compute>, T: RowTerms<P::Compute>>(
         mut self,
         directions: D,
         terms: &mut T,
@@ -186,8 +165,8 @@ impl<P: Parameter> RowStep<'_, P> {
     fn run_by<
         const N: usize,
         const MASTER: bool,
-        D: Directions<P::Compute>,
-        T: Terms<P::Compute>,
+        D: RowDirections<P::Compute>,
+        T: RowTerms<P::Compute>,
     >(
         &mut self,
         mut directions: D,
@@ -198,7 +177,9 @@ impl<P: Parameter> RowStep<'_, P> {
         let len = self.w.len();
         let whole = len - len % N;
         for at in (0..whole).step_by(N) {
-            prefetch(at);
+            if N == WIDTH || at % WIDTH == 0 {
+                prefetch(at);
+            }
             self.step::<N, MASTER, _, _>(at, &mut directions, terms, sizes(at));
         }
         for at in whole..len {
@@ -208,7 +189,12 @@ impl<P: Parameter> RowStep<'_, P> {
 
     /// Steps elements `at..at + N`.
     #[inline(always)]
-    fn step<const N: usize, const MASTER: bool, D: Directions<P::Compute>, T: Terms<P::Compute>>(
+    fn step<
+        const N: usize,
+        const MASTER: bool,
+        D: RowDirections<P::Compute>,
+        T: RowTerms<P::Compute>,
+    >(
         &mut self,
         at: usize,
         directions: &mut D,

@@ -97,11 +97,35 @@ fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
+/// So many elements are taken at a time where a loop goes over many arrays: see [`each`].
+pub(crate) const WIDTH: usize = 16;
+
+/// The array of these values. The compiler keeps arrays of [`WIDTH`] in registers and makes vector code of what is done with them,
+/// also where it would not of a loop over slices.
+#[inline(always)]
+pub(crate) fn each<T: Copy + Default, const N: usize>(value: impl Fn(usize) -> T) -> [T; N] {
+    let mut values = [T::default(); N];
+    for (i, x) in values.iter_mut().enumerate() {
+        *x = value(i);
+    }
+    values
+}
+
+/// The first `N`.
+#[inline(always)]
+pub(crate) fn load<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
+    let values = &values[..N];
+    each(|i| values[i])
+}
+
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
+
 /// Asks for the memory at an address, which need not be valid, to be brought into the caches.
 #[inline(always)]
 pub(crate) fn prefetch(address: usize, bytes: usize) {
-    for line in 0..bytes.div_ceil(64) {
-        prefetch_line(address + 64 * line);
+    for line in 0..bytes.div_ceil(LINE) {
+        prefetch_line(address + LINE * line);
     }
 }
 
@@ -116,6 +140,9 @@ fn prefetch_line(address: usize) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
 }
+
+/// So many elements ahead memory is asked for.
+pub(crate) const AHEAD: usize = 512;
 
 /// Where an array goes on in memory.
 #[derive(Clone, Copy)]
@@ -132,9 +159,13 @@ impl Stream {
         Self { address: array.as_ptr().addr() + start * size, size }
     }
 
-    /// Asks for the line with element `i`.
+    /// Asks for [`WIDTH`] elements from `i` on.
     #[inline(always)]
     pub fn prefetch(&self, i: usize) {
-        prefetch_line(self.address + i * self.size);
+        let address = self.address + i * self.size;
+        prefetch_line(address);
+        if WIDTH * self.size > LINE {
+            prefetch_line(address + LINE);
+        }
     }
 }

@@ -5,9 +5,9 @@ use rayon::prelude::*;
 
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
-use super::row_step::{AHEAD, Adam, Followed, Known, NoSums, RowStep, RowSums};
+use super::row_step::{Adam, Followed, Known, NoSums, RowStep, RowSums};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
-use super::simd::{Kernel, Simd, Stream, prefetch};
+use super::simd::{AHEAD, Kernel, Simd, Stream, prefetch};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
 use crate::compact::{UNIT, offset_base};
@@ -276,7 +276,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     m.iter_mut().zip(g).for_each(|(m, g)| *m = moments.first_moment(*m, *g));
                     match (given.orthogonal, moments.direction) {
                         (None, _) => known(m, &[]),
-                        (Some(orthogonal), Direction::Muon { nesterov: true, .. }) => {
+                        (Some(orthogonal), Direction::Muon { nesterov: true, .. }) if sums_up => {
                             let ahead = &mut P::Compute::buffer(ahead)[..w.len()];
                             for ((ahead, m), g) in ahead.iter_mut().zip(m).zip(g) {
                                 *ahead = moments.look_ahead(*m, *g);
@@ -304,8 +304,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 follows => follows,
             };
             // A row of those that are rounded at random is a unit.
-            let unit = |(key, first)| offset_base(key, ((first + start + at) / UNIT) as u64);
-            let random = random.map(unit);
+            let base = |(key, first)| offset_base(key, ((first + start + at) / UNIT) as u64);
+            let random = random.map(base);
             let len = w.len();
             let row = RowStep { w: &mut *w, master: master.as_deref_mut(), random };
             let sizes = |i: usize| match element {
@@ -325,14 +325,18 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     lanes.iter_mut().for_each(|lanes| lanes.fill(0.));
                 }
                 let streams = part.streams(given.gradient.stream(start + next));
-                let ahead = |i: usize| streams.iter().for_each(|stream| stream.prefetch(i));
+                let prefetch = |i: usize| {
+                    if !S::PACKED {
+                        streams.iter().for_each(|stream| stream.prefetch(i));
+                    }
+                };
                 let has_momentum = follows.has_momentum();
                 let mut sums = RowSums {
                     lanes: lanes.each_mut().map(|lanes| &mut lanes[at % LANES..][..len]),
                     squares: &mut f64::buffer(squares)[..len],
                     has_momentum,
                 };
-                row.follow(follows, &mut sums, element.is_some(), sizes, ahead);
+                row.follow(follows, &mut sums, element.is_some(), sizes, prefetch);
                 if !strips.is_empty() {
                     strip_sums(strips, sums.squares);
                 }
