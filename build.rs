@@ -26,8 +26,12 @@ fn main() {
     }
     // All files in it.
     println!("cargo::rerun-if-changed=kernels");
-    for variable in ["CUDA_COMPUTE_CAP", "NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "PATH"] {
+    for variable in ["CUDA_COMPUTE_CAP", "NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN"] {
         println!("cargo::rerun-if-env-changed={variable}");
+    }
+    // Else a path that some wrapper has changed would cost minutes.
+    if env::var_os("NVCC").is_none() {
+        println!("cargo::rerun-if-env-changed=PATH");
     }
     if let Err(message) = compile() {
         println!("cargo::error={message}");
