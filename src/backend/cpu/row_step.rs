@@ -208,16 +208,13 @@ impl<P: Parameter> RowStep<'_, P> {
         let before = each::<_, N>(|i| w[i].widen());
         let x = master.as_deref().map_or(before, load);
         let x = each::<_, N>(|i| apply_step(x[i], d[i], step_size, decay_factor));
-        match (master, random) {
-            (Some(master), Some(base)) => {
-                master.copy_from_slice(&x);
-                P::round_part(w, &x, *base, at as u32);
-            }
-            (Some(master), None) => {
-                master.copy_from_slice(&x);
-                w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i])));
-            }
-            (None, _) => w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i]))),
+        if let Some(master) = master {
+            master.copy_from_slice(&x);
+        }
+        match random {
+            // Only where there are masters: those in memory, or decoded for this row.
+            Some(base) if MASTER => P::round_part(w, &x, *base, at as u32),
+            _ => w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i]))),
         }
         terms.add(at, |i| w[i].widen().to_f64() - before[i].to_f64(), d, m);
     }
