@@ -127,22 +127,30 @@ pub(crate) struct RowStep<'a, P: Parameter> {
     pub random: Option<u32>,
 }
 
+/// The `step_size` and `decay_factor` of a row's elements. Those of all are no closure, which if it is not inlined is compiled
+/// for the baseline, and called for every few elements.
+pub(crate) enum StepSizes<C, F> {
+    All((C, C)),
+    /// Of each element by its index, where each is braked by itself.
+    Each(F),
+}
+
 impl<P: Parameter> RowStep<'_, P> {
-    /// Steps all elements, by the `step_size` and `decay_factor` that `sizes` gives: those of each element if they are `braked` each by
-    /// themselves, else those of all. Before [`WIDTH`] elements are stepped, `prefetch` is called with the first of them.
+    /// Steps all elements. Before [`WIDTH`] elements are stepped, `prefetch` is called with the first of them.
     #[inline(always)]
     pub fn follow<T: RowTerms<P::Compute>>(
         self,
         followed: Followed<P::Compute>,
         terms: &mut T,
-        braked: bool,
-        sizes: impl Fn(usize) -> (P::Compute, P::Compute),
+        sizes: StepSizes<P::Compute, impl Fn(usize) -> (P::Compute, P::Compute)>,
         prefetch: impl Fn(usize),
     ) {
-        match followed {
-            Followed::Known(known) if braked => self.run::<1, _, _>(known, terms, sizes, prefetch),
-            Followed::Known(known) => self.run::<WIDTH, _, _>(known, terms, sizes, prefetch),
-            Followed::Adam(adam) => self.run::<WIDTH, _, _>(adam, terms, sizes, prefetch),
+        use {Followed::*, StepSizes::*};
+        match (followed, sizes) {
+            (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, prefetch),
+            (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, prefetch),
+            (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, prefetch),
+            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, prefetch),
         }
     }
 

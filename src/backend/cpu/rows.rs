@@ -110,13 +110,19 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
 
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
-        fn first<'a, C>(slot: &mut Option<&'a mut [C]>, len: usize) -> Option<&'a mut [C]> {
-            slot.as_mut().map(|slot| slot.split_off_mut(..len).unwrap_or_default())
+        #[inline(always)]
+        fn take<'a, C>(numbers: &mut Option<&'a mut [C]>, len: usize) -> Option<&'a mut [C]> {
+            numbers.as_mut().map(|numbers| first(numbers, len))
         }
-        let Self { master, m, v, v_max, average, q } = self;
-        let [master, m, v] = [master, m, v].map(|slot| first(slot, len));
-        let [v_max, average, q] = [v_max, average, q].map(|slot| first(slot, len));
-        Self { master, m, v, v_max, average, q }
+        // Each by itself: `map` over an array would not be inlined.
+        Self {
+            master: take(&mut self.master, len),
+            m: take(&mut self.m, len),
+            v: take(&mut self.v, len),
+            v_max: take(&mut self.v_max, len),
+            average: take(&mut self.average, len),
+            q: take(&mut self.q, len),
+        }
     }
 
     #[inline(always)]
@@ -388,9 +394,21 @@ impl StateRows<f32> for Packed<'_> {
             Master::Split(rests, _) => Master::Split(first(rests, len), &mut []),
             Master::Rounded => Master::Rounded,
         });
-        let [m, v, v_max, average, q] = [m, v, v_max, average, q]
-            .map(|numbers| numbers.as_mut().map(|numbers| numbers.take(len)));
-        let part = Self { master, m, v, v_max, average, q, keys: *keys, unit: *unit };
+        #[inline(always)]
+        fn take<'a>(numbers: &mut Option<Numbers<'a>>, len: usize) -> Option<Numbers<'a>> {
+            numbers.as_mut().map(|numbers| numbers.take(len))
+        }
+        // Each by itself: `map` over an array would not be inlined.
+        let part = Self {
+            master,
+            m: take(m, len),
+            v: take(v, len),
+            v_max: take(v_max, len),
+            average: take(average, len),
+            q: take(q, len),
+            keys: *keys,
+            unit: *unit,
+        };
         *unit += (len / UNIT) as u64;
         part
     }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
-use super::row_step::{Adam, Followed, Known, NoSums, RowStep, RowSums};
+use super::row_step::{Adam, Followed, Known, NoSums, RowStep, RowSums, StepSizes};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
 use super::simd::{AHEAD, Kernel, Simd, Stream, prefetch};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
@@ -308,15 +308,15 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             let random = random.map(base);
             let len = w.len();
             let row = RowStep { w: &mut *w, master: master.as_deref_mut(), random };
-            let sizes = |i: usize| match element {
-                None => (step_size, decay_factor),
-                Some(brake) => {
+            let sizes = match &element {
+                None => StepSizes::All((step_size, decay_factor)),
+                Some(brake) => StepSizes::Each(|i: usize| {
                     let q = q.as_ref().map_or(0., |q| q[i].to_f64());
                     coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q))
-                }
+                }),
             };
             if !sums_up {
-                row.follow(follows, &mut NoSums, element.is_some(), sizes, |_| {});
+                row.follow(follows, &mut NoSums, sizes, |_| {});
             } else {
                 let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
                 let width = in_chunk.clamp(MIN_LANES, LANES).next_power_of_two();
@@ -336,7 +336,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     squares: &mut f64::buffer(squares)[..len],
                     has_momentum,
                 };
-                row.follow(follows, &mut sums, element.is_some(), sizes, prefetch);
+                row.follow(follows, &mut sums, sizes, prefetch);
                 if !strips.is_empty() {
                     strip_sums(strips, sums.squares);
                 }
