@@ -159,7 +159,7 @@ pub(crate) enum Offsets {
 /// The maximum of [`v_magnitude`]. One for each place in a vector: a single one, of numbers among which it chooses, is not
 /// vectorized.
 #[inline(always)]
-fn largest_magnitude(v: &[f32]) -> u32 {
+pub(crate) fn largest_magnitude(v: &[f32]) -> u32 {
     const PLACES: usize = 16;
     let mut most = [0; PLACES];
     let (vectors, rest) = v.as_chunks::<PLACES>();
@@ -197,7 +197,7 @@ pub(crate) fn decode_v_unit(codes: &[u8], exponent: u8, v: &mut [f32]) {
 }
 
 /// The exponent `s` of a first moment that is 0 in a byte.
-const M_BIAS: i32 = 126;
+pub(crate) const M_BIAS: i32 = 126;
 
 /// The largest bytes of exponents.
 pub(crate) const MOST_V_EXPONENT: u8 = 254 - LEAST_EXPONENT as u8;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
 use super::rows::{Exact, Packed, Row, StateRows, row_norms};
-use super::simd::{AHEAD, Kernel, Simd, WIDTH, each, load};
+use super::simd::{AHEAD, Kernel, LINE, Simd, WIDTH, each, load};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
 use crate::block::Block;
@@ -253,7 +253,9 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
             };
             let whole = len - len % WIDTH;
             for i in (0..whole).step_by(WIDTH) {
-                streams.iter().flatten().for_each(|stream| stream.prefetch(i));
+                if i % LINE == 0 {
+                    streams.iter().flatten().for_each(|stream| stream.prefetch(i));
+                }
                 let (one, two): ([C; WIDTH], [C; WIDTH]) = (load(&one[i..]), load(&two[i..]));
                 let terms = each::<_, WIDTH>(|i| term(one[i], two[i]));
                 let lanes = &mut lanes[i..i + WIDTH];

@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut, Range};
 use candle_core::{CpuStorage, Layout, Result, Storage, bail};
 use half::{bf16, f16};
 
-use super::simd::{Stream, prefetch};
+use super::simd::Stream;
 use crate::numerics::{LANES, Real, bf16_to_f32, f16_to_f32};
 
 /// A gradient, or a parameter, in CPU memory, in the order of its logical elements.
@@ -128,19 +128,6 @@ impl<'a> Gradient<'a> {
             Values::F64(values) => values.as_ptr().wrapping_add(offset).addr(),
             Values::BF16(values) => values.as_ptr().wrapping_add(offset).addr(),
             Values::F16(values) => values.as_ptr().wrapping_add(offset).addr(),
-        }
-    }
-
-    /// Asks for the row from element `start` on to be brought into the caches, if it is contiguous.
-    #[inline(always)]
-    pub fn prefetch(&self, start: usize, len: usize) {
-        let size = match self.values {
-            Values::F32(_) => 4,
-            Values::F64(_) => 8,
-            Values::BF16(_) | Values::F16(_) => 2,
-        };
-        if self.contiguous {
-            prefetch(self.address() + start * size, len * size);
         }
     }
 

@@ -28,6 +28,7 @@ pub(crate) mod access;
 mod curvature;
 pub(crate) mod gradient;
 pub(crate) mod mask;
+mod moments;
 mod orthogonal;
 mod pool;
 mod replace;

@@ -5,7 +5,9 @@
 //! of others.
 
 use super::access::Parameter;
-use super::simd::{WIDTH, each, load};
+use super::moments::UNITS;
+use super::simd::{LINE, Stream, WIDTH, each, load};
+use crate::compact::UNIT;
 use crate::numerics::Real;
 use crate::rule::{Moments, apply_step};
 
@@ -122,9 +124,9 @@ impl<C: Real> RowTerms<C> for RowSums<'_> {
 pub(crate) struct RowStep<'a, P: Parameter> {
     pub w: &'a mut [P],
     pub master: Option<&'a mut [P::Compute]>,
-    /// The base of the offsets by which bf16 parameters are rounded at random, of which the row is a unit; `None` if they are rounded to
+    /// The bases of the offsets by which the units of a row of bf16 parameters are rounded at random; `None` if they are rounded to
     /// nearest.
-    pub random: Option<u32>,
+    pub random: Option<[u32; UNITS]>,
 }
 
 /// The `step_size` and `decay_factor` of a row's elements. Those of all are no closure, which if it is not inlined is compiled
@@ -136,21 +138,21 @@ pub(crate) enum StepSizes<C, F> {
 }
 
 impl<P: Parameter> RowStep<'_, P> {
-    /// Steps all elements. Before [`WIDTH`] elements are stepped, `prefetch` is called with the first of them.
+    /// Steps all elements, and prefetches as many of each stream.
     #[inline(always)]
     pub fn follow<T: RowTerms<P::Compute>>(
         self,
         followed: Followed<P::Compute>,
         terms: &mut T,
         sizes: StepSizes<P::Compute, impl Fn(usize) -> (P::Compute, P::Compute)>,
-        prefetch: impl Fn(usize),
+        ahead: &[Stream],
     ) {
         use {Followed::*, StepSizes::*};
         match (followed, sizes) {
-            (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, prefetch),
-            (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, prefetch),
-            (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, prefetch),
-            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, prefetch),
+            (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, ahead),
+            (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, ahead),
+            (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, ahead),
+            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, ahead),
         }
     }
 
@@ -160,12 +162,12 @@ impl<P: Parameter> RowStep<'_, P> {
         directions: D,
         terms: &mut T,
         sizes: impl Fn(usize) -> (P::Compute, P::Compute),
-        prefetch: impl Fn(usize),
+        ahead: &[Stream],
     ) {
         // Two loops, since one that asked at each turn whether there are masters would take a sixth longer.
         match self.master {
-            Some(_) => self.run_by::<N, true, _, _>(directions, terms, sizes, prefetch),
-            None => self.run_by::<N, false, _, _>(directions, terms, sizes, prefetch),
+            Some(_) => self.run_by::<N, true, _, _>(directions, terms, sizes, ahead),
+            None => self.run_by::<N, false, _, _>(directions, terms, sizes, ahead),
         }
     }
 
@@ -180,13 +182,13 @@ impl<P: Parameter> RowStep<'_, P> {
         mut directions: D,
         terms: &mut T,
         sizes: impl Fn(usize) -> (P::Compute, P::Compute),
-        prefetch: impl Fn(usize),
+        ahead: &[Stream],
     ) {
         let len = self.w.len();
         let whole = len - len % N;
         for at in (0..whole).step_by(N) {
-            if N == WIDTH || at % WIDTH == 0 {
-                prefetch(at);
+            if at % LINE == 0 {
+                ahead.iter().for_each(|stream| stream.prefetch(at));
             }
             self.step::<N, MASTER, _, _>(at, &mut directions, terms, sizes(at));
         }
@@ -221,7 +223,7 @@ impl<P: Parameter> RowStep<'_, P> {
         }
         match random {
             // Only where there are masters: those in memory, or decoded for this row.
-            Some(base) if MASTER => P::round_part(w, &x, *base, at as u32),
+            Some(bases) if MASTER => P::round_part(w, &x, bases[at / UNIT], (at % UNIT) as u32),
             _ => w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i]))),
         }
         terms.add(at, |i| w[i].widen().to_f64() - before[i].to_f64(), d, m);

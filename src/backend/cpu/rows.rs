@@ -5,8 +5,9 @@ use half::bf16;
 
 use super::access::{Parameter, Samples, agree};
 use super::gradient::{Compute, RowBuffer};
-use super::simd::{Stream, prefetch};
-use crate::compact::{self, Offsets, UNIT};
+use super::moments::{self, Compact, Moment, first};
+use super::simd::{Stream, each};
+use crate::compact::{self, UNIT};
 use crate::numerics::bf16_to_f32;
 use crate::state::{Format, Slot, State};
 
@@ -37,10 +38,7 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
         room: &'r mut Room,
     ) -> RowMut<'r, C>;
 
-    /// Asks for `len` elements from `start` on to be brought into the caches, if some of them are packed.
-    fn prefetch(&self, start: usize, len: usize);
-
-    /// Where numbers are in memory from element `start` on, if none of them are packed: masters, moments and average.
+    /// Where masters, moments and average are in memory from element `start` on.
     fn streams(&self, start: usize) -> [Option<Stream>; 4];
 
     /// Stores what was changed after [`StateRows::load`].
@@ -160,12 +158,9 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     }
 
     #[inline(always)]
-    fn prefetch(&self, _: usize, _: usize) {}
-
-    #[inline(always)]
     fn streams(&self, start: usize) -> [Option<Stream>; 4] {
-        let Self { master, m, v, average, .. } = self;
-        [master, m, v, average].map(|numbers| numbers.as_ref().map(|x| Stream::of(x, start)))
+        let stream = |numbers: &Option<&mut [C]>| Some(Stream::of(numbers.as_deref()?, start));
+        [stream(&self.master), stream(&self.m), stream(&self.v), stream(&self.average)]
     }
 
     #[inline(always)]
@@ -240,37 +235,6 @@ enum Numbers<'a> {
     CompactV(Compact<'a>),
 }
 
-struct Compact<'a> {
-    codes: &'a mut [u8],
-    exponents: &'a mut [u8],
-}
-
-/// Splits off the first `len`.
-#[inline(always)]
-fn first<'a, T>(numbers: &mut &'a mut [T], len: usize) -> &'a mut [T] {
-    numbers.split_off_mut(..len).unwrap_or_default()
-}
-
-impl<'a> Compact<'a> {
-    #[inline(always)]
-    fn take(&mut self, len: usize) -> Self {
-        let Self { codes, exponents } = self;
-        Self { codes: first(codes, len), exponents: first(exponents, len.div_ceil(UNIT)) }
-    }
-
-    /// The codes and exponents of the units of elements `start..start + len`.
-    #[inline(always)]
-    fn units(&self, start: usize, len: usize) -> impl Iterator<Item = (&[u8], u8)> {
-        let exponents = self.exponents[start / UNIT..].iter().copied();
-        self.codes[start..start + len].chunks(UNIT).zip(exponents)
-    }
-
-    #[inline(always)]
-    fn units_mut(&mut self) -> impl Iterator<Item = (&mut [u8], &mut u8)> {
-        self.codes.chunks_mut(UNIT).zip(&mut *self.exponents)
-    }
-}
-
 impl<'a> Numbers<'a> {
     fn new(name: &str, slot: &'a mut Slot, n: usize) -> Option<Self> {
         Some(match slot.cpu_mut()? {
@@ -292,6 +256,17 @@ impl<'a> Numbers<'a> {
             Self::BF16(numbers) => Self::BF16(first(numbers, len)),
             Self::CompactM(compact) => Self::CompactM(compact.take(len)),
             Self::CompactV(compact) => Self::CompactV(compact.take(len)),
+        }
+    }
+
+    #[inline(always)]
+    fn stream(&self, start: usize) -> Stream {
+        match self {
+            Self::F32(numbers) => Stream::of(numbers, start),
+            Self::BF16(numbers) => Stream::of(numbers, start),
+            Self::CompactM(Compact { codes, .. }) | Self::CompactV(Compact { codes, .. }) => {
+                Stream::of(codes, start)
+            }
         }
     }
 
@@ -468,24 +443,15 @@ impl StateRows<f32> for Packed<'_> {
     }
 
     #[inline(always)]
-    fn streams(&self, _: usize) -> [Option<Stream>; 4] {
-        [None; 4]
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, start: usize, len: usize) {
-        if let Some(Master::Split(rests, _)) = &self.master {
-            prefetch(rests.as_ptr().wrapping_add(start).addr(), 2 * len);
-        }
-        for numbers in [&self.m, &self.v, &self.average].into_iter().flatten() {
-            match numbers {
-                Numbers::BF16(x) => prefetch(x.as_ptr().wrapping_add(start).addr(), 2 * len),
-                Numbers::CompactM(x) | Numbers::CompactV(x) => {
-                    prefetch(x.codes.as_ptr().wrapping_add(start).addr(), len)
-                }
-                Numbers::F32(_) => {}
-            }
-        }
+    fn streams(&self, start: usize) -> [Option<Stream>; 4] {
+        let Self { master, m, v, average, .. } = self;
+        let master = match master {
+            Some(Master::F32(master)) => Some(Stream::of(master, start)),
+            Some(Master::Split(rests, _)) => Some(Stream::of(rests, start)),
+            Some(Master::Rounded) | None => None,
+        };
+        let stream = |numbers: &Option<Numbers>| numbers.as_ref().map(|x| x.stream(start));
+        [master, stream(m), stream(v), stream(average)]
     }
 
     #[inline(always)]
@@ -496,27 +462,21 @@ impl StateRows<f32> for Packed<'_> {
             let row = &f32::buffer(master_room)[..rests.len()];
             rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);
         }
-        let kept_v = match v {
-            Some(Numbers::CompactV(compact)) => {
-                let row = &mut f32::buffer(v_room)[..compact.codes.len()];
-                let m = f32::buffer(m_room).iter_mut().zip(&*row);
-                m.for_each(|(m, v)| *m = compact::kept_m(*m, *v));
-                let units = compact.units_mut().zip(row.chunks_mut(UNIT));
-                for (u, ((codes, exponent), v)) in (*unit..).zip(units) {
-                    let base = compact::offset_base(keys.moments, u);
-                    *exponent = compact::encode_v_unit(v, Offsets::Random(base), codes);
-                    compact::decode_v_unit(codes, *exponent, v);
+        let [m_row, v_row] = [m_room, v_room].map(|room| f32::buffer(room));
+        match (m, v) {
+            (Some(Numbers::CompactM(m)), Some(Numbers::CompactV(v))) => {
+                let n = v.codes.len();
+                let bases = each(|u| compact::offset_base(keys.moments, *unit + u as u64));
+                let m = Moment { compact: m, numbers: &mut m_row[..n] };
+                let v = Moment { compact: v, numbers: &mut v_row[..n] };
+                moments::encode(m, v, bases);
+            }
+            (Some(Numbers::CompactM(m)), _) => {
+                for ((codes, exponent), m) in m.units_mut().zip(m_row.chunks(UNIT)) {
+                    *exponent = compact::encode_m_unit(&m[..codes.len()], None, codes);
                 }
-                Some(&*row)
             }
-            _ => None,
-        };
-        if let Some(Numbers::CompactM(compact)) = m {
-            let row = &f32::buffer(m_room)[..compact.codes.len()];
-            for (u, ((codes, exponent), m)) in compact.units_mut().zip(row.chunks(UNIT)).enumerate()
-            {
-                *exponent = compact::encode_m_unit(m, compact::unit_of(kept_v, u), codes);
-            }
+            _ => {}
         }
         if let Some(Numbers::BF16(average)) = average {
             let row = &f32::buffer(average_room)[..average.len()];

@@ -119,7 +119,7 @@ pub(crate) fn load<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
 }
 
 /// Bytes of a line of the caches.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Asks for the memory at an address, which need not be valid, to be brought into the caches.
 #[inline(always)]
@@ -159,13 +159,9 @@ impl Stream {
         Self { address: array.as_ptr().addr() + start * size, size }
     }
 
-    /// Asks for [`WIDTH`] elements from `i` on.
+    /// Asks for [`LINE`] elements from `i` on: as many lines as an element has bytes.
     #[inline(always)]
     pub fn prefetch(&self, i: usize) {
-        let address = self.address + i * self.size;
-        prefetch_line(address);
-        if WIDTH * self.size > LINE {
-            prefetch_line(address + LINE);
-        }
+        prefetch(self.address + i * self.size, LINE * self.size);
     }
 }

@@ -5,9 +5,10 @@ use rayon::prelude::*;
 
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
+use super::moments::UNITS;
 use super::row_step::{Adam, Followed, Known, NoSums, RowStep, RowSums, StepSizes};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
-use super::simd::{AHEAD, Kernel, Simd, Stream, prefetch};
+use super::simd::{AHEAD, Kernel, Simd, Stream, each};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
 use crate::compact::{UNIT, offset_base};
@@ -159,8 +160,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
     #[inline(always)]
     fn streams(&self, gradient: Option<Stream>) -> [Stream; 6] {
         let w = Stream::of(self.w, AHEAD);
-        let [a, b, c, d] = self.state.streams(AHEAD).map(|stream| stream.unwrap_or(w));
-        [w, gradient.unwrap_or(w), a, b, c, d]
+        let or_w = |stream: Option<Stream>| stream.unwrap_or(w);
+        let [a, b, c, d] = self.state.streams(AHEAD);
+        [w, or_w(gradient), or_w(a), or_w(b), or_w(c), or_w(d)]
     }
 
     /// Splits off the first `len` elements.
@@ -207,16 +209,16 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let n = part.w.len();
         let mut chunks = vec![];
         // While numbers are packed or summed up little is loaded, so the processor would not fetch what comes next: it is
-        // asked to, a row ahead or all along one. Rows are short then, since it can fetch only so many lines at a time.
-        let row_len = if S::PACKED || sums_up { UNIT } else { LANES };
+        // asked to. Rows are short then, since the first cache has to hold that too.
+        let row_len = match (S::PACKED, sums_up) {
+            (true, _) => UNITS * UNIT,
+            (false, true) => UNIT,
+            (false, false) => LANES,
+        };
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            let next = at + w.len() + AHEAD;
-            if S::PACKED {
-                prefetch(part.w.as_ptr().wrapping_add(AHEAD).addr(), row_len * size_of::<P>());
-                given.gradient.prefetch(start + next, row_len);
-                part.state.prefetch(AHEAD, row_len);
-            }
+            let next = start + at + w.len() + AHEAD;
+            let streams = part.streams(given.gradient.stream(next));
             let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
@@ -303,9 +305,10 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }
                 follows => follows,
             };
-            // A row of those that are rounded at random is a unit.
-            let base = |(key, first)| offset_base(key, ((first + start + at) / UNIT) as u64);
-            let random = random.map(base);
+            let random = random.map(|(key, first)| {
+                let unit = (first + start + at) / UNIT;
+                each(|u| offset_base(key, (unit + u) as u64))
+            });
             let len = w.len();
             let row = RowStep { w: &mut *w, master: master.as_deref_mut(), random };
             let sizes = match &element {
@@ -316,7 +319,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }),
             };
             if !sums_up {
-                row.follow(follows, &mut NoSums, sizes, |_| {});
+                let ahead: &[Stream] = if S::PACKED { &streams } else { &[] };
+                row.follow(follows, &mut NoSums, sizes, ahead);
             } else {
                 let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
                 let width = in_chunk.clamp(MIN_LANES, LANES).next_power_of_two();
@@ -324,19 +328,13 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 if at % CHUNK == 0 {
                     lanes.iter_mut().for_each(|lanes| lanes.fill(0.));
                 }
-                let streams = part.streams(given.gradient.stream(start + next));
-                let prefetch = |i: usize| {
-                    if !S::PACKED {
-                        streams.iter().for_each(|stream| stream.prefetch(i));
-                    }
-                };
                 let has_momentum = follows.has_momentum();
                 let mut sums = RowSums {
                     lanes: lanes.each_mut().map(|lanes| &mut lanes[at % LANES..][..len]),
                     squares: &mut f64::buffer(squares)[..len],
                     has_momentum,
                 };
-                row.follow(follows, &mut sums, sizes, prefetch);
+                row.follow(follows, &mut sums, sizes, &streams);
                 if !strips.is_empty() {
                     strip_sums(strips, sums.squares);
                 }
