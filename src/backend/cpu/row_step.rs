@@ -138,21 +138,21 @@ pub(crate) enum StepSizes<C, F> {
 }
 
 impl<P: Parameter> RowStep<'_, P> {
-    /// Steps all elements, and prefetches as many of each stream.
+    /// Steps all elements, and asks for as many of each stream to be brought into the caches.
     #[inline(always)]
     pub fn follow<T: RowTerms<P::Compute>>(
         self,
         followed: Followed<P::Compute>,
         terms: &mut T,
         sizes: StepSizes<P::Compute, impl Fn(usize) -> (P::Compute, P::Compute)>,
-        ahead: &[Stream],
+        streams: &[Stream],
     ) {
         use {Followed::*, StepSizes::*};
         match (followed, sizes) {
-            (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, ahead),
-            (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, ahead),
-            (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, ahead),
-            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, ahead),
+            (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
+            (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
+            (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, streams),
+            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, streams),
         }
     }
 
@@ -162,12 +162,12 @@ impl<P: Parameter> RowStep<'_, P> {
         directions: D,
         terms: &mut T,
         sizes: impl Fn(usize) -> (P::Compute, P::Compute),
-        ahead: &[Stream],
+        streams: &[Stream],
     ) {
         // Two loops, since one that asked at each turn whether there are masters would take a sixth longer.
         match self.master {
-            Some(_) => self.run_by::<N, true, _, _>(directions, terms, sizes, ahead),
-            None => self.run_by::<N, false, _, _>(directions, terms, sizes, ahead),
+            Some(_) => self.run_by::<N, true, _, _>(directions, terms, sizes, streams),
+            None => self.run_by::<N, false, _, _>(directions, terms, sizes, streams),
         }
     }
 
@@ -182,13 +182,13 @@ impl<P: Parameter> RowStep<'_, P> {
         mut directions: D,
         terms: &mut T,
         sizes: impl Fn(usize) -> (P::Compute, P::Compute),
-        ahead: &[Stream],
+        streams: &[Stream],
     ) {
         let len = self.w.len();
         let whole = len - len % N;
         for at in (0..whole).step_by(N) {
             if at % LINE == 0 {
-                ahead.iter().for_each(|stream| stream.prefetch(at));
+                streams.iter().for_each(|stream| stream.prefetch(at));
             }
             self.step::<N, MASTER, _, _>(at, &mut directions, terms, sizes(at));
         }

@@ -462,7 +462,7 @@ impl StateRows<f32> for Packed<'_> {
             let row = &f32::buffer(master_room)[..rests.len()];
             rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);
         }
-        let [m_row, v_row] = [m_room, v_room].map(|room| f32::buffer(room));
+        let [m_row, v_row] = [m_room, v_room].map(f32::buffer);
         match (m, v) {
             (Some(Numbers::CompactM(m)), Some(Numbers::CompactV(v))) => {
                 let n = v.codes.len();

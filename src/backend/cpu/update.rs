@@ -156,12 +156,12 @@ struct Part<'a, P, S> {
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
-    /// Where its arrays and the gradient go on in memory, some elements ahead. (In place of one that there is not, the parameter's.)
+    /// Where its arrays, from element `start` on, and the gradient are in memory. (In place of one that there is not, the parameter's.)
     #[inline(always)]
-    fn streams(&self, gradient: Option<Stream>) -> [Stream; 6] {
-        let w = Stream::of(self.w, AHEAD);
+    fn streams(&self, start: usize, gradient: Option<Stream>) -> [Stream; 6] {
+        let w = Stream::of(self.w, start);
         let or_w = |stream: Option<Stream>| stream.unwrap_or(w);
-        let [a, b, c, d] = self.state.streams(AHEAD);
+        let [a, b, c, d] = self.state.streams(start);
         [w, or_w(gradient), or_w(a), or_w(b), or_w(c), or_w(d)]
     }
 
@@ -209,16 +209,16 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let n = part.w.len();
         let mut chunks = vec![];
         // While numbers are packed or summed up little is loaded, so the processor would not fetch what comes next: it is
-        // asked to. Rows are short then, since the first cache has to hold that too.
-        let row_len = match (S::PACKED, sums_up) {
-            (true, _) => UNITS * UNIT,
-            (false, true) => UNIT,
-            (false, false) => LANES,
+        // asked to, from so many elements behind a row on. Rows are short then, since the first cache has to hold that too.
+        let (row_len, behind) = match (S::PACKED, sums_up) {
+            (true, _) => (UNITS * UNIT, 0),
+            (false, true) => (UNIT, AHEAD),
+            (false, false) => (LANES, AHEAD),
         };
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            let next = start + at + w.len() + AHEAD;
-            let streams = part.streams(given.gradient.stream(next));
+            let next = start + at + w.len() + behind;
+            let streams = part.streams(behind, given.gradient.stream(next));
             let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
@@ -319,8 +319,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }),
             };
             if !sums_up {
-                let ahead: &[Stream] = if S::PACKED { &streams } else { &[] };
-                row.follow(follows, &mut NoSums, sizes, ahead);
+                let streams: &[Stream] = if S::PACKED { &streams } else { &[] };
+                row.follow(follows, &mut NoSums, sizes, streams);
             } else {
                 let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
                 let width = in_chunk.clamp(MIN_LANES, LANES).next_power_of_two();
