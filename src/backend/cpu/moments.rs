@@ -6,9 +6,11 @@
 
 use super::simd::{WIDTH, each};
 use crate::compact::{self, LEAST_EXPONENT, M_BIAS, Offsets, UNIT};
+use crate::numerics::LANES;
 
 /// Units of a row: more would not fit the first cache beside the next row, which is fetched meanwhile.
 pub(crate) const UNITS: usize = 2;
+const _: () = assert!(LANES.is_multiple_of(UNITS * UNIT));
 
 /// Splits off the first `len`.
 #[inline(always)]
