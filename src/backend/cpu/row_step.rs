@@ -129,8 +129,8 @@ pub(crate) struct RowStep<'a, P: Parameter> {
     pub random: Option<[u32; UNITS]>,
 }
 
-/// The `step_size` and `decay_factor` of a row's elements. Those of all are no closure, which if it is not inlined is compiled
-/// for the baseline, and called for every few elements.
+/// The `step_size` and `decay_factor` of a row's elements: numbers, where they are the same for all. A large closure may not be inlined,
+/// and is then compiled for the baseline, and called for every few elements; `Each` accepts that.
 pub(crate) enum StepSizes<C, F> {
     All((C, C)),
     /// Of each element by its index, where each is braked by itself.
