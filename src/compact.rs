@@ -197,7 +197,7 @@ pub(crate) fn decode_v_unit(codes: &[u8], exponent: u8, v: &mut [f32]) {
 }
 
 /// The exponent `s` of a first moment that is 0 in a byte.
-pub(crate) const M_BIAS: i32 = 126;
+const M_BIAS: i32 = 126;
 
 /// The largest bytes of exponents.
 pub(crate) const MOST_V_EXPONENT: u8 = 254 - LEAST_EXPONENT as u8;
@@ -216,6 +216,12 @@ pub(crate) fn encode_m_unit(m: &[f32], v: Option<&[f32]>, codes: &mut [u8]) -> u
         None => relative.iter_mut().zip(m).for_each(|(r, m)| *r = relative_m(*m, 1.)),
     }
     let most = relative.iter().fold(0, |most, r| (r.to_bits() & 0x7fff_ffff).max(most));
+    encode_relative(relative, most, codes)
+}
+
+/// The same of [`relative_m`], of which `most` are the bits of the largest magnitude.
+#[inline(always)]
+pub(crate) fn encode_relative(relative: &[f32], most: u32, codes: &mut [u8]) -> u8 {
     let exponent = m_exponent(most);
     for (code, r) in codes.iter_mut().zip(relative) {
         *code = encode_m(*r, exponent) as i8 as u8;

@@ -4,18 +4,18 @@
 //! Each loop goes over all units of a row: the largest number of a unit is known at the end of a chain of operations that wait for each
 //! other, and while they do the processor is at work on the next unit.
 
-use super::simd::{WIDTH, each};
-use crate::compact::{self, LEAST_EXPONENT, M_BIAS, Offsets, UNIT};
+use super::simd::{WIDTH, each, first};
+use crate::compact::{self, LEAST_EXPONENT, Offsets, UNIT};
 use crate::numerics::LANES;
 
 /// Units of a row: more would not fit the first cache beside the next row, which is fetched meanwhile.
 pub(crate) const UNITS: usize = 2;
 const _: () = assert!(LANES.is_multiple_of(UNITS * UNIT));
 
-/// Splits off the first `len`.
+/// The bases of the offsets of a row's units, the first of which has the number `unit` in the parameter.
 #[inline(always)]
-pub(crate) fn first<'a, T>(numbers: &mut &'a mut [T], len: usize) -> &'a mut [T] {
-    numbers.split_off_mut(..len).unwrap_or_default()
+pub(crate) fn bases(key: u64, unit: u64) -> [u32; UNITS] {
+    each(|u| compact::offset_base(key, unit + u as u64))
 }
 
 /// Codes of neighbouring elements of a moment, and the exponents of their units.
@@ -51,7 +51,7 @@ pub(crate) struct Moment<'r, 'a> {
     pub numbers: &'r mut [f32],
 }
 
-/// Encodes a row of both moments, by offsets with these bases for each unit. The numbers of `m` are overwritten.
+/// Encodes a row of both moments, the second ones rounded by offsets with these bases for each unit. The numbers of `m` are overwritten.
 #[inline(always)]
 pub(crate) fn encode(m: Moment, v: Moment, bases: [u32; UNITS]) {
     let (m_units, m_rest) = m.numbers.as_chunks_mut::<UNIT>();
@@ -60,22 +60,18 @@ pub(crate) fn encode(m: Moment, v: Moment, bases: [u32; UNITS]) {
     let (v_codes, v_codes_rest) = v.compact.codes.as_chunks_mut::<UNIT>();
     let (m_exponents, v_exponents) = (&mut *m.compact.exponents, &mut *v.compact.exponents);
 
-    let mut exponents = [0; UNITS];
-    for (exponent, v) in exponents.iter_mut().zip(v_units) {
+    let mut of_v = [0; UNITS];
+    for (exponent, v) in of_v.iter_mut().zip(v_units) {
         *exponent = compact::v_exponent(compact::largest_magnitude(v));
     }
     let mut most = [0; UNITS];
     let units = m_units.iter_mut().zip(v_units).zip(v_codes);
     for (u, ((m, v), codes)) in units.enumerate() {
-        v_exponents[u] = (exponents[u] - LEAST_EXPONENT) as u8;
-        most[u] = encode_v(m, v, exponents[u], bases[u], codes);
+        v_exponents[u] = (of_v[u] - LEAST_EXPONENT) as u8;
+        most[u] = encode_v_and_scale_m(m, v, of_v[u], bases[u], codes);
     }
     for (u, (m, codes)) in m_units.iter().zip(m_codes).enumerate() {
-        let exponent = compact::m_exponent(most[u]);
-        m_exponents[u] = (exponent + M_BIAS) as u8;
-        for (code, relative) in codes.iter_mut().zip(m) {
-            *code = compact::encode_m(*relative, exponent) as i8 as u8;
-        }
+        m_exponents[u] = compact::encode_relative(m, most[u], codes);
     }
 
     // The last unit of a parameter may end early.
@@ -93,7 +89,7 @@ pub(crate) fn encode(m: Moment, v: Moment, bases: [u32; UNITS]) {
 /// Encodes the second moments of a unit, and puts its first moments in units of what is kept of them. Returns the bits of the largest
 /// magnitude of these.
 #[inline(always)]
-fn encode_v(
+fn encode_v_and_scale_m(
     m: &mut [f32; UNIT],
     v: &[f32; UNIT],
     exponent: u32,

@@ -5,8 +5,8 @@ use half::bf16;
 
 use super::access::{Parameter, Samples, agree};
 use super::gradient::{Compute, RowBuffer};
-use super::moments::{self, Compact, Moment, first};
-use super::simd::{Stream, each};
+use super::moments::{self, Compact, Moment};
+use super::simd::{Stream, first};
 use crate::compact::{self, UNIT};
 use crate::numerics::bf16_to_f32;
 use crate::state::{Format, Slot, State};
@@ -112,7 +112,7 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
         fn take<'a, C>(numbers: &mut Option<&'a mut [C]>, len: usize) -> Option<&'a mut [C]> {
             numbers.as_mut().map(|numbers| first(numbers, len))
         }
-        // Each by itself: `map` over an array would not be inlined.
+        // Each by itself: `map` over an array of these was not inlined, and compiled for the baseline.
         Self {
             master: take(&mut self.master, len),
             m: take(&mut self.m, len),
@@ -373,7 +373,7 @@ impl StateRows<f32> for Packed<'_> {
         fn take<'a>(numbers: &mut Option<Numbers<'a>>, len: usize) -> Option<Numbers<'a>> {
             numbers.as_mut().map(|numbers| numbers.take(len))
         }
-        // Each by itself: `map` over an array would not be inlined.
+        // Each by itself, as in `Exact`.
         let part = Self {
             master,
             m: take(m, len),
@@ -462,20 +462,20 @@ impl StateRows<f32> for Packed<'_> {
             let row = &f32::buffer(master_room)[..rests.len()];
             rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);
         }
-        let [m_row, v_row] = [m_room, v_room].map(f32::buffer);
         match (m, v) {
             (Some(Numbers::CompactM(m)), Some(Numbers::CompactV(v))) => {
                 let n = v.codes.len();
-                let bases = each(|u| compact::offset_base(keys.moments, *unit + u as u64));
-                let m = Moment { compact: m, numbers: &mut m_row[..n] };
-                let v = Moment { compact: v, numbers: &mut v_row[..n] };
-                moments::encode(m, v, bases);
+                let m = Moment { compact: m, numbers: &mut f32::buffer(m_room)[..n] };
+                let v = Moment { compact: v, numbers: &mut f32::buffer(v_room)[..n] };
+                moments::encode(m, v, moments::bases(keys.moments, *unit));
             }
             (Some(Numbers::CompactM(m)), _) => {
-                for ((codes, exponent), m) in m.units_mut().zip(m_row.chunks(UNIT)) {
+                let row = &*f32::buffer(m_room);
+                for ((codes, exponent), m) in m.units_mut().zip(row.chunks(UNIT)) {
                     *exponent = compact::encode_m_unit(&m[..codes.len()], None, codes);
                 }
             }
+            // No second moment is compact without the first: they have the same format.
             _ => {}
         }
         if let Some(Numbers::BF16(average)) = average {

@@ -118,8 +118,15 @@ pub(crate) fn load<T: Copy + Default, const N: usize>(values: &[T]) -> [T; N] {
     each(|i| values[i])
 }
 
-/// Bytes of a line of the caches.
+/// Splits off the first `len`.
+#[inline(always)]
+pub(crate) fn first<'a, T>(numbers: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    numbers.split_off_mut(..len).unwrap_or_default()
+}
+
+/// Bytes of a line of the caches. Loops over elements, [`WIDTH`] at a time, ask for so many of them at once: see [`Stream::prefetch`].
 pub(crate) const LINE: usize = 64;
+const _: () = assert!(LINE.is_multiple_of(WIDTH));
 
 /// Asks for the memory at an address, which need not be valid, to be brought into the caches.
 #[inline(always)]

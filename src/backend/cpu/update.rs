@@ -5,13 +5,13 @@ use rayon::prelude::*;
 
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
-use super::moments::UNITS;
+use super::moments::{UNITS, bases};
 use super::row_step::{Adam, Followed, Known, NoSums, RowStep, RowSums, StepSizes};
 use super::rows::{Exact, Keys, Packed, RowMut, StateRows};
-use super::simd::{AHEAD, Kernel, Simd, Stream, each};
+use super::simd::{AHEAD, Kernel, Simd, Stream, first};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, splits};
 use crate::block::Block;
-use crate::compact::{UNIT, offset_base};
+use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
@@ -169,9 +169,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
     #[inline(always)]
     fn take(&mut self, len: usize) -> Self {
         Self {
-            w: self.w.split_off_mut(..len).unwrap_or_default(),
+            w: first(&mut self.w, len),
             state: self.state.take(len),
-            strips: self.strips.split_off_mut(..len.div_ceil(STRIP)).unwrap_or_default(),
+            strips: first(&mut self.strips, len.div_ceil(STRIP)),
         }
     }
 
@@ -209,16 +209,16 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         let n = part.w.len();
         let mut chunks = vec![];
         // While numbers are packed or summed up little is loaded, so the processor would not fetch what comes next: it is
-        // asked to, from so many elements behind a row on. Rows are short then, since the first cache has to hold that too.
-        let (row_len, behind) = match (S::PACKED, sums_up) {
+        // asked to, from so many elements beyond a row's end on. Rows are short then, since the first cache has to hold that too.
+        let (row_len, beyond) = match (S::PACKED, sums_up) {
             (true, _) => (UNITS * UNIT, 0),
             (false, true) => (UNIT, AHEAD),
             (false, false) => (LANES, AHEAD),
         };
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            let next = start + at + w.len() + behind;
-            let streams = part.streams(behind, given.gradient.stream(next));
+            let next = start + at + w.len() + beyond;
+            let streams = part.streams(beyond, given.gradient.stream(next));
             let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
@@ -305,10 +305,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }
                 follows => follows,
             };
-            let random = random.map(|(key, first)| {
-                let unit = (first + start + at) / UNIT;
-                each(|u| offset_base(key, (unit + u) as u64))
-            });
+            let bases = |(key, first)| bases(key, ((first + start + at) / UNIT) as u64);
+            let random = random.map(bases);
             let len = w.len();
             let row = RowStep { w: &mut *w, master: master.as_deref_mut(), random };
             let sizes = match &element {
