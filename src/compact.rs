@@ -118,7 +118,7 @@ pub(crate) fn m_exponent(most: u32) -> i32 {
 pub(crate) fn encode_m(relative: f32, exponent: i32) -> i32 {
     // 1.5 * 2^23: the sum is rounded to a whole number, ties to even, which its last bits hold.
     const ROUND: f32 = 12_582_912.;
-    (relative * pow2f(-exponent) + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+    relative.mul_add(pow2f(-exponent), ROUND).to_bits() as i32 - ROUND.to_bits() as i32
 }
 
 #[inline(always)]
@@ -130,8 +130,7 @@ pub(crate) fn decode_m(q: i32, exponent: i32, v: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn split(master: f32) -> (u16, i16) {
     let parameter = f32_to_bf16(master);
-    let rest = master.to_bits().wrapping_sub((parameter as u32) << 16) as i32;
-    (parameter, if master.is_nan() { 0 } else { rest.min(i16::MAX.into()) as i16 })
+    (parameter, remainder(if master.is_nan() { f32::NAN } else { master }, parameter))
 }
 
 /// The master, from the parameter and its remainder.
@@ -243,6 +242,14 @@ pub(crate) fn decode_m_unit(codes: &[u8], exponent: u8, v: Option<&[f32]>, m: &m
 #[inline(always)]
 pub(crate) fn unit_of(v: Option<&[f32]>, u: usize) -> Option<&[f32]> {
     v.map(|v| &v[u * UNIT..v.len().min((u + 1) * UNIT)])
+}
+
+/// The remainder of a master whose only NaN is the canonical one, from the parameter that it rounds to.
+#[inline(always)]
+pub(crate) fn remainder(master: f32, parameter: u16) -> i16 {
+    let rest = master.to_bits().wrapping_sub(u32::from(parameter) << 16) as i32;
+    // Below `-2^15` it never is; with both ends one instruction does it.
+    rest.clamp(i16::MIN.into(), i16::MAX.into()) as i16
 }
 
 /// Rounds a row of numbers at random, from unit `unit` of a block on.

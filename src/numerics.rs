@@ -420,10 +420,15 @@ pub(crate) fn bf16_to_f32(x: u16) -> f32 {
 /// f32 to bf16: to nearest, ties to even, one NaN.
 #[inline(always)]
 pub(crate) fn f32_to_bf16(x: f32) -> u16 {
+    if x.is_nan() { 0x7fc0 } else { canonical_to_bf16(x) }
+}
+
+/// The same, for numbers whose only NaN is the canonical one: it comes out right without being looked for.
+#[inline(always)]
+pub(crate) fn canonical_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let odd = (bits >> 16) & 1;
-    let rounded = (bits.wrapping_add(0x7fff + odd) >> 16) as u16;
-    if x.is_nan() { 0x7fc0 } else { rounded }
+    (bits.wrapping_add(0x7fff + odd) >> 16) as u16
 }
 
 /// f16 to f32, exactly.

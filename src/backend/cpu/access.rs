@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use super::gradient::{Compute, Gradient};
 use crate::block::Block;
 use crate::compact;
-use crate::numerics::{Real, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::numerics::{Real, bf16_to_f32, canonical_to_bf16, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::state::MASTER_SAMPLES;
 
 /// A parameter's dtype, with conversions to and from its compute type.
@@ -17,6 +17,11 @@ pub(crate) trait Parameter: Copy + Default + Send + Sync {
     fn widen(self) -> Self::Compute;
     /// Rounded to nearest even.
     fn narrow(x: Self::Compute) -> Self;
+    /// The same, for numbers whose only NaN is the canonical one.
+    #[inline(always)]
+    fn narrow_canonical(x: Self::Compute) -> Self {
+        Self::narrow(x)
+    }
     fn same_bits(self, other: Self) -> bool;
     /// The bits of a bf16 number.
     fn bits(self) -> u16 {
@@ -56,6 +61,10 @@ impl_parameter!(
     f32,
     |x: bf16| bf16_to_f32(x.to_bits()),
     |x| bf16::from_bits(f32_to_bf16(x)),
+    #[inline(always)]
+    fn narrow_canonical(x: f32) -> Self {
+        bf16::from_bits(canonical_to_bf16(x))
+    },
     #[inline(always)]
     fn bits(self) -> u16 {
         self.to_bits()

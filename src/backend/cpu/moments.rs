@@ -60,15 +60,22 @@ pub(crate) fn encode(m: Moment, v: Moment, bases: [u32; UNITS]) {
     let (v_codes, v_codes_rest) = v.compact.codes.as_chunks_mut::<UNIT>();
     let (m_exponents, v_exponents) = (&mut *m.compact.exponents, &mut *v.compact.exponents);
 
-    let mut of_v = [0; UNITS];
-    for (exponent, v) in of_v.iter_mut().zip(v_units) {
-        *exponent = compact::v_exponent(compact::largest_magnitude(v));
+    let mut ranges = [Range::default(); UNITS];
+    for ((range, m), v) in ranges.iter_mut().zip(&*m_units).zip(v_units) {
+        *range = Range::of(m, v);
     }
     let mut most = [0; UNITS];
     let units = m_units.iter_mut().zip(v_units).zip(v_codes);
     for (u, ((m, v), codes)) in units.enumerate() {
-        v_exponents[u] = (of_v[u] - LEAST_EXPONENT) as u8;
-        most[u] = encode_v_and_scale_m(m, v, of_v[u], bases[u], codes);
+        let exponent;
+        (exponent, most[u]) = if ranges[u].is_plain() {
+            let exponent = compact::v_exponent(ranges[u].most_v);
+            (exponent, encode_plain_v_and_scale_m(m, v, exponent, bases[u], codes))
+        } else {
+            let exponent = compact::v_exponent(compact::largest_magnitude(v));
+            (exponent, encode_v_and_scale_m(m, v, exponent, bases[u], codes))
+        };
+        v_exponents[u] = (exponent - LEAST_EXPONENT) as u8;
     }
     for (u, (m, codes)) in m_units.iter().zip(m_codes).enumerate() {
         m_exponents[u] = compact::encode_relative(m, most[u], codes);
@@ -108,4 +115,169 @@ fn encode_v_and_scale_m(
         most = each(|i| most[i].max(m[i].to_bits() & 0x7fff_ffff));
     }
     most.into_iter().fold(0, u32::max)
+}
+
+/// The bits of the least and the largest second moment of a unit, and of the largest magnitude of its first moments.
+#[derive(Clone, Copy, Default)]
+struct Range {
+    least_v: u32,
+    most_v: u32,
+    most_m: u32,
+}
+
+impl Range {
+    #[inline(always)]
+    fn of(m: &[f32; UNIT], v: &[f32; UNIT]) -> Self {
+        let [mut least_v, mut most_v, mut most_m] = [!0, 0, 0];
+        for (m, v) in m.iter().zip(v) {
+            least_v = v.to_bits().min(least_v);
+            most_v = v.to_bits().max(most_v);
+            most_m = (m.to_bits() & 0x7fff_ffff).max(most_m);
+        }
+        Self { least_v, most_v, most_m }
+    }
+
+    /// Whether the unit is plain, as most are: its second moments are normal numbers of the format, from `2^-30` of the power of two of
+    /// the largest on and so never 0, and all numbers are far from where f32 ends.
+    #[inline(always)]
+    fn is_plain(self) -> bool {
+        let Self { least_v, most_v, most_m } = self;
+        // Rounded up the largest is finite. Relative first moments are at most `2^61` times as large as these.
+        most_v < 0x7f80_0000 - (1 << 20)
+            && least_v >= (compact::v_exponent(most_v) - 30) << 23
+            && most_m < (127 + 60) << 23
+    }
+}
+
+/// The same of a plain unit: a code is a part of the bits of its number, and no number is an exception.
+#[inline(always)]
+fn encode_plain_v_and_scale_m(
+    m: &mut [f32; UNIT],
+    v: &[f32; UNIT],
+    exponent: u32,
+    base: u32,
+    codes: &mut [u8; UNIT],
+) -> u32 {
+    let least = ((exponent - 31) << 3) as u8;
+    let mut most = 0;
+    // One loop over numbers: over arrays of `WIDTH` of them, of so few operations, the compiler would gather these one by one.
+    for (i, ((m, v), code)) in m.iter_mut().zip(v).zip(codes).enumerate() {
+        // The upper bits are those of what is kept.
+        let bits = v.to_bits() + (compact::offset(base, i as u32) >> 12);
+        *code = ((bits >> 20) as u8).wrapping_sub(least);
+        // Times `2^-h`, with `h = half_exponent(kept)`, whose exponent field is `190 - field / 2`.
+        *m *= f32::from_bits((190 << 23) - (bits >> 1 & 0x7f80_0000));
+        most = (m.to_bits() & 0x7fff_ffff).max(most);
+    }
+    most
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The exponents and codes of both moments, of units by themselves.
+    fn unit_by_unit(m: &[f32], v: &[f32], bases: [u32; UNITS]) -> [Vec<u8>; 4] {
+        let n = v.len();
+        let mut kept = vec![0.; n];
+        let [mut m_codes, mut v_codes] = [vec![0; n], vec![0; n]];
+        let [mut m_exponents, mut v_exponents] = [vec![], vec![]];
+        for (u, base) in bases.into_iter().take(n.div_ceil(UNIT)).enumerate() {
+            let unit = u * UNIT..n.min((u + 1) * UNIT);
+            let (v, kept) = (&v[unit.clone()], &mut kept[unit.clone()]);
+            let exponent =
+                compact::encode_v_unit(v, Offsets::Random(base), &mut v_codes[unit.clone()]);
+            v_exponents.push(exponent);
+            compact::decode_v_unit(&v_codes[unit.clone()], exponent, kept);
+            let m: Vec<f32> =
+                m[unit.clone()].iter().zip(v).map(|(m, v)| compact::kept_m(*m, *v)).collect();
+            m_exponents.push(compact::encode_m_unit(&m, Some(kept), &mut m_codes[unit]));
+        }
+        [m_codes, m_exponents, v_codes, v_exponents]
+    }
+
+    fn row(m: &[f32], v: &[f32], bases: [u32; UNITS]) -> [Vec<u8>; 4] {
+        let (n, units) = (v.len(), v.len().div_ceil(UNIT));
+        let [mut m_codes, mut v_codes] = [vec![0; n], vec![0; n]];
+        let [mut m_exponents, mut v_exponents] = [vec![0; units], vec![0; units]];
+        let mut m_compact = Compact { codes: &mut m_codes, exponents: &mut m_exponents };
+        let mut v_compact = Compact { codes: &mut v_codes, exponents: &mut v_exponents };
+        let (mut m, mut v) = (m.to_vec(), v.to_vec());
+        encode(
+            Moment { compact: &mut m_compact, numbers: &mut m },
+            Moment { compact: &mut v_compact, numbers: &mut v },
+            bases,
+        );
+        [m_codes, m_exponents, v_codes, v_exponents]
+    }
+
+    /// Second moments whose exponent fields are at most `spread` below that of the largest.
+    fn second_moments(largest: u32, spread: u32) -> impl Strategy<Value = Vec<f32>> {
+        let bits = move |(below, mantissa): (u32, u32)| {
+            f32::from_bits((largest - below.min(largest)) << 23 | mantissa)
+        };
+        let unit = proptest::collection::vec((0..=spread, 0u32..1 << 23), UNITS * UNIT);
+        unit.prop_map(move |numbers| numbers.into_iter().map(bits).collect())
+    }
+
+    proptest! {
+        /// Plain units and others, to where either begins: 30 below the largest, near the ends of f32.
+        #[test]
+        fn a_row_is_encoded_as_its_units_are(
+            v in (prop_oneof![0u32..40, 100..140u32, 240u32..255], 25u32..34)
+                .prop_flat_map(|(largest, spread)| second_moments(largest, spread)),
+            m in proptest::collection::vec((-1f32..1., 0u32..40), UNITS * UNIT),
+            m_exponent in prop_oneof![Just(0), 50..70i32, 110..127i32],
+            bases in any::<[u32; UNITS]>(),
+            others in proptest::collection::vec((0..UNITS * UNIT, any::<u32>()), 0..3),
+            n in prop_oneof![Just(UNITS * UNIT), 1..UNITS * UNIT],
+        ) {
+            let mut v = v;
+            let mut m: Vec<f32> = m.into_iter().map(|(m, below)| m * 2f32.powi(m_exponent - below as i32)).collect();
+            // Anything at some places, in one moment or the other.
+            for (i, bits) in others {
+                if bits & 1 == 0 { v[i] = f32::from_bits(bits & !(1 << 31)) } else { m[i] = f32::from_bits(bits) }
+            }
+            prop_assert_eq!(row(&m[..n], &v[..n], bases), unit_by_unit(&m[..n], &v[..n], bases));
+        }
+    }
+
+    /// Where a unit begins to be plain, and ends: both ways give the same, and they are told apart where they must be.
+    #[test]
+    fn plain_units_end_where_they_must() {
+        let least =
+            |largest: f32| f32::from_bits((compact::v_exponent(largest.to_bits()) - 30) << 23);
+        let below = |x: f32| f32::from_bits(x.to_bits() - 1);
+        let most = f32::from_bits(0x7f80_0000 - (1 << 20));
+        let large = 2f32.powi(60);
+        for (largest, smallest, m, plain) in [
+            (1., least(1.), 1., true),
+            (1., below(least(1.)), 1., false),
+            (1., 0., 1., false),
+            (below(most), 1., 1e9, false),
+            (below(most), least(below(most)), 1e9, true),
+            (most, least(below(most)), 1e9, false),
+            (f32::INFINITY, 1e9, 1e9, false),
+            (f32::NAN, 1e9, 1e9, false),
+            (1e-37, least(1e-37), 1e-19, true),
+            (1e-37, below(least(1e-37)), 1e-19, false),
+            (1., 1., below(large), true),
+            (1., 1., -large, false),
+            (1., 1., f32::NAN, false),
+            (1., 1., f32::NEG_INFINITY, false),
+        ] {
+            let (mut ms, mut vs) = ([m / 3.; UNIT * UNITS], [largest; UNIT * UNITS]);
+            (ms[UNIT - 1], vs[UNIT - 1]) = (m, smallest);
+            let range = Range::of(ms.first_chunk().unwrap(), vs.first_chunk().unwrap());
+            assert_eq!(range.is_plain(), plain, "{largest:e} {smallest:e} {m:e}");
+            let bases = [!0, 0x1234_5678];
+            assert_eq!(
+                row(&ms, &vs, bases),
+                unit_by_unit(&ms, &vs, bases),
+                "{largest:e} {smallest:e} {m:e}"
+            );
+        }
+    }
 }

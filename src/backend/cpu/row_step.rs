@@ -224,7 +224,7 @@ impl<P: Parameter> RowStep<'_, P> {
         match random {
             // Only where there are masters: those in memory, or decoded for this row.
             Some(bases) if MASTER => P::round_part(w, &x, bases[at / UNIT], (at % UNIT) as u32),
-            _ => w.copy_from_slice(&each::<_, N>(|i| P::narrow(x[i]))),
+            _ => w.copy_from_slice(&each::<_, N>(|i| P::narrow_canonical(x[i]))),
         }
         terms.add(at, |i| w[i].widen().to_f64() - before[i].to_f64(), d, m);
     }

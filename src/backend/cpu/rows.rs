@@ -41,8 +41,8 @@ pub(crate) trait StateRows<C>: Send + Sync + Sized {
     /// Where masters, moments and average are in memory from element `start` on.
     fn streams(&self, start: usize) -> [Option<Stream>; 4];
 
-    /// Stores what was changed after [`StateRows::load`].
-    fn store(&mut self, room: &mut Room);
+    /// Stores what was changed after [`StateRows::load`]. `w` are the parameters, which have been stepped.
+    fn store<P: Parameter<Compute = C>>(&mut self, w: &[P], room: &mut Room);
 
     /// Resets all masters of a block if its parameter seems to have been overwritten as a whole.
     fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P], samples: Samples);
@@ -164,7 +164,7 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
     }
 
     #[inline(always)]
-    fn store(&mut self, _: &mut Room) {}
+    fn store<P: Parameter<Compute = C>>(&mut self, _: &[P], _: &mut Room) {}
 
     fn reset_masters<P: Parameter<Compute = C>>(&mut self, w: &[P], samples: Samples) {
         if let Some(master) = &mut self.master {
@@ -455,12 +455,14 @@ impl StateRows<f32> for Packed<'_> {
     }
 
     #[inline(always)]
-    fn store(&mut self, room: &mut Room) {
+    fn store<P: Parameter<Compute = f32>>(&mut self, w: &[P], room: &mut Room) {
         let Self { master, m, v, average, keys, unit, .. } = self;
         let [master_room, m_room, v_room, _, average_room, _] = room;
         if let Some(Master::Split(rests, _)) = master {
             let row = &f32::buffer(master_room)[..rests.len()];
-            rests.iter_mut().zip(row).for_each(|(rest, x)| *rest = compact::split(*x).1);
+            for (rest, (x, w)) in rests.iter_mut().zip(row.iter().zip(w)) {
+                *rest = compact::remainder(*x, w.bits());
+            }
         }
         match (m, v) {
             (Some(Numbers::CompactM(m)), Some(Numbers::CompactV(v))) => {

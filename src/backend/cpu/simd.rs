@@ -169,6 +169,19 @@ impl Stream {
     /// Asks for [`LINE`] elements from `i` on: as many lines as an element has bytes.
     #[inline(always)]
     pub fn prefetch(&self, i: usize) {
-        prefetch(self.address + i * self.size, LINE * self.size);
+        let address = self.address + i * self.size;
+        let line = |line| prefetch_line(address + LINE * line);
+        // Rather than a loop of so few turns.
+        line(0);
+        if self.size >= 2 {
+            line(1);
+        }
+        if self.size >= 4 {
+            line(2);
+            line(3);
+        }
+        if self.size >= 8 {
+            (4..8).for_each(line);
+        }
     }
 }

@@ -156,13 +156,17 @@ struct Part<'a, P, S> {
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
-    /// Where its arrays, from element `start` on, and the gradient are in memory. (In place of one that there is not, the parameter's.)
+    /// Where its arrays, from element `start` on, and the gradient are in memory: so many of these.
     #[inline(always)]
-    fn streams(&self, start: usize, gradient: Option<Stream>) -> [Stream; 6] {
-        let w = Stream::of(self.w, start);
-        let or_w = |stream: Option<Stream>| stream.unwrap_or(w);
+    fn streams(&self, start: usize, gradient: Option<Stream>) -> ([Stream; 6], usize) {
+        let mut streams = [Stream::of(self.w, start); 6];
+        let mut count = 1;
         let [a, b, c, d] = self.state.streams(start);
-        [w, or_w(gradient), or_w(a), or_w(b), or_w(c), or_w(d)]
+        for stream in [gradient, a, b, c, d].into_iter().flatten() {
+            streams[count] = stream;
+            count += 1;
+        }
+        (streams, count)
     }
 
     /// Splits off the first `len` elements.
@@ -218,7 +222,8 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
         for at in (0..n).step_by(row_len) {
             let Part { w, mut state, strips } = part.take(row_len.min(n - at));
             let next = start + at + w.len() + beyond;
-            let streams = part.streams(beyond, given.gradient.stream(next));
+            let (streams, count) = part.streams(beyond, given.gradient.stream(next));
+            let streams = &streams[..count];
             let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
@@ -317,7 +322,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                 }),
             };
             if !sums_up {
-                let streams: &[Stream] = if S::PACKED { &streams } else { &[] };
+                let streams = if S::PACKED { streams } else { &[] };
                 row.follow(follows, &mut NoSums, sizes, streams);
             } else {
                 let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
@@ -332,7 +337,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     squares: &mut f64::buffer(squares)[..len],
                     has_momentum,
                 };
-                row.follow(follows, &mut sums, sizes, &streams);
+                row.follow(follows, &mut sums, sizes, streams);
                 if !strips.is_empty() {
                     strip_sums(strips, sums.squares);
                 }
@@ -352,7 +357,7 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     a.iter_mut().zip(&*w).for_each(|(a, w)| *a = lerp(*a, w.widen(), average));
                 }
             }
-            state.store(room);
+            state.store(w, room);
         }
         chunks
     }
