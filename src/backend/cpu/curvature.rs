@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use super::super::GradientPair;
 use super::gradient::{Compute, Gradient};
 use super::rows::{Exact, Packed, Row, StateRows, row_norms};
-use super::simd::{AHEAD, Kernel, LINE, Simd, WIDTH, each, load};
+use super::simd::{AHEAD, Kernel, LINE, Simd, each, load};
 use super::statistics::{InputRows, PIECE, Rows, Scratch, each_chunk, splits};
 use super::update::BlockStep;
 use crate::block::Block;
-use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sums, tree};
+use crate::numerics::{CHUNK, LANES, MIN_LANES, Pair, STRIP, strip_sum, tree};
 use crate::params::Direction;
 use crate::rule::{Coefficients, cautious, sign};
 use crate::state::State;
@@ -233,7 +233,7 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
     fn run(self) -> Pair {
         let Self { first, again, strips, factor, start, len, scratch, .. } = self;
         let Scratch { rows, lanes } = scratch;
-        let Rows { inputs: InputRows { tensors: [one, two], .. }, terms: [squares, _], .. } = rows;
+        let Rows { inputs: InputRows { tensors: [one, two], .. }, .. } = rows;
         let [change, bound, _] = lanes;
         let width = len.clamp(MIN_LANES, LANES).next_power_of_two();
         let change = &mut change[..width];
@@ -242,33 +242,34 @@ impl<C: Compute> Kernel for ChunkChange<'_, C> {
         bound.fill(0.);
         for at in (0..len).step_by(LANES) {
             let len = LANES.min(len - at);
-            let squares = &mut f64::buffer(squares)[..len];
             let (one, two) =
                 (first.row::<C>(start + at, len, one), again.row::<C>(start + at, len, two));
             let streams = [first, again].map(|g| g.stream(start + at + AHEAD));
-            let lanes = &mut change[..len];
+            let strip = at / STRIP;
+            let (lanes, bound) = (&mut change[..len], &mut bound[strip..][..len.div_ceil(STRIP)]);
             let term = |first: C, again: C| {
                 let difference = factor * (again.to_f64() - first.to_f64());
                 difference * difference
             };
-            let whole = len - len % WIDTH;
-            for i in (0..whole).step_by(WIDTH) {
+            let whole = len - len % STRIP;
+            for i in (0..whole).step_by(STRIP) {
                 if i % LINE == 0 {
                     streams.iter().flatten().for_each(|stream| stream.prefetch(i));
                 }
-                let (one, two): ([C; WIDTH], [C; WIDTH]) = (load(&one[i..]), load(&two[i..]));
-                let terms = each::<_, WIDTH>(|i| term(one[i], two[i]));
-                let lanes = &mut lanes[i..i + WIDTH];
-                lanes.copy_from_slice(&each::<_, WIDTH>(|i| lanes[i] + terms[i]));
-                squares[i..i + WIDTH].copy_from_slice(&terms);
+                let (one, two): ([C; STRIP], [C; STRIP]) = (load(&one[i..]), load(&two[i..]));
+                let terms = each::<_, STRIP>(|i| term(one[i], two[i]));
+                let lanes = &mut lanes[i..i + STRIP];
+                lanes.copy_from_slice(&each::<_, STRIP>(|i| lanes[i] + terms[i]));
+                bound[i / STRIP] = strip_sum(terms);
             }
-            for i in whole..len {
-                squares[i] = term(one[i], two[i]);
-                lanes[i] += squares[i];
+            if whole < len {
+                let mut terms = [0.; STRIP];
+                for (i, of_strip) in (whole..len).zip(&mut terms) {
+                    *of_strip = term(one[i], two[i]);
+                    lanes[i] += *of_strip;
+                }
+                bound[whole / STRIP] = strip_sum(terms);
             }
-            let strip = at / STRIP;
-            let bound = &mut bound[strip..][..len.div_ceil(STRIP)];
-            strip_sums(bound, squares);
             for (lane, step) in bound.iter_mut().zip(&strips[strip..]) {
                 *lane = lane.sqrt() * step.sqrt();
             }
