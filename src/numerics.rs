@@ -164,6 +164,11 @@ pub(crate) trait Real: Copy + PartialOrd + Default + Send + Sync + 'static {
     fn neg(self) -> Self;
     /// The value itself, or the canonical NaN for any NaN.
     fn canonical(self) -> Self;
+    /// The same if it is wanted.
+    #[inline(always)]
+    fn canonical_if(self, wanted: bool) -> Self {
+        if wanted { self.canonical() } else { self }
+    }
     fn is_nan(self) -> bool;
     fn is_finite(self) -> bool;
 }

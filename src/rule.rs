@@ -281,6 +281,8 @@ pub(crate) fn adjust(
 pub(crate) struct Moments<C> {
     pub direction: Direction,
     pub cautious: bool,
+    /// Whether a NaN among new moments is made the canonical one: true, except by a caller to whom all NaNs are alike.
+    pub canonical: bool,
     pub decay1: C,
     /// `gain1 * grad_factor`, where `gain1` is `1 - decay1`, or 1 for [`Direction::Sgd`].
     pub gain1_factor: C,
@@ -312,6 +314,7 @@ impl<C: Real> Moments<C> {
         Self {
             direction: params.direction,
             cautious: params.cautious,
+            canonical: true,
             decay1: C::from_f64(decay1),
             gain1_factor: C::from_f64(gain1 * grad_factor),
             ahead_decay: C::from_f64(ahead_decay),
@@ -327,7 +330,7 @@ impl<C: Real> Moments<C> {
     /// `m <- mu m + (1 - mu) grad_factor g`; of [`Direction::Sgd`] `m <- mu m + grad_factor g`
     #[inline(always)]
     pub fn first_moment(&self, m: C, g: C) -> C {
-        g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical()
+        g.mul_add(self.gain1_factor, self.decay1.mul(m)).canonical_if(self.canonical)
     }
 
     /// `mu m + grad_factor g`, or for [`Direction::Muon`] and [`Direction::NesterovAdam`] `mu m + (1 - mu) grad_factor g`, with
@@ -341,7 +344,8 @@ impl<C: Real> Moments<C> {
     #[inline(always)]
     pub fn second_moment(&self, v: C, g: C) -> C {
         let g = self.grad_factor.mul(g);
-        self.one_minus_decay2.mul(g).mul_add(g, self.decay2.mul(v)).canonical()
+        let v = self.one_minus_decay2.mul(g).mul_add(g, self.decay2.mul(v));
+        v.canonical_if(self.canonical)
     }
 
     /// `u <- max(u, v)`

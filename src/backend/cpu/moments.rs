@@ -177,6 +177,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::numerics::Real;
 
     /// The exponents and codes of both moments, of units by themselves.
     fn unit_by_unit(m: &[f32], v: &[f32], bases: [u32; UNITS]) -> [Vec<u8>; 4] {
@@ -231,15 +232,22 @@ mod tests {
             m in proptest::collection::vec((-1f32..1., 0u32..40), UNITS * UNIT),
             m_exponent in prop_oneof![Just(0), 50..70i32, 110..127i32],
             bases in any::<[u32; UNITS]>(),
-            others in proptest::collection::vec((0..UNITS * UNIT, any::<u32>()), 0..3),
+            others in proptest::collection::vec(
+                (0..UNITS * UNIT, prop_oneof![any::<u32>(), 0x7f80_0000..0x8000_0000u32, 0xff80_0000..=!0u32]),
+                0..3,
+            ),
             n in prop_oneof![Just(UNITS * UNIT), 1..UNITS * UNIT],
         ) {
             let mut v = v;
             let mut m: Vec<f32> = m.into_iter().map(|(m, below)| m * 2f32.powi(m_exponent - below as i32)).collect();
-            // Anything at some places, in one moment or the other.
+            // Anything at some places, in one moment or the other. No `v` is negative, but for NaNs.
             for (i, bits) in others {
-                if bits & 1 == 0 { v[i] = f32::from_bits(bits & !(1 << 31)) } else { m[i] = f32::from_bits(bits) }
+                let x = f32::from_bits(bits);
+                if bits & 1 == 0 { v[i] = if x.is_nan() { x } else { x.abs() } } else { m[i] = x }
             }
+            let canonical = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| x.canonical()).collect() };
+            let alike = row(&canonical(&m[..n]), &canonical(&v[..n]), bases);
+            prop_assert_eq!(row(&m[..n], &v[..n], bases), alike);
             prop_assert_eq!(row(&m[..n], &v[..n], bases), unit_by_unit(&m[..n], &v[..n], bases));
         }
     }

@@ -32,6 +32,14 @@ pub(crate) struct Adam<'r, C> {
     pub moments: Moments<C>,
 }
 
+impl<C> Adam<'_, C> {
+    /// The same, with a number that the compiler knows.
+    #[inline(always)]
+    fn canonical(self, canonical: bool) -> Self {
+        Self { moments: Moments { canonical, ..self.moments }, ..self }
+    }
+}
+
 impl<C> Followed<'_, C> {
     /// Whether the terms of `d m` are others than those of `d^2`.
     #[inline(always)]
@@ -152,7 +160,13 @@ impl<P: Parameter> RowStep<'_, P> {
             (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
             (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
             (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, streams),
-            (Adam(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, streams),
+            // A loop each, as below.
+            (Adam(d), All(sizes)) if d.moments.canonical => {
+                self.run::<WIDTH, _, _>(d.canonical(true), terms, |_| sizes, streams)
+            }
+            (Adam(d), All(sizes)) => {
+                self.run::<WIDTH, _, _>(d.canonical(false), terms, |_| sizes, streams)
+            }
         }
     }
 

@@ -75,6 +75,8 @@ pub(crate) struct RowMut<'r, C> {
     pub v_max: Option<&'r mut [C]>,
     pub average: Option<&'r mut [C]>,
     pub q: Option<&'r mut [C]>,
+    /// Whether both moments are compact: any NaN in them is encoded alike.
+    pub compact: bool,
 }
 
 /// State of f32 or f64, stored as it is computed with.
@@ -154,6 +156,7 @@ impl<C: Compute> StateRows<C> for Exact<'_, C> {
             v_max: v_max.as_deref_mut(),
             average: average.as_deref_mut(),
             q: q.as_deref_mut(),
+            compact: false,
         }
     }
 
@@ -434,12 +437,14 @@ impl StateRows<f32> for Packed<'_> {
                 Some(row)
             }
         };
+        let compact =
+            matches!((&*m, &*v), (Some(Numbers::CompactM(_)), Some(Numbers::CompactV(_))));
         let v = v.as_mut().map(|v| v.load(len, None, v_room));
         let m = m.as_mut().map(|m| m.load(len, v.as_deref(), m_room));
         let v_max = v_max.as_mut().map(|v_max| v_max.load(len, None, v_max_room));
         let average = average.as_mut().map(|average| average.load(len, None, average_room));
         let q = q.as_mut().map(|q| q.load(len, None, q_room));
-        RowMut { master, m, v, v_max, average, q }
+        RowMut { master, m, v, v_max, average, q, compact }
     }
 
     #[inline(always)]

@@ -15,7 +15,7 @@ use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, Powers, cautious, lerp, sign};
+use crate::rule::{Coefficients, Decision, Moments, Powers, cautious, lerp, sign};
 
 /// The numbers of one block's step.
 #[derive(Clone, Copy)]
@@ -224,13 +224,14 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             let next = start + at + w.len() + beyond;
             let (streams, count) = part.streams(beyond, given.gradient.stream(next));
             let streams = &streams[..count];
-            let RowMut { mut master, m, v, v_max, average: a, q } = state.load(w, room);
+            let RowMut { mut master, m, v, v_max, average: a, q, compact } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
             let follows = match (moments.direction, m, v) {
                 (Direction::Adam { .. }, Some(m), Some(v))
                     if element.is_none() && !moments.cautious =>
                 {
+                    let moments = Moments { canonical: !compact, ..moments };
                     Followed::Adam(Adam { m, v, g, moments })
                 }
                 (Direction::Sgd { nesterov: true, .. }, Some(m), _) => {
