@@ -5,7 +5,7 @@
 
 use half::bf16;
 
-use crate::numerics::{bf16_to_f32, f32_to_bf16, random_key, random_word};
+use crate::numerics::{Real, bf16_to_f32, canonical_to_bf16, random_key, random_word};
 
 /// Neighbouring elements that share their exponents.
 pub(crate) const UNIT: usize = 256;
@@ -116,7 +116,8 @@ pub(crate) fn m_exponent(most: u32) -> i32 {
 /// `q`, of a [`relative_m`].
 #[inline(always)]
 pub(crate) fn encode_m(relative: f32, exponent: i32) -> i32 {
-    // 1.5 * 2^23: the sum is rounded to a whole number, ties to even, which its last bits hold.
+    // 1.5 * 2^23: the sum is rounded to a whole number, ties to even, which its last bits hold. The product is exact, or so small
+    // that `q` is 0: rounding it first, as the kernels do, changes nothing.
     const ROUND: f32 = 12_582_912.;
     relative.mul_add(pow2f(-exponent), ROUND).to_bits() as i32 - ROUND.to_bits() as i32
 }
@@ -129,8 +130,9 @@ pub(crate) fn decode_m(q: i32, exponent: i32, v: f32) -> f32 {
 /// The parameter and the remainder of a master. A NaN comes back as the canonical one.
 #[inline(always)]
 pub(crate) fn split(master: f32) -> (u16, i16) {
-    let parameter = f32_to_bf16(master);
-    (parameter, remainder(if master.is_nan() { f32::NAN } else { master }, parameter))
+    let master = master.canonical();
+    let parameter = canonical_to_bf16(master);
+    (parameter, remainder(master, parameter))
 }
 
 /// The master, from the parameter and its remainder.
@@ -153,6 +155,14 @@ pub(crate) enum Offsets {
     Random(u32),
     /// To nearest: for conversions between formats, which no average follows.
     Nearest,
+}
+
+/// The remainder in a [`split`], of a master whose only NaN is the canonical one, from the parameter.
+#[inline(always)]
+pub(crate) fn remainder(master: f32, parameter: u16) -> i16 {
+    let rest = master.to_bits().wrapping_sub(u32::from(parameter) << 16) as i32;
+    // Below `-2^15` it never is; with both ends one instruction does it.
+    rest.clamp(i16::MIN.into(), i16::MAX.into()) as i16
 }
 
 /// The maximum of [`v_magnitude`]. One for each place in a vector: a single one, of numbers among which it chooses, is not
@@ -244,14 +254,6 @@ pub(crate) fn unit_of(v: Option<&[f32]>, u: usize) -> Option<&[f32]> {
     v.map(|v| &v[u * UNIT..v.len().min((u + 1) * UNIT)])
 }
 
-/// The remainder of a master whose only NaN is the canonical one, from the parameter that it rounds to.
-#[inline(always)]
-pub(crate) fn remainder(master: f32, parameter: u16) -> i16 {
-    let rest = master.to_bits().wrapping_sub(u32::from(parameter) << 16) as i32;
-    // Below `-2^15` it never is; with both ends one instruction does it.
-    rest.clamp(i16::MIN.into(), i16::MAX.into()) as i16
-}
-
 /// Rounds a row of numbers at random, from unit `unit` of a block on.
 #[inline(always)]
 pub(crate) fn round_row(to: &mut [bf16], from: &[f32], key: u64, unit: u64) {
@@ -278,6 +280,7 @@ mod tests {
     use serde::Deserialize;
 
     use super::*;
+    use crate::numerics::f32_to_bf16;
 
     #[derive(Deserialize)]
     struct Golden {

@@ -357,6 +357,8 @@ pub(crate) fn eighths(x: f64, k: u32) -> f64 {
     power
 }
 
+const _: () = assert!(STRIP == 32, "`strip_sum` is written out");
+
 /// The sum of the terms of a strip, by rule 3 of the contract. (Written out, it is computed in registers.)
 #[inline(always)]
 pub(crate) fn strip_sum(terms: [f64; STRIP]) -> f64 {
@@ -440,6 +442,7 @@ pub(crate) fn f32_to_bf16(x: f32) -> u16 {
 /// The same, for numbers whose only NaN is the canonical one: it comes out right without being looked for.
 #[inline(always)]
 pub(crate) fn canonical_to_bf16(x: f32) -> u16 {
+    debug_assert!(!x.is_nan() || x.to_bits() == f32::NAN.to_bits());
     let bits = x.to_bits();
     let odd = (bits >> 16) & 1;
     (bits.wrapping_add(0x7fff + odd) >> 16) as u16
@@ -505,6 +508,14 @@ mod tests {
             assert_eq!(f32_to_bf16(x), bf16::from_f32(x).to_bits(), "{:08x}", x.to_bits());
             assert_eq!(f32_to_f16(x), f16::from_f32(x).to_bits(), "{:08x}", x.to_bits());
         }
+    }
+
+    #[test]
+    fn a_strip_is_summed_as_by_the_tree() {
+        let mut terms: [f64; STRIP] = std::array::from_fn(|i| (i as f64 * 1.7).sin().exp());
+        let (sum, in_order) = (strip_sum(terms), terms.iter().sum::<f64>());
+        assert_eq!(sum.to_bits(), tree(&mut terms).to_bits());
+        assert_ne!(sum, in_order);
     }
 
     #[test]

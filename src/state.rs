@@ -546,7 +546,11 @@ impl Saved {
                 let mut codes = vec![0; values.len()];
                 let units = values.chunks(UNIT).zip(codes.chunks_mut(UNIT)).enumerate();
                 let encode = |(u, (values, codes)): (usize, (&[f32], &mut [u8]))| match name {
-                    "v" => compact::encode_v_unit(values, compact::Offsets::Nearest, codes),
+                    "v" => {
+                        // Of no sign: the codes are those of numbers from +0 on.
+                        let v: Vec<f32> = values.iter().map(|v| v.abs()).collect();
+                        compact::encode_v_unit(&v, compact::Offsets::Nearest, codes)
+                    }
                     _ => compact::encode_m_unit(values, compact::unit_of(beside.v, u), codes),
                 };
                 let exponents = units.map(encode).collect();

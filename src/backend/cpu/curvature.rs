@@ -213,6 +213,8 @@ pub(crate) fn change_of_gradient(
     })
 }
 
+const _: () = assert!(LINE.is_multiple_of(STRIP));
+
 /// The sums over elements `start..start + len`, one chunk.
 struct ChunkChange<'a, C> {
     first: &'a Gradient<'a>,

@@ -67,13 +67,13 @@ pub(crate) fn encode(m: Moment, v: Moment, bases: [u32; UNITS]) {
     let mut most = [0; UNITS];
     let units = m_units.iter_mut().zip(v_units).zip(v_codes);
     for (u, ((m, v), codes)) in units.enumerate() {
-        let exponent;
-        (exponent, most[u]) = if ranges[u].is_plain() {
-            let exponent = compact::v_exponent(ranges[u].most_v);
-            (exponent, encode_plain_v_and_scale_m(m, v, exponent, bases[u], codes))
+        let plain = ranges[u].is_plain();
+        let most_v = if plain { ranges[u].most_v } else { compact::largest_magnitude(v) };
+        let exponent = compact::v_exponent(most_v);
+        most[u] = if plain {
+            encode_plain_v_and_scale_m(m, v, exponent, bases[u], codes)
         } else {
-            let exponent = compact::v_exponent(compact::largest_magnitude(v));
-            (exponent, encode_v_and_scale_m(m, v, exponent, bases[u], codes))
+            encode_v_and_scale_m(m, v, exponent, bases[u], codes)
         };
         v_exponents[u] = (exponent - LEAST_EXPONENT) as u8;
     }
@@ -137,19 +137,19 @@ impl Range {
         Self { least_v, most_v, most_m }
     }
 
-    /// Whether the unit is plain, as most are: its second moments are normal numbers of the format, from `2^-30` of the power of two of
-    /// the largest on and so never 0, and all numbers are far from where f32 ends.
+    /// Whether the unit is plain, as most are: all second moments are normal numbers of the format, with codes from 8 on, the largest is
+    /// finite also if it is rounded up, and all first moments are below `2^60`.
     #[inline(always)]
     fn is_plain(self) -> bool {
         let Self { least_v, most_v, most_m } = self;
-        // Rounded up the largest is finite. Relative first moments are at most `2^61` times as large as these.
+        // Relative first moments are at most `2^61` times as large as these.
         most_v < 0x7f80_0000 - (1 << 20)
             && least_v >= (compact::v_exponent(most_v) - 30) << 23
             && most_m < (127 + 60) << 23
     }
 }
 
-/// The same of a plain unit: a code is a part of the bits of its number, and no number is an exception.
+/// [`encode_v_and_scale_m`] of a plain unit: codes are parts of the bits of their numbers, and there are no exceptions to look for.
 #[inline(always)]
 fn encode_plain_v_and_scale_m(
     m: &mut [f32; UNIT],
@@ -158,14 +158,15 @@ fn encode_plain_v_and_scale_m(
     base: u32,
     codes: &mut [u8; UNIT],
 ) -> u32 {
-    let least = ((exponent - 31) << 3) as u8;
+    // The upper bits of what has the code 0.
+    let zero = ((exponent - 31) << 3) as u8;
     let mut most = 0;
     // One loop over numbers: over arrays of `WIDTH` of them, of so few operations, the compiler would gather these one by one.
     for (i, ((m, v), code)) in m.iter_mut().zip(v).zip(codes).enumerate() {
         // The upper bits are those of what is kept.
         let bits = v.to_bits() + (compact::offset(base, i as u32) >> 12);
-        *code = ((bits >> 20) as u8).wrapping_sub(least);
-        // Times `2^-h`, with `h = half_exponent(kept)`, whose exponent field is `190 - field / 2`.
+        *code = ((bits >> 20) as u8).wrapping_sub(zero);
+        // As `relative_m`: times `2^-h` with `h = half_exponent(kept)`, which is half of kept's exponent field, less 63.
         *m *= f32::from_bits((190 << 23) - (bits >> 1 & 0x7f80_0000));
         most = (m.to_bits() & 0x7fff_ffff).max(most);
     }
@@ -214,6 +215,12 @@ mod tests {
         [m_codes, m_exponents, v_codes, v_exponents]
     }
 
+    fn any_bits() -> impl Strategy<Value = u32> {
+        let infinities = prop_oneof![Just(0x7f80_0000), Just(0xff80_0000u32)];
+        let nans = prop_oneof![0x7f80_0001..0x8000_0000u32, 0xff80_0001..=!0u32];
+        prop_oneof![any::<u32>(), infinities, nans]
+    }
+
     /// Second moments whose exponent fields are at most `spread` below that of the largest.
     fn second_moments(largest: u32, spread: u32) -> impl Strategy<Value = Vec<f32>> {
         let bits = move |(below, mantissa): (u32, u32)| {
@@ -232,23 +239,20 @@ mod tests {
             m in proptest::collection::vec((-1f32..1., 0u32..40), UNITS * UNIT),
             m_exponent in prop_oneof![Just(0), 50..70i32, 110..127i32],
             bases in any::<[u32; UNITS]>(),
-            others in proptest::collection::vec(
-                (0..UNITS * UNIT, prop_oneof![any::<u32>(), 0x7f80_0000..0x8000_0000u32, 0xff80_0000..=!0u32]),
-                0..3,
-            ),
+            others in proptest::collection::vec((0..UNITS * UNIT, any::<bool>(), any_bits()), 0..3),
             n in prop_oneof![Just(UNITS * UNIT), 1..UNITS * UNIT],
         ) {
             let mut v = v;
             let mut m: Vec<f32> = m.into_iter().map(|(m, below)| m * 2f32.powi(m_exponent - below as i32)).collect();
             // Anything at some places, in one moment or the other. No `v` is negative, but for NaNs.
-            for (i, bits) in others {
+            for (i, of_v, bits) in others {
                 let x = f32::from_bits(bits);
-                if bits & 1 == 0 { v[i] = if x.is_nan() { x } else { x.abs() } } else { m[i] = x }
+                if of_v { v[i] = if x.is_nan() { x } else { x.abs() } } else { m[i] = x }
             }
             let canonical = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| x.canonical()).collect() };
-            let alike = row(&canonical(&m[..n]), &canonical(&v[..n]), bases);
-            prop_assert_eq!(row(&m[..n], &v[..n], bases), alike);
-            prop_assert_eq!(row(&m[..n], &v[..n], bases), unit_by_unit(&m[..n], &v[..n], bases));
+            let encoded = row(&m[..n], &v[..n], bases);
+            prop_assert_eq!(&encoded, &row(&canonical(&m[..n]), &canonical(&v[..n]), bases));
+            prop_assert_eq!(&encoded, &unit_by_unit(&m[..n], &v[..n], bases));
         }
     }
 

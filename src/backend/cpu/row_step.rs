@@ -33,7 +33,7 @@ pub(crate) struct Adam<'r, C> {
 }
 
 impl<C> Adam<'_, C> {
-    /// The same, with a number that the compiler knows.
+    /// The same, with a constant in place of `canonical`.
     #[inline(always)]
     fn canonical(self, canonical: bool) -> Self {
         Self { moments: Moments { canonical, ..self.moments }, ..self }
@@ -160,7 +160,7 @@ impl<P: Parameter> RowStep<'_, P> {
             (Known(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
             (Adam(d), Each(sizes)) => self.run::<1, _, _>(d, terms, sizes, streams),
             (Known(d), All(sizes)) => self.run::<WIDTH, _, _>(d, terms, |_| sizes, streams),
-            // A loop each, as below.
+            // A loop for each: one that asked would not be faster where nothing is looked for.
             (Adam(d), All(sizes)) if d.moments.canonical => {
                 self.run::<WIDTH, _, _>(d.canonical(true), terms, |_| sizes, streams)
             }

@@ -156,7 +156,7 @@ struct Part<'a, P, S> {
 }
 
 impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
-    /// Where its arrays, from element `start` on, and the gradient are in memory: so many of these.
+    /// Where its arrays, from element `start` on, and the gradient are in memory; and how many of these there are.
     #[inline(always)]
     fn streams(&self, start: usize, gradient: Option<Stream>) -> ([Stream; 6], usize) {
         let mut streams = [Stream::of(self.w, start); 6];
