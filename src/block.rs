@@ -20,6 +20,9 @@ pub(crate) struct Block {
     /// Its other names.
     pub tied: Vec<String>,
     pub var: Var,
+    /// A view of its first element, of rank 0, by which the CPU writes to all of its storage: candle first looks whether a
+    /// layout overlaps itself, which takes as long as the step of a small tensor. (Of a variable without elements itself.)
+    pub memory: Tensor,
     pub id: TensorId,
     pub dtype: DType,
     pub shape: Shape,
@@ -67,15 +70,39 @@ pub(crate) struct Backup {
 pub(crate) struct Parameters {
     pub groups: Vec<Group>,
     pub blocks: Vec<Block>,
-    /// The addresses of the variables' storages, sorted: a gradient must not be in one of them.
-    pub storages: Vec<usize>,
+    /// The addresses of the variables' storages: a gradient must not be in one of them.
+    pub storages: Addresses,
+    /// Of all blocks.
+    lengths: Lengths,
+}
+
+/// The elements that are stepped here of some blocks: of all together, and of the largest.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Lengths {
+    pub total: usize,
+    pub largest: usize,
 }
 
 impl Parameters {
     pub fn new(groups: Vec<Group>, blocks: Vec<Block>) -> Self {
-        let mut storages: Vec<usize> = blocks.iter().map(|block| block.storage).collect();
-        storages.sort_unstable();
-        Self { groups, blocks, storages }
+        let (storages, lengths) = (Addresses::default(), Lengths::default());
+        let mut all = Self { groups, blocks, storages, lengths };
+        all.note_blocks();
+        all
+    }
+
+    /// Notes what is known of all blocks, after the list has changed.
+    pub fn note_blocks(&mut self) {
+        self.storages = Addresses::new(self.blocks.iter().map(|block| block.storage));
+        self.lengths = Lengths::of(&self.blocks);
+    }
+
+    /// The lengths of a run.
+    pub fn lengths(&self, run: &Range<usize>) -> Lengths {
+        match run.len() == self.blocks.len() {
+            true => self.lengths,
+            false => Lengths::of(&self.blocks[run.clone()]),
+        }
     }
 
     /// Moves a block between its group and the twin of that, of the frozen.
@@ -97,6 +124,48 @@ impl Parameters {
     /// Whether something holds for the settings of any group.
     pub fn any(&self, holds: impl Fn(&ParamsSrkl) -> bool) -> bool {
         self.groups.iter().any(|group| holds(&group.params))
+    }
+}
+
+impl Lengths {
+    fn of(blocks: &[Block]) -> Self {
+        let total = blocks.iter().map(|block| block.n).sum();
+        let largest = blocks.iter().map(|block| block.n).max().unwrap_or_default();
+        Self { total, largest }
+    }
+}
+
+/// A set of addresses, in which most lookups fail.
+#[derive(Default)]
+pub(crate) struct Addresses {
+    sorted: Vec<usize>,
+    /// The bits by [`Addresses::bit`] of all that are in the set, 16 bits or more for each: most others are not looked for further.
+    filter: Vec<u64>,
+}
+
+impl Addresses {
+    pub fn new(addresses: impl Iterator<Item = usize>) -> Self {
+        let mut sorted: Vec<usize> = addresses.collect();
+        sorted.sort_unstable();
+        let words = (sorted.len() / 4).next_power_of_two();
+        let mut filter = vec![0; words];
+        for address in &sorted {
+            let (word, bit) = Self::bit(*address, words);
+            filter[word] |= bit;
+        }
+        Self { sorted, filter }
+    }
+
+    pub fn contain(&self, address: usize) -> bool {
+        let (word, bit) = Self::bit(address, self.filter.len());
+        self.filter[word] & bit != 0 && self.sorted.binary_search(&address).is_ok()
+    }
+
+    /// The word of a filter of so many of them, a power of two, and the bit there, by the upper bits of a product (Fibonacci hashing:
+    /// Knuth, The Art of Computer Programming, volume 3).
+    fn bit(address: usize, words: usize) -> (usize, u64) {
+        let hash = (address as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((hash >> 38) as usize & (words - 1), 1 << (hash >> 32 & 63))
     }
 }
 
@@ -152,10 +221,15 @@ impl Block {
         let (id, shape, whole) = (var.id(), var.shape().clone(), var.elem_count());
         let (n, first) = (own.len(), own.start);
         let layout = Layout::contiguous_with_offset(n, first);
+        let memory = match whole {
+            0 => var.detach(),
+            _ => var.detach().flatten_all()?.get(0)?,
+        };
         Ok(Self {
             name,
             tied: vec![],
             var,
+            memory,
             id,
             dtype,
             shape,
@@ -185,6 +259,14 @@ impl Block {
         matches!(self.var.device(), Device::Cuda(other) if other.id() == device.id())
     }
 
+    /// Whether the parameter is on this device. (One on the CPU is not looked at: that would be a miss of the caches.)
+    fn is_beside(&self, device: &Device) -> bool {
+        match self.on_cpu {
+            true => device.is_cpu(),
+            false => device.same_device(self.var.device()),
+        }
+    }
+
     /// Whether this is one of its names.
     pub fn is_named(&self, name: &str) -> bool {
         self.name == name || self.tied.iter().any(|tied| tied == name)
@@ -202,7 +284,7 @@ impl Block {
     /// An error if a gradient does not fit its parameter in device, shape or dtype.
     pub fn check_gradient(&self, gradient: &Tensor) -> Result<()> {
         let Self { name, shape, .. } = self;
-        if !gradient.device().same_device(self.var.device()) {
+        if !self.is_beside(gradient.device()) {
             bail!(
                 "gradient of `{name}`: expected it on {:?}, got {:?}",
                 self.var.device().location(),
@@ -221,9 +303,9 @@ impl Block {
         Ok(())
     }
 
-    /// An error if a gradient is in the storage of a variable. `storages` are their sorted addresses.
-    pub fn check_alias(&self, address: usize, storages: &[usize]) -> Result<()> {
-        if storages.binary_search(&address).is_ok() {
+    /// An error if a gradient is in the storage of a variable. `storages` are their addresses.
+    pub fn check_alias(&self, address: usize, storages: &Addresses) -> Result<()> {
+        if storages.contain(address) {
             bail!(
                 "gradient of `{}`: it shares its memory with a parameter, which the step writes to; \
                  pass a copy",
@@ -290,4 +372,28 @@ impl Block {
 /// The same for tensors that share memory: in candle these share one storage behind one lock.
 pub(crate) fn storage_address(storage: &Storage) -> usize {
     std::ptr::from_ref(storage).addr()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::Addresses;
+
+    proptest! {
+        #[test]
+        fn addresses_are_those_of_the_set(
+            set in proptest::collection::vec(any::<usize>(), 0..300),
+            others in proptest::collection::vec(any::<usize>(), 0..300),
+            neighbours in any::<bool>(),
+        ) {
+            // As storages are in memory, or anywhere.
+            let place = |x: &usize| if neighbours { 0x7f00_0000_0000 + x % 1000 * 16 } else { *x };
+            let set: Vec<usize> = set.iter().map(place).collect();
+            let addresses = Addresses::new(set.iter().copied());
+            for address in others.iter().map(place).chain(set.iter().copied()) {
+                prop_assert_eq!(addresses.contain(address), set.contains(&address));
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use candle_core::{Result, TensorId, Var, bail};
 
-use crate::block::{Block, Parameters};
+use crate::block::Block;
 use crate::builder::{Parameter, engine_of, matrices_of};
 use crate::engine::Progress;
 use crate::estimate::Estimate;
@@ -92,7 +92,7 @@ impl Srkl {
         self.all.blocks.extend(added);
         if let Err(e) = self.rebuild(progress) {
             self.all.blocks.truncate(before);
-            self.sort_storages();
+            self.all.note_blocks();
             return Err(e);
         }
         let added = &self.all.groups[whole].params;
@@ -127,7 +127,7 @@ impl Srkl {
             let all = chosen.into_iter().filter_map(next).collect();
             drop(left);
             self.all.blocks = all;
-            self.sort_storages();
+            self.all.note_blocks();
             return Err(e);
         }
         removed.sort_by_key(|block| block.place);
@@ -160,18 +160,11 @@ impl Srkl {
     /// Replaces the engine by one for the list of blocks as it is now, which goes on from `progress`.
     fn rebuild(&mut self, progress: Progress) -> Result<()> {
         let scalars = self.scalars()?;
-        self.sort_storages();
+        self.all.note_blocks();
         let mut engine = engine_of(&mut self.all, None)?;
         engine.upload_settings(&self.all, scalars)?;
         engine.set_progress(&mut self.all, progress)?;
         self.engine = engine;
         Ok(())
-    }
-
-    /// Notes where the parameters are, again.
-    fn sort_storages(&mut self) {
-        let Parameters { blocks, storages, .. } = &mut self.all;
-        *storages = blocks.iter().map(|block| block.storage).collect();
-        storages.sort_unstable();
     }
 }

@@ -631,7 +631,8 @@ impl Srkl {
             // Looked up last: with thousands of parameters that takes time.
             measured && block.whole > 0 && given(block)
         };
-        if !measures && self.all.blocks.iter().any(missing) {
+        let any_measures = all.any(MeasureSchedule::measures);
+        if !measures && any_measures && self.all.blocks.iter().any(missing) {
             self.measure_state.blind = true;
         }
     }

@@ -464,13 +464,12 @@ impl<C: Real> Coefficients<C> {
     pub fn new(
         params: &ParamsSrkl,
         decision: &Decision,
-        powers: &Powers,
+        corrections: &Corrections,
         estimate: &Estimate,
         matrix_scale: f64,
     ) -> Self {
         let beta = params.beta_value();
         let Decision { grad_factor, phi, .. } = *decision;
-        let corrections = Corrections::new(params, powers);
         let element = match (params.scope, params.curvature) {
             (Scope::Element, Curvature::GradSquare) => {
                 Some(ElementCurvature::GradSquare { grad_factor })
@@ -480,8 +479,8 @@ impl<C: Real> Coefficients<C> {
             _ => None,
         };
         Self {
-            moments: Moments::new(params, grad_factor, &corrections),
-            scale: direction_scale(params, decision, &corrections, matrix_scale),
+            moments: Moments::new(params, grad_factor, corrections),
+            scale: direction_scale(params, decision, corrections, matrix_scale),
             phi,
             weight_decay: params.weight_decay,
             average: C::from_f64(corrections.average),

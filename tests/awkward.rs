@@ -3,10 +3,12 @@
 mod common;
 
 use approx::abs_diff_eq;
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Optimizer, VarMap};
 use candle_srkl::{
-    Average, Beta, Curvature, MasterWeights, NonFinite, ParamsSrkl, Scope, Srkl, StepCurvature,
+    Average, Beta, BlockTelemetry, Curvature, Direction, MasterWeights, NonFinite, ParamsSrkl,
+    Scope, Srkl, StepCurvature,
 };
 use common::*;
 
@@ -311,6 +313,84 @@ fn policies_of_two_groups() -> Result<()> {
     assert_eq!(run(SkipStep, SkipBlock)?, (false, false, 1, 0));
     assert_eq!(run(Propagate, SkipBlock)?, (true, false, 0, 1));
     assert_eq!(run(Propagate, SkipStep)?, (false, false, 1, 0));
+    Ok(())
+}
+
+/// Small tensors are taken in batches, on several threads. Each is stepped as it would be alone, whatever is beside it: tensors
+/// of other groups, frozen ones, some that have no gradient now and then or whose step is skipped.
+#[test]
+fn small_tensors_step_as_each_alone() -> Result<()> {
+    const SIZES: [usize; 9] = [0, 1, 3, 16, 64, 65, 255, 1025, 4097];
+    const COUNT: usize = 108;
+    for nonfinite in [NonFinite::Propagate, NonFinite::SkipBlock] {
+        let average = Some(Average::Exponential(0.9));
+        let adam = ParamsSrkl { nonfinite, average, ..ParamsSrkl::adamw(0.01) };
+        let momentum = Direction::Momentum { mu: 0.8 };
+        let momentum = ParamsSrkl { nonfinite, direction: momentum, ..steep() };
+        let frozen = ParamsSrkl { lr: 0., ..adam.clone() };
+        let group = |place: usize| ["adam", "adam", "momentum", "adam", "frozen"][place % 5];
+        let params = |place: usize| match group(place) {
+            "adam" => &adam,
+            "momentum" => &momentum,
+            _ => &frozen,
+        };
+        let vars = || -> Result<Vec<Var>> {
+            let start = |i: usize| var(&noise(SIZES[i % 9], 1., i as u64), FLOATS[i / 9 % 4]);
+            (0..COUNT).map(start).collect()
+        };
+        let (together, alone) = (vars()?, vars()?);
+        let named = together.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone()));
+        let place = |name: &str| name.parse::<usize>().unwrap();
+        let mut opt = Srkl::builder()
+            .default_group(adam.clone())
+            .group("momentum", momentum.clone(), |name, _| group(place(name)) == "momentum")
+            .group("frozen", frozen.clone(), |name, _| group(place(name)) == "frozen")
+            .build(named)?;
+        let each = alone.iter().enumerate();
+        let mut each: Vec<Srkl> = each
+            .map(|(i, var)| Srkl::new(vec![var.clone()], params(i).clone()))
+            .collect::<Result<_>>()?;
+
+        for step in 0..5 {
+            let gradient = |i: usize| -> Result<Option<Tensor>> {
+                let mut g = noise(SIZES[i % 9], 1., (1000 * (step + 1) + i) as u64);
+                if let Some(last) = g.last_mut().filter(|_| step == 2 && i % 11 == 5) {
+                    *last = f64::NAN;
+                }
+                // Of any dtype.
+                let g = tensor(&g, FLOATS[(i + step) % 4])?;
+                Ok((!(i + step).is_multiple_of(4)).then_some(g))
+            };
+            let of = |vars: &[Var], places: std::ops::Range<usize>| -> Result<GradStore> {
+                let mut store = GradStore::default();
+                for i in places {
+                    gradient(i)?.map(|g| store.insert(&vars[i], g));
+                }
+                Ok(store)
+            };
+            opt.step(&of(&together, 0..COUNT)?)?;
+            for (i, opt) in each.iter_mut().enumerate() {
+                opt.step(&of(&alone, i..i + 1)?)?;
+            }
+            for (i, (together, opt_of_it)) in together.iter().zip(&each).enumerate() {
+                let name = i.to_string();
+                let case = format!("{nonfinite:?}, tensor {i}, step {step}");
+                assert_eq!(bits(together)?, bits(&alone[i])?, "{case}");
+                assert_eq!(master_bits(&opt, &name)?, master_bits(opt_of_it, "0")?, "{case}");
+                for kind in ["m", "v", "average"] {
+                    let kept = |opt: &Srkl, name: &str| {
+                        opt.state_of(name, kind)?.map(|kept| bits(&kept.flatten_all()?)).transpose()
+                    };
+                    assert_eq!(kept(&opt, &name)?, kept(opt_of_it, "0")?, "{case}, {kind}");
+                }
+            }
+        }
+        let (all, each) = (opt.telemetry()?, each.iter().map(Srkl::telemetry));
+        let skipped =
+            |telemetry: &[BlockTelemetry]| telemetry.iter().map(|t| t.skipped).collect::<Vec<_>>();
+        let each: Vec<u64> = each.map(|t| t.map(|t| skipped(&t)[0])).collect::<Result<_>>()?;
+        assert_eq!(skipped(&all), each);
+    }
     Ok(())
 }
 

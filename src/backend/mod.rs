@@ -49,7 +49,7 @@ use std::ops::Range;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
-use crate::block::Parameters;
+use crate::block::{Block, Parameters};
 use crate::estimate::{Estimate, Probe, StepSums};
 use crate::numerics::{Pair, Sums};
 use crate::params::ParamsSrkl;
@@ -92,7 +92,7 @@ pub(crate) enum GradSums {
 pub(crate) struct BlockGradient<'g> {
     pub gradient: &'g Tensor,
     pub sums: Sums,
-    /// On the CPU the addresses of its storage and of its first element, for prefetching.
+    /// On the CPU the addresses of its storage, and of its first element if all are contiguous; else 0.
     pub storage: usize,
     pub elements: usize,
 }
@@ -140,6 +140,43 @@ impl Tracked {
         skipped: 0,
         last: None,
     };
+
+    /// Notes what a step did to the block: it moved it if there are a gradient and a decision.
+    pub fn note(
+        &mut self,
+        block: &Block,
+        params: &ParamsSrkl,
+        found: Option<&BlockGradient>,
+        decision: Option<&Decision>,
+        step: Step,
+    ) {
+        self.sums_up = false;
+        self.small = decision.is_none_or(|d| d.small);
+        self.grad_factor = decision.map_or(1., |d| d.grad_factor);
+        self.last = decision.map(|d| Last {
+            curvature: d.has_curvature.then_some(d.curvature),
+            phi: d.phi,
+            norms: None,
+        });
+        match (found, decision) {
+            (Some(found), Some(decision)) => {
+                let measures = step.measures && params.measures_steps();
+                self.sums_up = step.records || measures;
+                if let Some(last) = self.last.as_mut().filter(|_| step.records) {
+                    let of_step = f64::NAN; // `outcomes` reads it.
+                    let norm = found.sums.norm(1. / step.scalars.grad_scale);
+                    last.norms = Some([norm, of_step]);
+                }
+                if self.sums_up {
+                    let matrix_scale = block.matrix_scale();
+                    self.sum_scales = SumScales::new(params, decision, &self.powers, matrix_scale);
+                }
+                self.powers = rule::next_powers(&self.powers, params);
+            }
+            (Some(_), None) => self.skipped += 1,
+            (None, _) => {}
+        }
+    }
 }
 
 /// What sums over a block are multiplied by: the stages sum up directions before their scale.
@@ -281,7 +318,8 @@ pub(crate) trait Backend: Send + Sync {
         sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
-    /// Stage 3: moves every block of a run that has a gradient and a decision.
+    /// Stage 3: moves every block of a run that has a gradient and a decision. On the CPU also notes what it did
+    /// ([`Tracked::note`]), in the same visit to the block.
     fn update(
         &mut self,
         all: &mut Parameters,

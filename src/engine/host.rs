@@ -77,7 +77,8 @@ impl Host {
             all.any(ParamsSrkl::waits_for_all) || may_fail || measures || !self.on_cpu_alone;
         let whole = whole || self.ranks.is_some();
         let every = 0..all.blocks.len();
-        match whole && !every.is_empty() {
+        match whole || all.lengths(&every).total < RUN {
+            true if every.is_empty() => vec![],
             true => vec![every],
             false => split(&all.blocks, every),
         }
@@ -297,7 +298,7 @@ impl Host {
         Ok(())
     }
 
-    /// Stage 3, and its bookkeeping.
+    /// Stage 3.
     fn update(
         &mut self,
         all: &mut Parameters,
@@ -311,36 +312,11 @@ impl Host {
             let (all, tracked) = (&mut *all, &mut self.tracked);
             backend.update(all, tracked, run.clone(), gradients, decisions, step)?;
         }
-        let tracked = &mut self.tracked[run.clone()];
-        for (((block, tracked), found), decision) in
-            all.blocks[run].iter().zip(tracked).zip(gradients).zip(decisions)
-        {
-            tracked.sums_up = false;
-            tracked.small = decision.is_none_or(|d| d.small);
-            tracked.grad_factor = decision.map_or(1., |d| d.grad_factor);
-            tracked.last = decision.map(|d| Last {
-                curvature: d.has_curvature.then_some(d.curvature),
-                phi: d.phi,
-                norms: None,
-            });
-            match (found, decision) {
-                (Some(found), Some(decision)) => {
-                    let params = all.of(block);
-                    let measures = step.measures && params.measures_steps();
-                    tracked.sums_up = step.records || measures;
-                    if let Some(last) = tracked.last.as_mut().filter(|_| step.records) {
-                        let of_step = f64::NAN; // `outcomes` reads it.
-                        let norm = found.sums.norm(1. / step.scalars.grad_scale);
-                        last.norms = Some([norm, of_step]);
-                    }
-                    if tracked.sums_up {
-                        let (powers, matrix_scale) = (&tracked.powers, block.matrix_scale());
-                        tracked.sum_scales = SumScales::new(params, decision, powers, matrix_scale);
-                    }
-                    tracked.powers = rule::next_powers(&tracked.powers, params);
-                }
-                (Some(_), None) => tracked.skipped += 1,
-                (None, _) => {}
+        if !self.on_cpu_alone {
+            let every = all.blocks[run.clone()].iter().zip(&mut self.tracked[run]);
+            let every = every.zip(gradients).zip(decisions);
+            for (((block, tracked), found), decision) in every.filter(|item| !item.0.0.0.on_cpu) {
+                tracked.note(block, all.of(block), found.as_ref(), decision.as_ref(), step);
             }
         }
         Ok(())

@@ -110,6 +110,11 @@ impl<'a> Gradient<'a> {
     ///
     /// A storage that is not on the CPU, or whose dtype is none of f32, f64, bf16 and f16.
     pub fn new(storage: &'a Storage, layout: &'a Layout) -> Result<Self> {
+        Self::of(storage, layout, layout.is_contiguous())
+    }
+
+    /// The same of a gradient that is known to be `contiguous`, or not to be.
+    pub fn of(storage: &'a Storage, layout: &'a Layout, contiguous: bool) -> Result<Self> {
         let values = match storage {
             Storage::Cpu(CpuStorage::F32(values)) => Values::F32(values),
             Storage::Cpu(CpuStorage::F64(values)) => Values::F64(values),
@@ -117,7 +122,12 @@ impl<'a> Gradient<'a> {
             Storage::Cpu(CpuStorage::F16(values)) => Values::F16(values),
             _ => bail!("expected a gradient of f32, f64, bf16 or f16 on the CPU"),
         };
-        Ok(Self { values, layout, contiguous: layout.is_contiguous() })
+        Ok(Self { values, layout, contiguous })
+    }
+
+    /// The address of the first element, if all are contiguous.
+    pub fn contiguous_address(&self) -> Option<usize> {
+        self.contiguous.then(|| self.address())
     }
 
     /// The address of the first element, for prefetching.

@@ -3,7 +3,7 @@
 //! Large blocks are taken one after the other, each split over the threads; then the threads take small ones in
 //! batches. With thousands of small tensors the time goes into cache misses: a gradient is found by way of a hash
 //! table, a tensor, its layout and its storage. So a batch is taken step by step, one loop per pointer, whose misses
-//! overlap, and what an update needs is prefetched.
+//! overlap, and what an update needs is prefetched some blocks ahead.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,12 +17,13 @@ use self::gradient::Gradient;
 use self::pool::Pool;
 use self::simd::{Simd, prefetch};
 use self::statistics::{PIECE, Scratch};
-use self::update::BlockStep;
+use self::update::{BlockStep, Summed};
 use super::{Backend, BlockGradient, GradSums, GradientPair, ShardSums, Step, Tracked};
-use crate::block::{Block, Parameters, storage_address};
+use crate::block::{Block, Lengths, Parameters, storage_address};
 use crate::numerics::{LANES, Pair, Sums};
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::Decision;
+use crate::rule::{Corrections, Decision, Powers};
+use crate::state::State;
 
 pub(crate) mod access;
 mod curvature;
@@ -46,6 +47,12 @@ const BATCH_BLOCKS: usize = 32;
 
 /// Below this much work, in elements, a step takes less time than waking another thread.
 const PARALLEL_WORK: usize = PIECE;
+
+/// So many blocks ahead of an update their fields are prefetched, and ...
+const FIELDS_AHEAD: usize = 8;
+
+/// ... so many ahead the memory that these tell of.
+const MEMORY_AHEAD: usize = 4;
 
 /// The work that a block takes besides that of its elements, in elements.
 const BLOCK_WORK: usize = 256;
@@ -82,9 +89,16 @@ impl CpuBackend {
         let find = |scratch: &mut Scratch, (batch, gradients): Batch<'_, 'g>| {
             let tensor_of = |block: &Block| {
                 let takes_part = block.on_cpu && all.of(block).lr != 0.;
-                grads.get_id(block.id).filter(|_| takes_part)
+                let tensor = grads.get_id(block.id).filter(|_| takes_part)?;
+                prefetch_value(&**tensor);
+                prefetch_slice(block.shape.dims());
+                Some(tensor)
             };
             let tensors: Vec<_> = batch.iter().map(tensor_of).collect();
+            for tensor in tensors.iter().flatten() {
+                prefetch_slice(tensor.dims());
+                prefetch_slice(tensor.stride());
+            }
             for (block, tensor) in batch.iter().zip(&tensors) {
                 tensor.map_or(Ok(()), |tensor| block.check_followed(tensor))?;
             }
@@ -98,15 +112,16 @@ impl CpuBackend {
                 block.check_alias(address, &all.storages)?;
                 let g = Gradient::new(storage, layout)?;
                 let sums = read(block, &g, scratch);
-                let elements = g.address();
-                gradients[i] = Some(BlockGradient { gradient, sums, storage: address, elements });
+                let (storage, elements) = (address, g.contiguous_address().unwrap_or(0));
+                gradients[i] = Some(BlockGradient { gradient, sums, storage, elements });
             }
             Ok(())
         };
+        let Batches { size, any_large } = Batches::of(all, &run);
         let blocks = &all.blocks[run];
-        let size = batch_size(blocks);
         let batches = blocks.chunks(size).zip(gradients.chunks_mut(size));
-        self.for_each_item(batches.map(|item| (has_large(item.0), item)).collect(), find)
+        let batches = batches.map(|item| (any_large && has_large(item.0), item));
+        self.for_each_item(batches.collect(), find)
     }
 
     /// The results of `work` on every block on the CPU that has an entry in `given`.
@@ -225,7 +240,9 @@ impl Backend for CpuBackend {
             .collect();
         let mut done = vec![None; blocks.len()];
         self.each(blocks, &given, &mut done, |scratch, block, i, (gradient, decision)| {
-            let step = block_step(&groups[block.group].params, decision, &tracked[i], block);
+            let (params, tracked) = (&groups[block.group].params, &tracked[i]);
+            let corrections = Corrections::new(params, &tracked.powers);
+            let step = block_step(params, decision, corrections, tracked, block);
             orthogonal::write_momentum(block, gradient, step, self.simd, scratch)
         })?;
         // Not in our pool: candle's products have threads of their own.
@@ -249,7 +266,9 @@ impl Backend for CpuBackend {
         let Parameters { blocks, groups, .. } = all;
         let tracked = &tracked[run.clone()];
         self.each(&mut blocks[run], given, sums, |scratch, block, i, (gradient, decision)| {
-            let step = block_step(&groups[block.group].params, decision, &tracked[i], block);
+            let (params, tracked) = (&groups[block.group].params, &tracked[i]);
+            let corrections = Corrections::new(params, &tracked.powers);
+            let step = block_step(params, decision, corrections, tracked, block);
             curvature::directions(block, gradient, step, self.simd, scratch)
         })
     }
@@ -263,34 +282,41 @@ impl Backend for CpuBackend {
         decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
+        let Batches { size, any_large } = Batches::of(all, &run);
         let Parameters { blocks, groups, .. } = all;
         let first = run.start;
         let (blocks, tracked) = (&mut blocks[run.clone()], &mut tracked[run]);
-        let size = batch_size(blocks);
         let batches = blocks.chunks_mut(size).zip(tracked.chunks_mut(size));
         let batches = batches.zip(gradients.chunks(size)).zip(decisions.chunks(size));
         let batches = batches.zip((first..).step_by(size));
-        let batches = batches.map(|item| (has_large(item.0.0.0.0), item)).collect();
+        let batches = batches.map(|item| (any_large && has_large(item.0.0.0.0), item)).collect();
         self.for_each_item(batches, |scratch, batch| {
             let ((((blocks, tracked), gradients), decisions), first) = batch;
-            if size > 1 {
-                for (block, found) in blocks.iter().zip(gradients) {
-                    prefetch_update(block, found.as_ref());
+            let mut corrections = LastCorrections::default();
+            for i in 0..blocks.len() {
+                if size > 1 {
+                    prefetch_ahead(i, blocks, tracked, gradients);
                 }
-            }
-            let all = blocks.iter_mut().zip(tracked).zip(gradients).zip(decisions).zip(first..);
-            for ((((block, tracked), found), decision), place) in
-                all.filter(|item| item.0.0.0.0.on_cpu)
-            {
-                let (Some(found), Some(decision)) = (found, decision) else { continue };
+                let (block, tracked) = (&mut blocks[i], &mut tracked[i]);
+                if !block.on_cpu {
+                    continue;
+                }
+                let (found, decision) = (gradients[i].as_ref(), decisions[i].as_ref());
                 let params = &groups[block.group].params;
-                let keeps_strips = step.measures && params.measures_steps();
-                let sums_up = keeps_strips || step.records;
-                let numbers = block_step(params, decision, tracked, block);
-                let (steps, place) = (step.steps, place as u64);
-                let numbers = BlockStep { sums_up, keeps_strips, steps, place, ..numbers };
-                (tracked.step_sums, tracked.strips) =
-                    update::update(block, found.gradient, numbers, self.simd, scratch)?;
+                if let (Some(found), Some(decision)) = (found, decision) {
+                    let keeps_strips = step.measures && params.measures_steps();
+                    let sums_up = keeps_strips || step.records;
+                    let corrections = corrections.of(block.group, params, &tracked.powers);
+                    let numbers = block_step(params, decision, corrections, tracked, block);
+                    let (steps, place) = (step.steps, (first + i) as u64);
+                    let numbers = BlockStep { sums_up, keeps_strips, steps, place, ..numbers };
+                    let summed = update::update(block, found, &numbers, self.simd, scratch)?;
+                    if sums_up || tracked.sums_up {
+                        let Summed { chunks, strips } = summed.unwrap_or_default();
+                        (tracked.step_sums, tracked.strips) = (chunks, strips);
+                    }
+                }
+                tracked.note(block, params, found, decision, step);
             }
             Ok(())
         })
@@ -394,17 +420,18 @@ impl Backend for CpuBackend {
 fn block_step<'a>(
     params: &'a ParamsSrkl,
     decision: &'a Decision,
+    corrections: Corrections,
     tracked: &'a Tracked,
     block: &Block,
 ) -> BlockStep<'a> {
-    let Tracked { powers, estimate, .. } = tracked;
+    let estimate = &tracked.estimate;
     let (matrix_scale, samples) = (block.matrix_scale(), Samples::of(block));
     let (sums_up, keeps_strips) = (false, false);
     let (steps, place) = (0, 0);
     BlockStep {
         params,
         decision,
-        powers,
+        corrections,
         estimate,
         sums_up,
         keeps_strips,
@@ -419,22 +446,77 @@ fn has_large(batch: &[Block]) -> bool {
     batch.iter().any(|block| block.n > PIECE)
 }
 
-/// How many blocks one thread takes at a time: one, unless they are small.
-fn batch_size(blocks: &[Block]) -> usize {
-    let elements: usize = blocks.iter().map(|block| block.n).sum();
-    (BATCH_ELEMENTS * blocks.len() / elements.max(1)).clamp(1, BATCH_BLOCKS)
+/// How the blocks of a run are handed to threads.
+struct Batches {
+    /// How many blocks one thread takes at a time: one, unless they are small.
+    size: usize,
+    /// Whether any block is split.
+    any_large: bool,
 }
 
-/// Prefetches what the update of a small block reads first.
+impl Batches {
+    fn of(all: &Parameters, run: &Range<usize>) -> Self {
+        let Lengths { total, largest } = all.lengths(run);
+        let size = (BATCH_ELEMENTS * run.len() / total.max(1)).clamp(1, BATCH_BLOCKS);
+        Self { size, any_large: largest > PIECE }
+    }
+}
+
+/// The corrections of the block before, by its group and powers, which nearly always are the next one's too: their divisions would
+/// be a part of the step of a small tensor.
+#[derive(Default)]
+struct LastCorrections(Option<(usize, Powers, Corrections)>);
+
+impl LastCorrections {
+    fn of(&mut self, group: usize, params: &ParamsSrkl, powers: &Powers) -> Corrections {
+        match self.0 {
+            Some((of, before, corrections)) if (of, before) == (group, *powers) => corrections,
+            _ => self.0.insert((group, *powers, Corrections::new(params, powers))).2,
+        }
+    }
+}
+
+fn prefetch_value<T>(value: &T) {
+    prefetch(std::ptr::from_ref(value).addr(), size_of::<T>());
+}
+
+/// Prefetches a slice that is not longer than a line.
+fn prefetch_slice<T>(values: &[T]) {
+    prefetch(values.as_ptr().addr(), 1);
+}
+
+/// Before the update of block `i` of a batch prefetches what those ahead of it read first; before the first one's also for
+/// those nearer by.
+fn prefetch_ahead(
+    i: usize,
+    blocks: &[Block],
+    tracked: &[Tracked],
+    gradients: &[Option<BlockGradient>],
+) {
+    let new = |ahead: usize| {
+        let first = if i == 0 { 0 } else { i + ahead };
+        first..(i + ahead + 1).min(blocks.len())
+    };
+    for at in new(FIELDS_AHEAD) {
+        prefetch_value(&blocks[at]);
+        prefetch_value(&tracked[at]);
+    }
+    for at in new(MEMORY_AHEAD) {
+        prefetch_update(&blocks[at], gradients[at].as_ref());
+    }
+}
+
+/// Prefetches the memory that the update of a small block reads first.
 fn prefetch_update(block: &Block, found: Option<&BlockGradient>) {
     let n = block.n.min(LANES);
     let bytes = n * block.dtype.size_in_bytes();
     prefetch(block.storage, 1);
     prefetch(block.elements, bytes);
-    if let Some(Storage::Cpu(CpuStorage::F32(master))) =
-        block.state.master.as_ref().map(|master| master.storage())
-    {
-        prefetch(master.as_ptr().addr(), n * size_of::<f32>());
+    let State { master, m, v, .. } = &block.state;
+    for slot in [master, m, v].into_iter().flatten() {
+        if let Storage::Cpu(CpuStorage::F32(numbers)) = slot.storage() {
+            prefetch(numbers.as_ptr().addr(), n * size_of::<f32>());
+        }
     }
     if let Some(found) = found {
         prefetch(found.storage, 1);

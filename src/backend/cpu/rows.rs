@@ -97,7 +97,7 @@ impl<'a, C: Compute> Exact<'a, C> {
         fn numbers<C: Compute>(slot: &mut Option<Slot>) -> Option<&mut [C]> {
             slot.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
         }
-        assert!(!state.is_packed(), "packed state taken for numbers");
+        debug_assert!(!state.is_packed(), "packed state taken for numbers");
         let State { master, m, v, v_max, average, q } = state;
         let [master, m, v] = [master, m, v].map(numbers);
         let [v_max, average, q] = [v_max, average, q].map(numbers);

@@ -159,6 +159,9 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    /// In place of one.
+    pub const NONE: Self = Self { address: 0, size: 0 };
+
     /// From element `start` on, which may be beyond its end.
     #[inline(always)]
     pub fn of<T>(array: &[T], start: usize) -> Self {

@@ -63,8 +63,9 @@ pub(crate) fn sums(
     simd: Simd,
     scratch: &mut Scratch,
 ) -> Sums {
-    match g.len() {
-        0..=CHUNK => sums_of_chunk(g, wide, asked, 0, simd, scratch),
+    match asked {
+        GradSums::None => Sums::ZERO,
+        _ if g.len() <= CHUNK => sums_of_chunk(g, wide, asked, 0, simd, scratch),
         _ => Sums::fold(&chunk_sums(g, wide, asked, simd, scratch)),
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::super::BlockGradient;
 use super::access::{Parameter, Samples, with_storage_mut};
 use super::gradient::{Compute, Gradient};
 use super::moments::{UNITS, bases};
@@ -15,15 +16,14 @@ use crate::compact::UNIT;
 use crate::estimate::{Estimate, StepSums};
 use crate::numerics::{CHUNK, LANES, MIN_LANES, Real, STRIP, strip_sums, tree};
 use crate::params::{Direction, ParamsSrkl};
-use crate::rule::{Coefficients, Decision, Moments, Powers, cautious, lerp, sign};
+use crate::rule::{Coefficients, Corrections, Decision, Moments, cautious, lerp, sign};
 
 /// The numbers of one block's step.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockStep<'a> {
     pub params: &'a ParamsSrkl,
     pub decision: &'a Decision,
-    /// Those before the step.
-    pub powers: &'a Powers,
+    pub corrections: Corrections,
     pub estimate: &'a Estimate,
     /// Whether to compute the sums over the step: [`StepSums`] and strips.
     pub sums_up: bool,
@@ -39,80 +39,83 @@ pub(crate) struct BlockStep<'a> {
 
 impl BlockStep<'_> {
     pub fn coefficients<C: Real>(&self) -> Coefficients<C> {
-        let Self { params, decision, powers, estimate, matrix_scale, .. } = *self;
-        Coefficients::new(params, decision, powers, estimate, matrix_scale)
+        let Self { params, decision, corrections, estimate, matrix_scale, .. } = self;
+        Coefficients::new(params, decision, corrections, estimate, *matrix_scale)
     }
 }
 
-/// Moves a block by its gradient, in place. If `step.sums_up`, returns the sums over chunks, for a measurement or
-/// telemetry, and the sums of `D^2` over strips.
+/// The sums over a step, for a measurement or telemetry.
+#[derive(Default)]
+pub(crate) struct Summed {
+    /// Over chunks, before their [`SumScales`](super::super::SumScales).
+    pub chunks: Vec<StepSums>,
+    /// Of `D^2` over strips; empty if they are not kept.
+    pub strips: Vec<f64>,
+}
+
+/// Moves a block by its gradient, in place, and returns the sums over the step if `step.sums_up`.
 pub(crate) fn update(
     block: &mut Block,
-    gradient: &Tensor,
-    step: BlockStep,
+    found: &BlockGradient,
+    step: &BlockStep,
     simd: Simd,
     scratch: &mut Scratch,
-) -> Result<(Vec<StepSums>, Vec<f64>)> {
-    let mut moved = (vec![], vec![]);
+) -> Result<Option<Summed>> {
+    let mut summed = None;
     if block.n == 0 {
-        return Ok(moved); // candle refuses to write to an empty tensor.
+        return Ok(summed); // candle refuses to write to an empty tensor.
     }
     let packs = block.is_packed(step.params);
     let rounds = block.rounds(step.params);
-    let Block { var, state, orthogonal, n, first, .. } = block;
+    let Block { memory, state, orthogonal, n, first, .. } = block;
     let (n, first) = (*n, *first);
     let own = first..first + n;
-    let (storage, layout) = gradient.storage_and_layout();
+    let (storage, layout) = found.gradient.storage_and_layout();
     let orthogonal = orthogonal.as_ref().map(Tensor::storage_and_layout);
     let orthogonal = orthogonal.as_ref().map(|(storage, layout)| Gradient::new(storage, layout));
     let orthogonal = orthogonal.transpose()?;
-    let gradient = Gradient::new(&storage, layout)?;
-    let given = Given { gradient: &gradient, orthogonal: orthogonal.as_ref() };
-    with_storage_mut(var, |storage| {
+    let gradient = Gradient::of(&storage, layout, found.elements != 0)?;
+    let given = &Given { gradient: &gradient, orthogonal: orthogonal.as_ref(), step, simd };
+    with_storage_mut(memory, |storage| {
         if packs {
             let keys = Keys::new(step.steps, step.place);
             let state = Packed::new(state, n, first, keys, rounds);
             let random = rounds.then_some((keys.parameters, first));
-            moved = match storage {
-                CpuStorage::F32(w) => {
-                    block_update(&mut w[own], state, None, given, step, simd, scratch)
-                }
-                CpuStorage::BF16(w) => {
-                    block_update(&mut w[own], state, random, given, step, simd, scratch)
-                }
-                CpuStorage::F16(w) => {
-                    block_update(&mut w[own], state, None, given, step, simd, scratch)
-                }
+            summed = match storage {
+                CpuStorage::F32(w) => block_update(&mut w[own], state, None, given, scratch),
+                CpuStorage::BF16(w) => block_update(&mut w[own], state, random, given, scratch),
+                CpuStorage::F16(w) => block_update(&mut w[own], state, None, given, scratch),
                 _ => bail!("expected a parameter of f32, bf16 or f16"),
             };
             return Ok(());
         }
-        moved = match storage {
+        summed = match storage {
             CpuStorage::F32(w) => {
-                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, scratch)
             }
             CpuStorage::F64(w) => {
-                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, scratch)
             }
             CpuStorage::BF16(w) => {
-                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, scratch)
             }
             CpuStorage::F16(w) => {
-                block_update(&mut w[own], Exact::new(state), None, given, step, simd, scratch)
+                block_update(&mut w[own], Exact::new(state), None, given, scratch)
             }
             _ => bail!("expected a parameter of f32, f64, bf16 or f16"),
         };
         Ok(())
     })?;
-    Ok(moved)
+    Ok(summed)
 }
 
-/// What a step is computed from, besides the state.
-#[derive(Clone, Copy)]
+/// What a step is computed from, besides parameter and state.
 struct Given<'a> {
     gradient: &'a Gradient<'a>,
     /// With [`Direction::Muon`] the orthogonalised momentum.
     orthogonal: Option<&'a Gradient<'a>>,
+    step: &'a BlockStep<'a>,
+    simd: Simd,
 }
 
 /// `random` is the key by which bf16 parameters are rounded at random, and the first element of `w` among all of the
@@ -121,20 +124,18 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
     w: &mut [P],
     mut state: S,
     random: Option<(u64, usize)>,
-    given: Given,
-    step: BlockStep,
-    simd: Simd,
+    given: &Given,
     scratch: &mut Scratch,
-) -> (Vec<StepSums>, Vec<f64>) {
+) -> Option<Summed> {
+    let Given { step, simd, .. } = given;
     let n = w.len();
-    let coefficients = step.coefficients();
+    let coefficients = &step.coefficients();
     state.reset_masters(w, step.samples);
     let noted = state.take_samples();
     let mut strips = vec![0.; if step.keeps_strips { n.div_ceil(STRIP) } else { 0 }];
     let part = Part { w: &mut *w, state, strips: &mut strips };
     let update = |scratch: &mut Scratch, start, part| {
-        let sums_up = step.sums_up;
-        simd.run(Update { start, part, given, coefficients, random, sums_up, scratch })
+        simd.run(Update { start, part, given, coefficients, random, scratch })
     };
     let chunks = if !splits(n) {
         update(scratch, 0, part)
@@ -144,7 +145,7 @@ fn block_update<P: Parameter, S: StateRows<P::Compute>>(
         pieces.map_init(Scratch::new, update).collect::<Vec<_>>().concat()
     };
     step.samples.note(w, noted);
-    (chunks, strips)
+    step.sums_up.then_some(Summed { chunks, strips })
 }
 
 /// Neighbouring elements of a block: the parameter and its state.
@@ -189,11 +190,9 @@ impl<P: Parameter, S: StateRows<P::Compute>> Part<'_, P, S> {
 struct Update<'a, P: Parameter, S> {
     start: usize,
     part: Part<'a, P, S>,
-    given: Given<'a>,
-    coefficients: Coefficients<P::Compute>,
+    given: &'a Given<'a>,
+    coefficients: &'a Coefficients<P::Compute>,
     random: Option<(u64, usize)>,
-    /// Whether to compute the sums over the step.
-    sums_up: bool,
     scratch: &'a mut Scratch,
 }
 
@@ -204,11 +203,12 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
     #[inline(always)]
     fn run(self) -> Vec<StepSums> {
         let Self { start, mut part, given, coefficients, .. } = self;
-        let Self { random, sums_up, scratch, .. } = self;
+        let Self { random, scratch, .. } = self;
+        let sums_up = given.step.sums_up;
         let Scratch { rows, lanes } = scratch;
         let Rows { inputs, ahead, d, masked, terms: [squares, _] } = rows;
         let InputRows { tensors: [row, _], state: room } = inputs;
-        let Coefficients { moments, phi, element, average, .. } = coefficients;
+        let Coefficients { moments, phi, element, average, .. } = *coefficients;
         let (step_size, decay_factor) = coefficients.step_coefficients(phi);
         let n = part.w.len();
         let mut chunks = vec![];
@@ -219,11 +219,12 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
             (false, true) => (UNIT, AHEAD),
             (false, false) => (LANES, AHEAD),
         };
-        for at in (0..n).step_by(row_len) {
-            let Part { w, mut state, strips } = part.take(row_len.min(n - at));
-            let next = start + at + w.len() + beyond;
-            let (streams, count) = part.streams(beyond, given.gradient.stream(next));
-            let streams = &streams[..count];
+        let mut next = 0;
+        while next < n {
+            // Not `step_by`, which divides: that would be a part of the step of a small tensor.
+            let at = next;
+            next = n.min(at + row_len);
+            let Part { w, mut state, strips } = part.take(next - at);
             let RowMut { mut master, m, v, v_max, average: a, q, compact } = state.load(w, room);
             let g = given.gradient.row(start + at, w.len(), row);
             let known = |d, m| Followed::Known(Known { d, m });
@@ -322,10 +323,13 @@ impl<P: Parameter, S: StateRows<P::Compute>> Kernel for Update<'_, P, S> {
                     coefficients.step_coefficients(brake.element_phi(g[i].to_f64(), q))
                 }),
             };
+            let streams = || part.streams(beyond, given.gradient.stream(start + next + beyond));
             if !sums_up {
-                let streams = if S::PACKED { streams } else { &[] };
-                row.follow(follows, &mut NoSums, sizes, streams);
+                let (streams, count) = if S::PACKED { streams() } else { ([Stream::NONE; 6], 0) };
+                row.follow(follows, &mut NoSums, sizes, &streams[..count]);
             } else {
+                let (streams, count) = streams();
+                let streams = &streams[..count];
                 let in_chunk = CHUNK.min(n - at / CHUNK * CHUNK);
                 let width = in_chunk.clamp(MIN_LANES, LANES).next_power_of_two();
                 let mut lanes = lanes.each_mut().map(|lanes| &mut lanes[..width]);
