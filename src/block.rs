@@ -20,8 +20,8 @@ pub(crate) struct Block {
     /// Its other names.
     pub tied: Vec<String>,
     pub var: Var,
-    /// A view of its first element, of rank 0, by which the CPU writes to all of its storage: candle first looks whether a
-    /// layout overlaps itself, which takes as long as the step of a small tensor. (Of a variable without elements itself.)
+    /// A view of its first element, of rank 0, by which a step on the CPU writes to all of its storage: candle first looks whether
+    /// a layout overlaps itself, for which it allocates unless the rank is 0. (All of the variable, if that has no elements.)
     pub memory: Tensor,
     pub id: TensorId,
     pub dtype: DType,
@@ -77,7 +77,7 @@ pub(crate) struct Parameters {
 }
 
 /// The elements that are stepped here of some blocks: of all together, and of the largest.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Lengths {
     pub total: usize,
     pub largest: usize,
@@ -85,20 +85,19 @@ pub(crate) struct Lengths {
 
 impl Parameters {
     pub fn new(groups: Vec<Group>, blocks: Vec<Block>) -> Self {
-        let (storages, lengths) = (Addresses::default(), Lengths::default());
-        let mut all = Self { groups, blocks, storages, lengths };
-        all.note_blocks();
-        all
+        let (storages, lengths) = (Addresses::of(&blocks), Lengths::of(&blocks));
+        Self { groups, blocks, storages, lengths }
     }
 
     /// Notes what is known of all blocks, after the list has changed.
     pub fn note_blocks(&mut self) {
-        self.storages = Addresses::new(self.blocks.iter().map(|block| block.storage));
+        self.storages = Addresses::of(&self.blocks);
         self.lengths = Lengths::of(&self.blocks);
     }
 
     /// The lengths of a run.
     pub fn lengths(&self, run: &Range<usize>) -> Lengths {
+        debug_assert_eq!(self.lengths, Lengths::of(&self.blocks));
         match run.len() == self.blocks.len() {
             true => self.lengths,
             false => Lengths::of(&self.blocks[run.clone()]),
@@ -136,7 +135,6 @@ impl Lengths {
 }
 
 /// A set of addresses, in which most lookups fail.
-#[derive(Default)]
 pub(crate) struct Addresses {
     sorted: Vec<usize>,
     /// The bits by [`Addresses::bit`] of all that are in the set, 16 bits or more for each: most others are not looked for further.
@@ -144,10 +142,14 @@ pub(crate) struct Addresses {
 }
 
 impl Addresses {
-    pub fn new(addresses: impl Iterator<Item = usize>) -> Self {
-        let mut sorted: Vec<usize> = addresses.collect();
+    /// Those of the variables' storages.
+    fn of(blocks: &[Block]) -> Self {
+        Self::new(blocks.iter().map(|block| block.storage).collect())
+    }
+
+    fn new(mut sorted: Vec<usize>) -> Self {
         sorted.sort_unstable();
-        let words = (sorted.len() / 4).next_power_of_two();
+        let words = sorted.len().div_ceil(4).next_power_of_two();
         let mut filter = vec![0; words];
         for address in &sorted {
             let (word, bit) = Self::bit(*address, words);
@@ -390,7 +392,7 @@ mod tests {
             // As storages are in memory, or anywhere.
             let place = |x: &usize| if neighbours { 0x7f00_0000_0000 + x % 1000 * 16 } else { *x };
             let set: Vec<usize> = set.iter().map(place).collect();
-            let addresses = Addresses::new(set.iter().copied());
+            let addresses = Addresses::new(set.clone());
             for address in others.iter().map(place).chain(set.iter().copied()) {
                 prop_assert_eq!(addresses.contain(address), set.contains(&address));
             }

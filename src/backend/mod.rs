@@ -92,7 +92,8 @@ pub(crate) enum GradSums {
 pub(crate) struct BlockGradient<'g> {
     pub gradient: &'g Tensor,
     pub sums: Sums,
-    /// On the CPU the addresses of its storage, and of its first element if all are contiguous; else 0.
+    /// On the CPU the addresses of its storage and of its first element, for prefetching. The latter is 0 if elements are not
+    /// contiguous, by which the update knows.
     pub storage: usize,
     pub elements: usize,
 }
@@ -318,8 +319,8 @@ pub(crate) trait Backend: Send + Sync {
         sums: &mut [Option<Vec<Pair>>],
     ) -> Result<()>;
 
-    /// Stage 3: moves every block of a run that has a gradient and a decision. On the CPU also notes what it did
-    /// ([`Tracked::note`]), in the same visit to the block.
+    /// Stage 3: moves every block of a run that has a gradient and a decision. The CPU also notes of each of its
+    /// blocks, moved or not, what was done ([`Tracked::note`]), in the same visit.
     fn update(
         &mut self,
         all: &mut Parameters,

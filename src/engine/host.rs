@@ -298,7 +298,7 @@ impl Host {
         Ok(())
     }
 
-    /// Stage 3.
+    /// Stage 3. The CPU notes what it did to its blocks; of those on devices it is noted here.
     fn update(
         &mut self,
         all: &mut Parameters,
@@ -367,16 +367,20 @@ impl Host {
         if let Some(sums) = &self.step_sums {
             return Ok(sums.clone());
         }
+        let scaled = |tracked: &Tracked, sums: &[StepSums]| {
+            tracked.sum_scales.apply(StepSums::fold(if tracked.sums_up { sums } else { &[] }))
+        };
+        if self.on_cpu_alone && self.ranks.is_none() {
+            return Ok(self.tracked.iter().map(|t| scaled(t, &t.step_sums)).collect());
+        }
         let own = self.tracked.iter().map(|tracked| tracked.step_sums.clone());
         let mut sums: Vec<Vec<StepSums>> = own.collect();
         self.backends.iter().try_for_each(|backend| backend.read_step_sums(&mut sums))?;
         let summed_up = |(sums, tracked): (_, &Tracked)| tracked.sums_up.then_some(sums);
         let mut sums: Vec<_> = sums.into_iter().zip(&self.tracked).map(summed_up).collect();
         self.gather_sums(all, &mut sums)?;
-        let scaled = |(sums, tracked): (Option<Vec<StepSums>>, &Tracked)| {
-            tracked.sum_scales.apply(StepSums::fold(&sums.unwrap_or_default()))
-        };
-        Ok(sums.into_iter().zip(&self.tracked).map(scaled).collect())
+        let sums = sums.into_iter().map(Option::unwrap_or_default);
+        Ok(self.tracked.iter().zip(sums).map(|(t, sums)| scaled(t, &sums)).collect())
     }
 
     fn upload_estimates(&mut self) -> Result<()> {
@@ -493,11 +497,14 @@ impl Engine for Host {
         again: &GradStore,
         scalars: StepScalars,
     ) -> Result<Vec<Remaining>> {
-        // They stay until the measurement has been taken: an error leaves it to be tried again.
-        let first = self.first.clone();
-        let observed = self.observe_by(all, &first, again, scalars)?;
-        self.release(all);
-        Ok(observed)
+        let first = std::mem::take(&mut self.first);
+        let observed = self.observe_by(all, &first, again, scalars);
+        match &observed {
+            Ok(_) => self.release(all),
+            // They stay until the measurement has been taken: it can be tried again.
+            Err(_) => self.first = first,
+        }
+        observed
     }
 
     fn perturb(&mut self, all: &mut Parameters, step: Step, by: Perturbation) -> Result<()> {

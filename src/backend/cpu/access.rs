@@ -130,8 +130,8 @@ pub(crate) fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
     }
 }
 
-/// Runs `f` on the whole memory of a variable, or of a tensor of our own. (A variable is contiguous and starts at offset 0:
-/// candle makes it from a copy.)
+/// Runs `f` on the whole memory of a variable, of a view of one, whatever its layout, or of a tensor of our own. (A variable
+/// is contiguous and starts at offset 0: candle makes it from a copy.)
 pub(crate) fn with_storage_mut<F: FnOnce(&mut CpuStorage) -> Result<()>>(
     tensor: &Tensor,
     f: F,

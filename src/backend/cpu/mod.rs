@@ -311,7 +311,7 @@ impl Backend for CpuBackend {
                     let (steps, place) = (step.steps, (first + i) as u64);
                     let numbers = BlockStep { sums_up, keeps_strips, steps, place, ..numbers };
                     let summed = update::update(block, found, &numbers, self.simd, scratch)?;
-                    if sums_up || tracked.sums_up {
+                    if sums_up || !tracked.step_sums.is_empty() {
                         let Summed { chunks, strips } = summed.unwrap_or_default();
                         (tracked.step_sums, tracked.strips) = (chunks, strips);
                     }
@@ -520,7 +520,9 @@ fn prefetch_update(block: &Block, found: Option<&BlockGradient>) {
     }
     if let Some(found) = found {
         prefetch(found.storage, 1);
-        prefetch(found.elements, bytes);
+        if found.elements != 0 {
+            prefetch(found.elements, bytes);
+        }
     }
 }
 

@@ -90,9 +90,11 @@ pub(crate) struct Exact<'a, C> {
 }
 
 impl<'a, C: Compute> Exact<'a, C> {
+    /// Of state of which nothing is packed: that is for [`Packed`], and would be overlooked here.
+    ///
     /// # Panics
     ///
-    /// If some of the state is packed, which is for [`Packed`]: it would be overlooked.
+    /// In debug builds, if some of it is.
     pub fn new(state: &'a mut State) -> Self {
         fn numbers<C: Compute>(slot: &mut Option<Slot>) -> Option<&mut [C]> {
             slot.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
