@@ -53,7 +53,7 @@ pub(crate) enum Format {
     /// for the exponent of each unit.
     Compact,
     /// The 16 bits that a bf16 parameter lacks to its master. Behind them are the parameter's bits at
-    /// [`samples`](crate::backend::cpu::access::samples), by which one that was overwritten is noticed.
+    /// [`Samples`](crate::backend::cpu::access::Samples), by which one that was overwritten is noticed.
     Split,
     BF16,
 }
