@@ -117,10 +117,9 @@ impl CpuBackend {
             }
             Ok(())
         };
-        let Batches { size, any_large } = Batches::of(all, &run);
-        let blocks = &all.blocks[run];
-        let batches = blocks.chunks(size).zip(gradients.chunks_mut(size));
-        let batches = batches.map(|item| (any_large && has_large(item.0), item));
+        let by = Batches::of(all, &run);
+        let batches = all.blocks[run].chunks(by.size).zip(gradients.chunks_mut(by.size));
+        let batches = batches.map(|item| (by.has_large(item.0), item));
         self.for_each_item(batches.collect(), find)
     }
 
@@ -240,9 +239,8 @@ impl Backend for CpuBackend {
             .collect();
         let mut done = vec![None; blocks.len()];
         self.each(blocks, &given, &mut done, |scratch, block, i, (gradient, decision)| {
-            let (params, tracked) = (&groups[block.group].params, &tracked[i]);
-            let corrections = Corrections::new(params, &tracked.powers);
-            let step = block_step(params, decision, corrections, tracked, block);
+            let (params, last) = (&groups[block.group].params, &mut LastCorrections::default());
+            let step = block_step(params, decision, &tracked[i], block, last);
             orthogonal::write_momentum(block, gradient, step, self.simd, scratch)
         })?;
         // Not in our pool: candle's products have threads of their own.
@@ -266,9 +264,8 @@ impl Backend for CpuBackend {
         let Parameters { blocks, groups, .. } = all;
         let tracked = &tracked[run.clone()];
         self.each(&mut blocks[run], given, sums, |scratch, block, i, (gradient, decision)| {
-            let (params, tracked) = (&groups[block.group].params, &tracked[i]);
-            let corrections = Corrections::new(params, &tracked.powers);
-            let step = block_step(params, decision, corrections, tracked, block);
+            let (params, last) = (&groups[block.group].params, &mut LastCorrections::default());
+            let step = block_step(params, decision, &tracked[i], block, last);
             curvature::directions(block, gradient, step, self.simd, scratch)
         })
     }
@@ -282,14 +279,15 @@ impl Backend for CpuBackend {
         decisions: &[Option<Decision>],
         step: Step,
     ) -> Result<()> {
-        let Batches { size, any_large } = Batches::of(all, &run);
+        let by = Batches::of(all, &run);
+        let size = by.size;
         let Parameters { blocks, groups, .. } = all;
         let first = run.start;
         let (blocks, tracked) = (&mut blocks[run.clone()], &mut tracked[run]);
         let batches = blocks.chunks_mut(size).zip(tracked.chunks_mut(size));
         let batches = batches.zip(gradients.chunks(size)).zip(decisions.chunks(size));
         let batches = batches.zip((first..).step_by(size));
-        let batches = batches.map(|item| (any_large && has_large(item.0.0.0.0), item)).collect();
+        let batches = batches.map(|item| (by.has_large(item.0.0.0.0), item)).collect();
         self.for_each_item(batches, |scratch, batch| {
             let ((((blocks, tracked), gradients), decisions), first) = batch;
             let mut corrections = LastCorrections::default();
@@ -306,8 +304,7 @@ impl Backend for CpuBackend {
                 if let (Some(found), Some(decision)) = (found, decision) {
                     let keeps_strips = step.measures && params.measures_steps();
                     let sums_up = keeps_strips || step.records;
-                    let corrections = corrections.of(block.group, params, &tracked.powers);
-                    let numbers = block_step(params, decision, corrections, tracked, block);
+                    let numbers = block_step(params, decision, tracked, block, &mut corrections);
                     let (steps, place) = (step.steps, (first + i) as u64);
                     let numbers = BlockStep { sums_up, keeps_strips, steps, place, ..numbers };
                     let summed = update::update(block, found, &numbers, self.simd, scratch)?;
@@ -420,11 +417,12 @@ impl Backend for CpuBackend {
 fn block_step<'a>(
     params: &'a ParamsSrkl,
     decision: &'a Decision,
-    corrections: Corrections,
     tracked: &'a Tracked,
     block: &Block,
+    last: &mut LastCorrections,
 ) -> BlockStep<'a> {
-    let estimate = &tracked.estimate;
+    let Tracked { powers, estimate, .. } = tracked;
+    let corrections = last.of(block.group, params, powers);
     let (matrix_scale, samples) = (block.matrix_scale(), Samples::of(block));
     let (sums_up, keeps_strips) = (false, false);
     let (steps, place) = (0, 0);
@@ -442,10 +440,6 @@ fn block_step<'a>(
     }
 }
 
-fn has_large(batch: &[Block]) -> bool {
-    batch.iter().any(|block| block.n > PIECE)
-}
-
 /// How the blocks of a run are handed to threads.
 struct Batches {
     /// How many blocks one thread takes at a time: one, unless they are small.
@@ -459,6 +453,11 @@ impl Batches {
         let Lengths { total, largest } = all.lengths(run);
         let size = (BATCH_ELEMENTS * run.len() / total.max(1)).clamp(1, BATCH_BLOCKS);
         Self { size, any_large: largest > PIECE }
+    }
+
+    /// Whether a batch has a block that is split.
+    fn has_large(&self, batch: &[Block]) -> bool {
+        self.any_large && batch.iter().any(|block| block.n > PIECE)
     }
 }
 

@@ -90,16 +90,14 @@ pub(crate) struct Exact<'a, C> {
 }
 
 impl<'a, C: Compute> Exact<'a, C> {
-    /// Of state of which nothing is packed: that is for [`Packed`], and would be overlooked here.
-    ///
     /// # Panics
     ///
-    /// In debug builds, if some of it is.
+    /// If some of the state is packed, which is for [`Packed`]: it would be overlooked.
     pub fn new(state: &'a mut State) -> Self {
         fn numbers<C: Compute>(slot: &mut Option<Slot>) -> Option<&mut [C]> {
             slot.as_mut().and_then(Slot::cpu_mut).and_then(C::numbers_mut)
         }
-        debug_assert!(!state.is_packed(), "packed state taken for numbers");
+        assert!(!state.is_packed(), "packed state taken for numbers");
         let State { master, m, v, v_max, average, q } = state;
         let [master, m, v] = [master, m, v].map(numbers);
         let [v_max, average, q] = [v_max, average, q].map(numbers);
